@@ -1,0 +1,158 @@
+"""Checkpoints: atomic save, rotation, and what a run may resume from."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from so8t.config import Config, InputError, TrainingConfig, changed_keys, load_config, to_toml
+from so8t.files import atomic_folder, atomic_write, delete_folder, sweep_temporaries
+from so8t.model import Model, save_model
+
+STATE_FILE = "training_state.pt"
+CONFIG_FILE = "config.toml"
+_STEP_FOLDER = re.compile(r"step_(\d{6,})")
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the older ones are as they were."""
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest step first. Anything else in the folder is not ours."""
+    folders = [path for path in (output_dir / "checkpoints").glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    if match is None:
+        raise InputError(f"{folder} is no checkpoint of so8t: its name is not step_ and a number of six digits")
+    return int(match[1])
+
+
+def make_output_dir(config: Config) -> Path:
+    """Create training.output_dir and write the resolved config into it."""
+    output_dir = Path(config.training.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(output_dir / CONFIG_FILE) as file:
+            file.write(to_toml(config).encode())
+    except OSError as error:
+        raise InputError(
+            f"training.output_dir: cannot write into {output_dir} ({error.strerror}); choose another"
+        ) from error
+    return output_dir
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint to resume from, by training.resume; None starts anew.
+
+    Raises InputError if it is not there, if a new run would mix with an older one's files, or if a key that would alter
+    the result has changed since it was written.
+    """
+    resume, output_dir = config.training.resume, Path(config.training.output_dir)
+    existing = checkpoint_folders(output_dir)
+    if resume == "never":
+        if existing:
+            raise InputError(
+                f'training.resume is "never", but {output_dir} holds the checkpoints of an earlier run; choose another '
+                'training.output_dir, delete that folder, or write "auto" to continue it'
+            )
+        return None
+    if resume == "auto":
+        if not existing:
+            return None
+        checkpoint = existing[-1]
+    else:
+        checkpoint = Path(resume)
+    if not (checkpoint / STATE_FILE).is_file():
+        raise InputError(
+            f'training.resume: there is no {STATE_FILE} in {checkpoint}; write "auto", "never" or a checkpoint'
+        )
+    step_of(checkpoint)
+    changed = changed_keys(load_config(checkpoint / CONFIG_FILE), config)
+    if changed:
+        raise InputError(
+            f"{checkpoint} was trained with other values of {', '.join(changed)}; restore them to resume it, "
+            "or choose another training.output_dir"
+        )
+    return checkpoint
+
+
+def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[str, Any] | None:
+    """What training_state.pt holds: step, optimizer, scaler. Raises InputError if the rows are not the same any more."""
+    if checkpoint is None:
+        return None
+    state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu")
+    if state["data_fingerprint"] != data_fingerprint:
+        raise InputError(
+            f"data.train_data: the rows have changed since {checkpoint} was written; restore them to resume it, "
+            "or choose another training.output_dir"
+        )
+    return state
+
+
+class Checkpoints:
+    """Writes `checkpoints/step_NNNNNN` every save_steps and at the end, and keeps the newest save_total_limit of them.
+
+    No random state is among it: every random number of a step is a function of (seed, step).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        total_steps: int,
+        model: Model,
+        tokenizer: Any,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        data_fingerprint: str,
+        is_main: bool,
+    ) -> None:
+        self._is_main = is_main
+        self._config, self._total_steps = config, total_steps
+        self._model, self._tokenizer = model, tokenizer
+        self._optimizer, self._scaler = optimizer, scaler
+        self._data_fingerprint = data_fingerprint
+        self._output_dir = Path(config.training.output_dir)
+        if is_main:
+            (self._output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            sweep_temporaries(self._output_dir / "checkpoints")
+
+    def after_step(self, step: int) -> None:
+        save_steps = self._config.training.save_steps
+        if step == self._total_steps or (save_steps and step % save_steps == 0):
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Write the state after `step`; raises CheckpointError and leaves the older checkpoints as they are."""
+        if not self._is_main:
+            return
+        folder = self._output_dir / "checkpoints" / f"step_{step:06d}"
+        state = {
+            "step": step,
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "data_fingerprint": self._data_fingerprint,
+        }
+        try:
+            with atomic_folder(folder) as temporary:
+                save_model(self._model, self._tokenizer, temporary)
+                with atomic_write(temporary / CONFIG_FILE) as file:
+                    file.write(to_toml(self._config).encode())
+                with atomic_write(temporary / STATE_FILE) as file:
+                    torch.save(state, file)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            older = checkpoint_folders(self._output_dir)
+            kept = f"the last good one is {older[-1]}" if older else "there is no older one"
+            raise CheckpointError(f"the checkpoint {folder} could not be written ({error}); {kept}") from error
+        self._rotate()
+
+    def _rotate(self) -> None:
+        limit = self._config.training.save_total_limit
+        if limit:
+            for folder in checkpoint_folders(self._output_dir)[:-limit]:
+                delete_folder(folder)

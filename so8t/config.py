@@ -1,0 +1,364 @@
+"""The configuration: one frozen dataclass per TOML table, one sentence for whatever cannot be meant.
+
+A field's annotation is all that the loader knows about it: type, choices (`Literal`) and limits (`Must`).
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one sentence; commands print it and exit 2."""
+
+
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no path holds NUL, no UTF-8 file lone surrogates
+
+
+@dataclass(frozen=True)
+class Must:
+    """A limit on a field's value: the words that follow its type in an error message, and the test."""
+
+    be: str
+    test: Callable[[Any], bool]
+
+
+def _names_folder(name: str) -> bool:
+    return Path(name).name == name and name not in ("", "..", "checkpoints")
+
+
+Positive = Annotated[int, Must("of at least 1", lambda number: number >= 1)]
+Count = Annotated[int, Must("of at least 0", lambda number: number >= 0)]
+Amount = Annotated[float, Must("of at least 0", lambda number: number >= 0)]
+Ratio = Annotated[float, Must("from 0 to 1", lambda number: 0 <= number <= 1)]
+Dropout = Annotated[float, Must("from 0 to less than 1", lambda number: 0 <= number < 1)]
+Length = Annotated[int, Must("of at least 2", lambda number: number >= 2)]
+Name = Annotated[str, Must("that is not empty", bool)]
+Folder = Annotated[str, Must('naming one folder in training.output_dir other than "checkpoints"', _names_folder)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model]: what is trained, and how its weights are held."""
+
+    base_model: Name  # folder or Hugging Face hub id
+    from_scratch: bool = False  # build it from its config with random weights
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the weights
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+@dataclass(frozen=True)
+class So8tConfig:
+    """[so8t]: SO(8) rotation gates on the attention output."""
+
+    enabled: bool = True
+    layer_indices: tuple[Count, ...] = ()  # decoder layers counted from 0; empty = all
+    init_scale: Amount = 0.05  # size of the initial rotation in radians; 0 = identity
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """[quantization]: bitsandbytes weights of the base model."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True  # quantise the scales too: 0.37 bit a weight less
+
+
+@dataclass(frozen=True)
+class QloraConfig:
+    """[qlora]: low-rank adapters on frozen weights; disabled = every weight is trained."""
+
+    enabled: bool = True
+    r: Positive = 32  # rank
+    lora_alpha: Positive = 64  # the update is scaled by lora_alpha / r
+    lora_dropout: Dropout = 0.05
+    target_modules: tuple[Name, ...] = ("o_proj", "down_proj")  # these two are in Phi-3 and in Llama
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: JSONL rows; a file, a glob, or a list of them (one string stands for a list of one)."""
+
+    train_data: Annotated[tuple[Name, ...], Must("with at least one file", bool)]
+    eval_data: tuple[Name, ...] = ()  # empty = no validation
+    max_seq_length: Length = 1024  # tokens a row
+    on_bad_row: Literal["error", "skip"] = "error"  # skipped rows are counted
+
+
+@dataclass(frozen=True)
+class PetConfig:
+    """[pet]: penalty on the second difference of `hidden`, its weight in three phases over the run."""
+
+    enabled: bool = True
+    lambda_exploration: Amount = 0.01  # weight in the first phase
+    lambda_transition: Amount = 0.05
+    lambda_stabilization: Amount = 0.1
+    exploration_ratio: Ratio = 0.2  # share of the run's steps; the three sum to 1
+    transition_ratio: Ratio = 0.4
+    stabilization_ratio: Ratio = 0.4
+    huber_delta: Amount = 0.0  # where Huber turns linear; 0 = L2
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """[training]: the loop and what it leaves on disk. Every `*_steps` counts optimizer updates."""
+
+    output_dir: Name
+    num_train_epochs: Positive = 3
+    max_steps: Count = 0  # 0 = by epochs
+    per_device_train_batch_size: Positive = 1  # rows a micro-batch
+    gradient_accumulation_steps: Positive = 16  # micro-batches a step
+    learning_rate: Amount = 2e-4  # the schedule's peak
+    weight_decay: Amount = 0.01
+    warmup_ratio: Ratio = 0.1  # share of the run's steps
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: Amount = 1.0  # 0 = no clipping
+    bf16: bool = True  # autocast
+    fp16: bool = False  # autocast with a gradient scaler, for cards older than Ampere
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
+    optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
+    logging_steps: Positive = 1  # steps between refreshes of the progress line
+    report_to: Literal["none", "tensorboard"] = "none"
+    eval_steps: Count = 100  # steps between validations; 0 = never
+    save_steps: Count = 100  # steps between checkpoints; 0 = only at the end
+    save_total_limit: Count = 2  # checkpoints kept; 0 = all
+    seed: Annotated[int, Must("from 0 to 2**63 - 1", lambda seed: seed >= 0)] = 42
+    resume: Name = "auto"  # "auto" = the newest checkpoint if there is one, "never", or a checkpoint's path
+    save_logits: bool = False
+    save_logits_steps: Positive = 100  # steps between files
+    save_logits_dir: Folder = "logits"
+    save_logits_max_files: Count = 10  # the newest files kept; 0 = all
+    save_logits_form: Literal["full", "topk", "stats"] = "full"
+    save_logits_top_k: Positive = 64  # tokens a position, for "topk"
+    save_logits_positions: Literal["all", "labels"] = "all"  # "labels" = only where a target counts
+    save_logits_dtype: Literal["model", "bf16", "fp16", "fp32"] = "model"
+    save_logits_max_wait: Amount = 1.0  # seconds to wait for a free buffer before a file is dropped
+    save_logits_probe: tuple[Name, ...] = ()  # JSONL of fixed rows scored beside every saved batch; "" = off
+    save_logits_max_gib: Amount = 0.0  # GiB of files kept; 0 = no limit by bytes
+    save_logits_keep_every: Count = 0  # every n-th file is kept for ever; 0 = none
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole job. Raises InputError where two keys contradict each other."""
+
+    model: ModelConfig
+    so8t: So8tConfig
+    quantization: QuantizationConfig
+    qlora: QloraConfig
+    data: DataConfig
+    pet: PetConfig
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        scratch, adapters, full = self.model.from_scratch, self.qlora.enabled, not self.qlora.enabled
+        bf16, fp16, layers, pet = self.training.bf16, self.training.fp16, self.so8t.layer_indices, self.pet
+        four_bit, eight_bit = self.quantization.load_in_4bit, self.quantization.load_in_8bit
+        bits, quantized = "quantization.load_in_4bit and load_in_8bit", four_bit or eight_bit
+        phases = pet.exploration_ratio + pet.transition_ratio + pet.stabilization_ratio
+        contradictions = [
+            (bf16 and fp16, "training.bf16 and fp16 exclude each other; set one to false"),
+            (four_bit and eight_bit, f"{bits} exclude each other; set one to false"),
+            (scratch and quantized, f"model.from_scratch has no weights to quantise; set {bits} to false"),
+            (scratch and adapters, "model.from_scratch has no weights to adapt; set qlora.enabled to false"),
+            (full and quantized, "quantised weights cannot be trained; set qlora.enabled to true"),
+            (
+                full and self.model.dtype != "float32",
+                "without qlora.enabled small updates are lost in 16-bit weights; "
+                'set model.dtype to "float32" (training.bf16 keeps the speed)',
+            ),
+            (
+                adapters and not self.qlora.target_modules,
+                "qlora.target_modules is empty; name the linear layers or set qlora.enabled to false",
+            ),
+            (len(set(layers)) < len(layers), "so8t.layer_indices names a layer twice; write it once"),
+            (pet.enabled and abs(phases - 1) > 1e-6, f"the pet.*_ratio keys sum to {phases:g}, not to 1"),
+        ]
+        for found, sentence in contradictions:
+            if found:
+                raise InputError(sentence)
+
+
+TABLES: dict[str, Any] = get_type_hints(Config)
+FIELDS = {f"{table}.{field.name}": field for table, section in TABLES.items() for field in fields(section)}
+ANNOTATIONS = {
+    f"{table}.{key}": annotation
+    for table, section in TABLES.items()
+    for key, annotation in get_type_hints(section, include_extras=True).items()
+}
+
+# these change neither weights nor losses, so that a resumed run may change them
+FREE_ON_RESUME = frozenset(
+    {"data.eval_data", "training.output_dir", "training.resume", "training.report_to"}
+    | {"training.logging_steps", "training.eval_steps", "training.save_steps", "training.save_total_limit"}
+    | {"training.gradient_checkpointing"}
+    | {name for name in FIELDS if name.startswith("training.save_logits")}
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the TOML file at `path`, then apply the `section.key=value` overrides in their order.
+
+    Raises InputError with one sentence that names the file or key, what is wrong and what to write.
+    """
+    values = {name: field.default for name, field in FIELDS.items()}
+    for name, value in _read_file(path):
+        values[name] = _checked(str(path), name, [value])
+    for override in overrides:
+        name, readings = _read_override(override)
+        values[name] = _checked("command line", name, readings)
+    for name, value in values.items():
+        if value is MISSING:
+            raise InputError(f"{path}: {name} is missing; it must be {_words(ANNOTATIONS[name])}")
+    sections = {
+        table: section(**{field.name: values[f"{table}.{field.name}"] for field in fields(section)})
+        for table, section in TABLES.items()
+    }
+    return Config(**sections)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as a TOML file that loads back to an equal Config."""
+    lines = []
+    for table in TABLES:
+        section = getattr(config, table)
+        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in vars(section).items()), ""]
+    return "\n".join(lines)
+
+
+def changed_keys(saved: Config, current: Config) -> list[str]:
+    """The dotted keys that differ between the two and would alter the result of a resumed run."""
+    return [
+        name for name in FIELDS if name not in FREE_ON_RESUME and attrgetter(name)(saved) != attrgetter(name)(current)
+    ]
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, object]]:
+    """The dotted name and the value of every key in the file."""
+    try:
+        document = tomli.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; write the path of a TOML file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {error}; text needs quotes, true and false do not") from error
+    for table, section in document.items():
+        if not isinstance(section, dict):
+            yield table, section  # stands outside of every table, so it is no known name
+        elif table not in TABLES:
+            near = get_close_matches(table, TABLES, n=1, cutoff=0)[0]
+            every = ", ".join(f"[{name}]" for name in TABLES)
+            raise InputError(f"{path}: there is no table {_shown(table)}; the nearest of {every} is [{near}]")
+        else:
+            yield from ((f"{table}.{key}", value) for key, value in section.items())
+
+
+def _read_override(override: str) -> tuple[str, list[object]]:
+    """The dotted name of the key and what its value may mean: TOML, or bare text as shells eat quotes."""
+    name, equals, text = (part.strip() for part in override.partition("="))
+    if not equals:
+        raise InputError(f"command line: {_shown(override)} sets nothing; write section.key=value")
+    readings: list[object] = []
+    with suppress(ValueError, RecursionError):  # it is no TOML, or a line break begins a second key
+        [value] = tomli.loads(f"value = {text}").values()
+        readings.append(value)
+    if not text.startswith(("[", '"', "'")):
+        readings.append(text)
+    if not readings:
+        raise InputError(f"command line: {name} = {text} is not TOML; put the value in quotes for the shell")
+    return name, readings
+
+
+def _checked(source: str, name: str, readings: list[object]) -> Any:
+    """The first reading that the field takes."""
+    if name not in FIELDS:
+        raise InputError(f"{source}: there is no key {_shown(name)}; {_nearest(name)}")
+    for reading in readings:
+        try:
+            return _fit(ANNOTATIONS[name], reading)
+        except ValueError:
+            continue
+    raise InputError(f"{source}: {name} must be {_words(ANNOTATIONS[name])}, not {_shown(readings[0])}")
+
+
+def _fit(annotation: Any, value: Any) -> Any:
+    """`value` as a field of this annotation holds it; ValueError if it cannot. A bool is no number."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        value = _fit(arguments[0], value)
+        fits = arguments[1].test(value)
+    elif origin is tuple:
+        if isinstance(value, str):
+            value = [value] if value else []
+        fits = isinstance(value, list)
+        value = tuple(_fit(arguments[0], item) for item in value) if fits else ()
+    elif origin is Literal:
+        fits = value in arguments
+    elif annotation is float:
+        value = float(_fit(int, value)) if type(value) is int else value
+        fits = type(value) is float and math.isfinite(value)
+    elif annotation is int:
+        fits = type(value) is int and abs(value) < 2**63
+    elif annotation is str:
+        fits = type(value) is str and not UNWRITABLE.search(value)
+    else:
+        fits = type(value) is bool
+    if not fits:
+        raise ValueError
+    return value
+
+
+def _words(annotation: Any) -> str:
+    """What to write for a field of this annotation."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return f"{_words(arguments[0])} {arguments[1].be}"
+    if origin is tuple:
+        return f"a list (each item {_words(arguments[0])})"
+    if origin is Literal:
+        return " or ".join(map(_toml, arguments))
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text in quotes"}
+    return words[annotation]
+
+
+def _nearest(name: str) -> str:
+    """Advice for a name that is no field: the key of that or a like name, in its own table if it is there."""
+    table, _, key = name.rpartition(".")
+    near = get_close_matches(key.lower(), [field.name for field in FIELDS.values()], 1, 0.7)
+    homes = [known for known, field in FIELDS.items() if field.name in near]
+    homes = [known for known in homes if known.startswith(f"{table}.")] or homes
+    return f"did you mean {' or '.join(homes)}?" if homes else "config.toml lists every key"
+
+
+def _toml(value: object) -> str:
+    """`value` in TOML syntax, on one line."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case int():
+            return str(value) if abs(value) < 2**63 else hex(value)  # str() gives up at 4300 digits
+        case list() | tuple():
+            return f"[{', '.join(map(_toml, value))}]"
+        case dict():
+            return "a table"
+        case _:
+            return str(value)
+
+
+def _shown(value: object) -> str:
+    text = _toml(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,84 @@
+"""The one way anything reaches disk: a temporary name in the same folder, fsync, rename."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY_SUFFIX = ".so8t-tmp"
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for writing bytes; it gets its name only when it is complete and on the disk.
+
+    If the block raises, the temporary file is removed and an older file at `path` stays as it was.
+    """
+    temporary = _temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `path`, replacing an older one, only when complete and on the disk."""
+    temporary = _temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for child in temporary.rglob("*"):
+            _fsync(child)
+        _fsync(temporary)
+        if path.exists():  # a folder that is not empty cannot be replaced in one call
+            delete_folder(path)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync(path.parent)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder so that a kill never leaves half of it under its own name."""
+    doomed = path.with_name(f"{path.name}.deleted{TEMPORARY_SUFFIX}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append `line` to a log in one write, so that a kill leaves whole lines only."""
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode() + b"\n")
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Delete what a killed process left half-written directly under `folder`."""
+    for stale in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

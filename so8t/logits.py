@@ -1,0 +1,190 @@
+"""LogitsSaver: what the model believed, on disk every `save_logits_steps` steps, never in training's way.
+
+On a due step `capture` recomputes the logits of the last micro-batch from `hidden` into a reusable host buffer, and
+`after_step` hands it to the one writer thread. Two buffers of each kind bound the memory: while both are busy the loop
+waits up to `save_logits_max_wait` seconds, then drops the file. Whatever fails here is one warning and a count, never
+the end of training.
+
+Around it: logits_record.py (what a file holds), logits_score.py (how its numbers are computed), logits_writer.py (the
+thread), logits_files.py (names, rotation, room on the disk), logits_reader.py.
+"""
+
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from so8t.config import TrainingConfig
+from so8t.data import Batch
+from so8t.logits_files import LogitsFolder, plan_logits
+from so8t.logits_reader import LogitsRecord, read_logits
+from so8t.logits_record import position_layout
+from so8t.logits_score import HostTransfer, score
+from so8t.logits_writer import Figures, Kind, Pending, Writer
+from so8t.losses import NO_TARGET, head_dtype
+
+__all__ = ["LogitsRecord", "LogitsSaver", "plan_logits", "read_logits"]
+
+FLUSH_SECONDS = 30.0  # how long flush() and close() wait for the writer
+
+
+class LogitsSaver:
+    """Saves the logits of every due step's last micro-batch. Disabled, each call returns at once."""
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        output_dir: Path,
+        autocast: torch.autocast,
+        max_tokens: int = 0,
+        probe_tokens: int = 0,
+    ) -> None:
+        """autocast: in which the loop runs the model; max_tokens: of a micro-batch, padding included; probe_tokens: of
+        all batches of the probe together.
+
+        The numbers size the buffers, which are allocated when first needed. A longer micro-batch makes its buffer grow;
+        a probe must keep within its number.
+        """
+        self.enabled = training.save_logits
+        self._training = training
+        self._autocast = autocast
+        self._capacity: dict[Kind, int] = {"logits": max_tokens, "probe": probe_tokens}
+        self._folder = LogitsFolder(output_dir / training.save_logits_dir, training)
+        self._figures = Figures()
+        self._writer: Writer | None = None  # started when first needed, like the transfer
+        self._transfer: HostTransfer | None = None
+        self._pending: dict[Kind, Pending] = {}
+        self._given_up_probe = 0  # the step whose probe was dropped, or failed
+        if self.enabled:
+            try:
+                self._folder.tidy()
+            except OSError as error:
+                self._figures.warn_once("tidy", f"logits: {self._folder.path} cannot be tidied up ({error})")
+
+    def is_due(self, step: int) -> bool:
+        return self.enabled and step % self._training.save_logits_steps == 0
+
+    def capture(
+        self,
+        step: int,
+        epoch: int,
+        batch: Batch,
+        hidden: Tensor,
+        head_weight: Tensor,
+        ce: Tensor,
+        *,
+        kind: Kind = "logits",
+        force: bool = False,
+    ) -> None:
+        """Score a micro-batch into host memory, if `step` is due or if forced.
+
+        hidden: [batch, seq, hidden_size], after the final norm; head_weight: [vocabulary, hidden_size]; ce: 0-dim,
+        cross-entropy summed over the batch's targets. A second call in a step replaces the first; but the batches of a
+        "probe", all padded to one length, are stacked. No tensor of the device is kept.
+        """
+        if not (self.is_due(step) or (force and self.enabled)):
+            return
+        if kind == "probe" and step == self._given_up_probe:
+            return
+        try:
+            pending = self._pending.get(kind)
+            if pending is None or pending.step != step or kind == "logits":
+                pending = self._begin(kind, step, epoch, batch, hidden, head_weight)
+            if pending is not None:
+                self._append(pending, batch, hidden, head_weight, ce)
+        except Exception as error:
+            self._give_up(kind, step)
+            self._figures.failed(step, error)
+
+    def after_step(self, step: int) -> None:
+        """Hand what `step` captured to the writer."""
+        for kind, pending in list(self._pending.items()):
+            if self._writer is not None and pending.step == step:
+                self._writer.submit(self._pending.pop(kind))
+            else:
+                self._give_up(kind, pending.step)  # that step did not come to its end
+
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
+        """Wait for the files handed over so far, `timeout` seconds at most.
+
+        Call it before a checkpoint is written: a run that resumes from it does not save the steps before it again.
+        """
+        if self._writer is not None:
+            start = time.perf_counter()
+            self._writer.flush(timeout)
+            self._figures.waited(time.perf_counter() - start)
+
+    def close(self, timeout: float = FLUSH_SECONDS) -> None:
+        """Wait for the files handed over so far, `timeout` seconds at most. Nothing is saved afterwards."""
+        self.enabled = False
+        if self._writer is not None:
+            self._writer.close(timeout)
+            self._writer = None
+
+    def figures(self) -> dict[str, float]:
+        """For metrics.jsonl: logits_saved, logits_dropped and logits_failed, counted in files since the start.
+
+        What is new since the last call comes with them: logits_wait_ms (how long the loop waited, for a buffer or for
+        flush), logits_write_seconds (of the writer), logits_bytes (written).
+        """
+        return self._figures.take()
+
+    def summary(self) -> str:
+        """The run's closing line."""
+        saved, dropped, failed = self._figures.totals.values()
+        waits = self._figures.waits or [0.0]
+        return (
+            f"logits: {saved} files saved, {dropped} dropped, {failed} failed; "
+            f"the loop waited {sum(waits) / len(waits):.1f} ms a time, {max(waits):.1f} ms at worst"
+        )
+
+    def _begin(
+        self, kind: Kind, step: int, epoch: int, batch: Batch, hidden: Tensor, head_weight: Tensor
+    ) -> Pending | None:
+        """A new record; None if no buffer comes free in time."""
+        self._give_up(kind, 0)
+        start = time.perf_counter()
+        if self._writer is None:
+            self._writer = Writer(self._training, self._folder, self._figures)
+        buffer = self._writer.take_buffer(kind)
+        self._figures.waited(time.perf_counter() - start)
+        if buffer is None:
+            self._give_up(kind, step)
+            max_wait = self._training.save_logits_max_wait
+            self._figures.dropped(f"step {step} is dropped, no earlier file was written within {max_wait:g} s")
+            return None
+        with self._autocast:
+            computed_in = head_dtype(hidden, head_weight)
+        timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        pending = Pending(kind, step, epoch, timestamp, len(head_weight), computed_in, buffer)
+        self._pending[kind] = pending
+        layout = position_layout(self._training, len(head_weight), computed_in)
+        buffer.fit(layout, max(batch.targets.numel(), self._capacity[kind]), pinned=hidden.is_cuda)
+        return pending
+
+    def _append(self, pending: Pending, batch: Batch, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
+        if self._transfer is None:
+            self._transfer = HostTransfer(hidden.device)
+        rows, targets = None, batch.targets.flatten()
+        if self._training.save_logits_positions == "labels":
+            rows = (targets != NO_TARGET).nonzero().squeeze(1)
+            targets = targets[rows]
+        end = pending.positions + len(targets)
+        values = pending.buffer.tensors(pending.positions, end)
+        score(hidden, head_weight, pending.computed_in, targets, rows, values, self._transfer)
+        ce_sum = torch.empty((), pin_memory=hidden.is_cuda)
+        self._transfer.copy(ce_sum, ce.detach())
+        pending.ready = self._transfer.finished()
+        pending.positions = end
+        pending.batches.append(batch)
+        pending.ce_sums.append(ce_sum)
+
+    def _give_up(self, kind: Kind, step: int) -> None:
+        """Forget the kind's pending record; what the probe of `step` still brings is not begun again."""
+        pending = self._pending.pop(kind, None)
+        if pending is not None and self._writer is not None:
+            self._writer.give_back(pending)
+        if kind == "probe":
+            self._given_up_probe = step

@@ -1,0 +1,208 @@
+"""The model: base weights (4-bit, 8-bit or as they are), LoRA, gates, what is trainable, and its place on disk."""
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import bitsandbytes
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from so8t.config import InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig
+from so8t.data import Batch, derive_seed
+from so8t.gates import attach_gates, gates_of, load_gates, save_gates
+
+GATES_FILE = "so8t_gates.safetensors"
+Model: TypeAlias = PreTrainedModel | PeftModel
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The config.json of model.base_model, without any weights."""
+    try:
+        return AutoConfig.from_pretrained(config.base_model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(_not_a_model(config, error)) from error
+
+
+def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.base_model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(_not_a_model(config, error)) from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"model.base_model: the tokenizer of {config.base_model} gives no character offsets, which the labels need; "
+            "use a model with a tokenizer.json"
+        )
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"model.base_model: the tokenizer of {config.base_model} has {len(tokenizer)} tokens, "
+            f"but the model knows only {vocab_size}"
+        )
+    return tokenizer
+
+
+def _not_a_model(config: ModelConfig, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return f'model.base_model = "{config.base_model}" cannot be loaded as a folder or a hub id: {reason}'
+
+
+def load_model(
+    config: ModelConfig,
+    quantization: QuantizationConfig,
+    qlora: QloraConfig,
+    so8t: So8tConfig,
+    device: torch.device,
+    *,
+    seed: int,
+    gradient_checkpointing: bool = False,
+    checkpoint: Path | None = None,
+) -> Model:
+    """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given.
+
+    LoRA and gates are float32, everything else stays as it was loaded: casting embeddings, head and norms up, as peft's
+    prepare_model_for_kbit_training does, turns the residual stream to float32 too and nearly doubles its memory.
+    """
+    torch.manual_seed(derive_seed(seed, "initial weights"))
+    model = _load_base(config, quantization, device, None if qlora.enabled else checkpoint)
+    _check_head(model, config.base_model)
+    adapted: Model = model
+    if qlora.enabled and checkpoint is not None:
+        adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+    elif qlora.enabled:
+        adapted = get_peft_model(model, _lora_config(model, qlora))
+    if so8t.enabled:  # after LoRA, so that the gate stands before base layer and adapter alike
+        attach_gates(model, so8t.layer_indices, so8t.init_scale, derive_seed(seed, "gates"))
+    if so8t.enabled and checkpoint is not None:
+        load_gates(model, checkpoint / GATES_FILE)
+    if gradient_checkpointing:
+        # An 8-bit layer keeps its own input where non-reentrant checkpointing cannot drop it (1.06 MiB a token on
+        # Phi-3.5), so that an 8-bit base takes the reentrant form; the gradients are equal to the bit.
+        model.activation_checkpointing_enable({"use_reentrant": quantization.load_in_8bit})
+    return adapted.train()
+
+
+def _load_base(
+    config: ModelConfig, quantization: QuantizationConfig, device: torch.device, checkpoint: Path | None
+) -> PreTrainedModel:
+    dtype = getattr(torch, config.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
+    model: PreTrainedModel
+    if config.from_scratch and checkpoint is None:
+        model = AutoModelForCausalLM.from_config(load_model_config(config), **options).to(device)
+        return model.eval()
+    if quantization.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif quantization.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        # the device map quantizes every weight as it is read: the whole model is never there unquantized
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint or config.base_model, device_map={"": device}, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(_not_a_model(config, error)) from error
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # on a CPU with AVX512-BF16, one forward in eval mode repacks the weight into a layout without gradients
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, name: str) -> None:
+    """Refuse heads that do more than multiply (bias, scale, soft cap): the loss is computed from the head's weight alone."""
+    input_ids = torch.arange(8, device=model.device)[None]
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    weight = head_weight(model)
+    if not torch.allclose(F.linear(hidden.to(weight.dtype), weight).float(), logits.float(), rtol=1e-3, atol=1e-4):
+        raise InputError(
+            f"model.base_model: the head of {name} is not a plain matrix (it has a bias, a scale or a cap on its "
+            "logits); the chunked loss would be wrong for it, so use another model"
+        )
+
+
+def _lora_config(model: PreTrainedModel, qlora: QloraConfig) -> LoraConfig:
+    head = model.get_output_embeddings()
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    for target in qlora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise InputError(
+                f'qlora.target_modules: "{target}" is no linear layer of the model\'s blocks; it has {names}'
+            )
+    return LoraConfig(
+        r=qlora.r,
+        lora_alpha=qlora.lora_alpha,
+        lora_dropout=qlora.lora_dropout,
+        target_modules=list(qlora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def causal_lm(model: Model) -> PreTrainedModel:
+    """The Hugging Face model itself, whose layers peft has replaced in place."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def hidden_states(model: Model, batch: Batch) -> Tensor:
+    """The last hidden state [batch, seq, hidden_size] after the final norm: all that losses and logits are made of."""
+    base = causal_lm(model)
+    mask = batch.attention_mask
+    hidden: Tensor = base.base_model(
+        input_ids=batch.input_ids.to(base.device, non_blocking=True),
+        attention_mask=None if mask is None else mask.to(base.device, non_blocking=True),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden
+
+
+def head_weight(model: Model) -> Tensor:
+    """[vocabulary, hidden_size]: logits = hidden @ head_weight.T"""
+    weight: Tensor = causal_lm(model).get_output_embeddings().weight
+    return weight
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def describe(model: Model) -> str:
+    """What is trainable and what is frozen, in numbers."""
+    frozen = sum(_num_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(model))
+    gates = gates_of(model)
+    gate_numbers = sum(gate.angles.numel() for gate in gates.values())
+    kind = "LoRA" if isinstance(model, PeftModel) else "weights"
+    layers = f" in layers {', '.join(map(str, gates))}" if gates else ""
+    return (
+        f"trainable: {trainable:,} of {trainable + frozen:,} parameters "
+        f"({kind} {trainable - gate_numbers:,}, gates {gate_numbers:,}{layers}); frozen: {frozen:,}"
+    )
+
+
+def _num_elements(parameter: nn.Parameter) -> int:
+    """Elements before quantization: bitsandbytes packs two 4-bit weights into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
+    """Write a plain PEFT adapter folder, or a plain Hugging Face model folder without LoRA; the gates stand beside it."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
+        model.save_pretrained(folder, state_dict=without_gates)
+    if gates_of(model):
+        save_gates(model, folder / GATES_FILE)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,46 @@
+"""The optimizer: which parameters decay, and in how many bits their states are kept. Never a silent fallback."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from so8t.config import TrainingConfig
+from so8t.gates import SO8Gate
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trainable in `model`: 8-bit states, 8-bit states paged to the host by CUDA, or 32-bit.
+
+    Weight decay is for matrices only: not for norms and biases, nor for the gates, whose zero means "no rotation"
+    rather than "small". bitsandbytes keeps the states of tensors under 4096 elements in 32 bits.
+    """
+    gates = {id(gate.angles) for gate in model.modules() if isinstance(gate, SO8Gate)}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decaying = [p for p in trainable if p.ndim >= 2 and id(p) not in gates]
+    steady = [p for p in trainable if p.ndim < 2 or id(p) in gates]
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": config.weight_decay},
+        {"params": steady, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optim == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+    import bitsandbytes
+
+    optimizer: torch.optim.Optimizer
+    if config.optim == "adamw_8bit":
+        optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=config.learning_rate)
+    else:
+        if trainable[0].device.type == "cpu":
+            print("optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU has nowhere to page them to")
+            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        optimizer = bitsandbytes.optim.PagedAdamW8bit(groups, lr=config.learning_rate)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

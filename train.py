@@ -1,0 +1,193 @@
+"""Fine-tune a causal language model with SO(8) gates, PET and LoRA, in one loop that hides nothing.
+
+    python train.py config.toml
+    python train.py config.toml training.learning_rate=1e-4 training.output_dir=runs/slow
+
+A `step` is one optimizer update, counted from 1. `hidden` is the last hidden state [batch, seq, hidden_size].
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+# before torch is imported: rows of many lengths would otherwise strand memory in blocks of the wrong size
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from so8t import parallel
+from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
+from so8t.config import Config, InputError, load_config
+from so8t.data import Batch, TrainingBatches, derive_seed, fixed_batches, load_dataset
+from so8t.evaluate import evaluate, score
+from so8t.gates import orthogonality_error
+from so8t.logits import LogitsSaver, plan_logits
+from so8t.losses import ce_sum, pet_sum
+from so8t.metrics import Metrics
+from so8t.model import Model, describe, head_weight, hidden_states, load_model, load_model_config, load_tokenizer
+from so8t.optim import make_optimizer, set_learning_rate
+from so8t.schedule import lr_at, pet_weight_at
+from so8t.signals import StopSignals
+
+
+class NonFiniteStep(Exception):
+    """A loss or a gradient was inf or NaN; the weights are still those before the step."""
+
+
+def train(config: Config, ranks: parallel.Ranks) -> int:
+    """Run the whole job, in the order of this function. Returns the exit code."""
+    training, device, seed = config.training, ranks.device, config.training.seed
+    rows_per_batch = training.per_device_train_batch_size
+
+    # ---- before any weight is loaded: the rows, where to start from, room on the disk
+    checkpoint = find_checkpoint(config)
+    model_config = load_model_config(config.model)
+    tokenizer = load_tokenizer(config.model, model_config.vocab_size)
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
+    eval_batches = fixed_batches("data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch)
+    probe_files = training.save_logits_probe if training.save_logits else ()
+    probe_batches = fixed_batches("training.save_logits_probe", probe_files, tokenizer, config.data, rows_per_batch)
+    data = TrainingBatches(dataset.rows, rows_per_batch, training.gradient_accumulation_steps * ranks.world_size, seed)
+    total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
+    print(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
+    state = load_training_state(checkpoint, dataset.fingerprint())
+    output_dir = make_output_dir(config)
+    max_tokens = rows_per_batch * dataset.longest
+    probe_tokens = sum(batch.input_ids.numel() for batch in probe_batches)
+    print(plan_logits(training, model_config.vocab_size, max_tokens, total_steps, output_dir, config.model.dtype))
+
+    # ---- the model, and what trains it
+    tables = config.model, config.quantization, config.qlora, config.so8t
+    recompute = training.gradient_checkpointing
+    model = load_model(*tables, device, seed=seed, gradient_checkpointing=recompute, checkpoint=checkpoint)
+    print(describe(model))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(model, training)
+    scaler = torch.amp.GradScaler(device.type, enabled=training.fp16)  # disabled, each of its calls does nothing
+    autocast_dtype = torch.float16 if training.fp16 else torch.bfloat16
+    autocast = torch.autocast(device.type, autocast_dtype, enabled=training.fp16 or training.bf16)
+    first_step = 1
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        first_step = state["step"] + 1
+        print(f"resuming {checkpoint}")
+
+    # ---- the watchers: they read, they never steer
+    checkpoints = Checkpoints(
+        config, total_steps, model, tokenizer, optimizer, scaler, dataset.fingerprint(), ranks.is_main
+    )
+    logits_config = replace(training, save_logits=training.save_logits and ranks.is_main)
+    with (
+        StopSignals() as signals,
+        closing(Metrics(training, output_dir, first_step, total_steps, device, ranks.is_main)) as metrics,
+        closing(LogitsSaver(logits_config, output_dir, autocast, max_tokens, probe_tokens)) as logits_saver,
+    ):
+        for step in range(first_step, total_steps + 1):
+            started, epoch = time.perf_counter(), data.epoch(step)
+            lr, pet_weight = lr_at(step, total_steps, training), pet_weight_at(step, total_steps, config.pet)
+            set_learning_rate(optimizer, lr)
+
+            # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
+            micro_batches = data.micro_batches(step)[ranks.rank :: ranks.world_size]
+            counts = torch.tensor([batch.counts for batch in micro_batches]).reshape(-1, 3).sum(dim=0)
+            num_targets, num_triples, num_tokens = parallel.all_sum(counts).tolist()
+            if parallel.any_rank(signals.received is not None):
+                checkpoints.save(step - 1)
+                break
+
+            # ---- forward and backward; what is added up stays on the device
+            sums = torch.zeros(2, device=device)
+            for index, batch in enumerate(micro_batches):
+                torch.manual_seed(derive_seed(seed, "dropout", step, index, ranks.rank))
+                with autocast:
+                    hidden, batch_ce, batch_pet = forward(model, batch, pet_weight, config.pet.huber_delta)
+                if batch is micro_batches[-1]:
+                    logits_saver.capture(step, epoch, batch, hidden, head_weight(model), batch_ce)
+                del hidden  # from here on only autograd may keep it
+                scaler.scale(batch_ce / num_targets + pet_weight * batch_pet / max(num_triples, 1)).backward()
+                sums += torch.stack((batch_ce, batch_pet)).detach()
+            for batch, hidden, batch_ce in score(model, probe_batches if logits_saver.is_due(step) else [], autocast):
+                logits_saver.capture(step, epoch, batch, hidden, head_weight(model), batch_ce, kind="probe")
+
+            # ---- one update, by finite numbers only
+            parallel.sum_gradients(trainable)
+            scaler.unscale_(optimizer)
+            grad_norm = clip_grad_norm_(trainable, training.max_grad_norm or math.inf)
+            figures = torch.stack((*parallel.all_sum(sums), grad_norm, orthogonality_error(model)))
+            ce, pet, norm, gate_error = figures.tolist()  # sync
+            ce, pet = ce / num_targets, pet / max(num_triples, 1)
+            loss = ce + pet_weight * pet if pet_weight else ce
+            if not (math.isfinite(loss + norm) or scaler.is_enabled()):
+                rows = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
+                raise NonFiniteStep(f"step {step}: loss {loss}, gradient norm {norm}, first seen in rows {rows}")
+            scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - started
+
+            # ---- watch
+            logits_saver.after_step(step)
+            evaluated = eval_batches and training.eval_steps and step % training.eval_steps == 0
+            eval_loss = evaluate(model, eval_batches, autocast) if evaluated else None
+            metrics.after_step(
+                step,
+                {"epoch": epoch, "loss": loss, "ce": ce, "pet": pet, "pet_weight": pet_weight, "lr": lr}
+                | {"grad_norm": norm, "gate_error": gate_error, "num_targets": num_targets, "num_tokens": num_tokens}
+                | {"seconds": seconds, "eval_loss": eval_loss, **logits_saver.figures()},
+            )
+            checkpoints.after_step(step)
+    print(logits_saver.summary())
+    print(f"{output_dir}: adapter and state in checkpoints/, one line a step in metrics.jsonl, settings in config.toml")
+    return 128 + signals.received if signals.received else 0
+
+
+def forward(model: Model, batch: Batch, pet_weight: float, huber_delta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One micro-batch: hidden [batch, seq, hidden_size], CE summed over its targets, PET summed over its triples."""
+    hidden = hidden_states(model, batch)
+    ce = ce_sum(hidden, head_weight(model), batch.targets)
+    with torch.set_grad_enabled(pet_weight > 0):  # 0 times an infinite PET would be NaN
+        pet = pet_sum(hidden, batch.attention_mask, huber_delta)
+    return hidden, ce, pet
+
+
+def keep_evidence(
+    model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
+) -> list[int]:
+    """Save the logits of the first micro-batch whose loss is not finite, else of the last one; return its rows."""
+    for batch, hidden, ce in score(model, batches, autocast):
+        if not math.isfinite(ce.item()):
+            break
+    logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, force=True)
+    logits_saver.after_step(step)
+    rows: list[int] = batch.sample_ids.tolist()
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
+    options = parser.parse_args(arguments)
+    try:
+        return train(load_config(options.config, options.overrides), parallel.start())
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteStep, CheckpointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        parallel.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
