@@ -26,14 +26,14 @@ from torch.nn.utils import clip_grad_norm_
 from so8t import parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
 from so8t.config import Config, InputError, load_config
-from so8t.data import Batch, TrainingBatches, derive_seed, fixed_batches, load_dataset
-from so8t.evaluate import evaluate, score
+from so8t.data import Batch, TrainingBatches, count, derive_seed, fixed_batches, load_dataset
+from so8t.evaluate import Validation, score
 from so8t.gates import orthogonality_error
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.losses import ce_sum, pet_sum
 from so8t.metrics import Metrics
 from so8t.model import Model, describe, head_weight, hidden_states, load_model, load_model_config, load_tokenizer
-from so8t.optim import make_optimizer, set_learning_rate
+from so8t.optim import make_amp, make_optimizer, set_learning_rate
 from so8t.schedule import lr_at, pet_weight_at
 from so8t.signals import StopSignals
 
@@ -59,10 +59,10 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
     print(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
     state = load_training_state(checkpoint, dataset.fingerprint())
-    output_dir = make_output_dir(config)
-    max_tokens = rows_per_batch * dataset.longest
-    probe_tokens = sum(batch.input_ids.numel() for batch in probe_batches)
-    print(plan_logits(training, model_config.vocab_size, max_tokens, total_steps, output_dir, config.model.dtype))
+    output_dir = make_output_dir(config, ranks.is_main)
+    max_tokens, probe_tokens = rows_per_batch * dataset.longest, sum(batch.input_ids.numel() for batch in probe_batches)
+    sizes = model_config.vocab_size, max_tokens, probe_tokens
+    print(plan_logits(training, *sizes, total_steps, output_dir, config.model.dtype))
 
     # ---- the model, and what trains it
     tables = config.model, config.quantization, config.qlora, config.so8t
@@ -71,20 +71,17 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     print(describe(model))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, training)
-    scaler = torch.amp.GradScaler(device.type, enabled=training.fp16)  # disabled, each of its calls does nothing
-    autocast_dtype = torch.float16 if training.fp16 else torch.bfloat16
-    autocast = torch.autocast(device.type, autocast_dtype, enabled=training.fp16 or training.bf16)
+    autocast, scaler = make_amp(training, device)
     first_step = 1
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_step = state["step"] + 1
-        print(f"resuming {checkpoint}")
+        print(f"resuming from {checkpoint}: step {state['step']} of {total_steps} is done")
 
     # ---- the watchers: they read, they never steer
-    checkpoints = Checkpoints(
-        config, total_steps, model, tokenizer, optimizer, scaler, dataset.fingerprint(), ranks.is_main
-    )
+    checkpoints = Checkpoints(config, total_steps, dataset.fingerprint(), ranks.is_main)
+    validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
     logits_config = replace(training, save_logits=training.save_logits and ranks.is_main)
     with (
         StopSignals() as signals,
@@ -98,78 +95,84 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
 
             # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
             micro_batches = data.micro_batches(step)[ranks.rank :: ranks.world_size]
-            counts = torch.tensor([batch.counts for batch in micro_batches]).reshape(-1, 3).sum(dim=0)
-            num_targets, num_triples, num_tokens = parallel.all_sum(counts).tolist()
-            if parallel.any_rank(signals.received is not None):
-                checkpoints.save(step - 1)
-                break
+            num_targets, num_triples, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
 
-            # ---- forward and backward; what is added up stays on the device
+            # forward and backward; what is summed up stays on the device
             sums = torch.zeros(2, device=device)
             for index, batch in enumerate(micro_batches):
                 torch.manual_seed(derive_seed(seed, "dropout", step, index, ranks.rank))
-                with autocast:
-                    hidden, batch_ce, batch_pet = forward(model, batch, pet_weight, config.pet.huber_delta)
-                if batch is micro_batches[-1]:
-                    logits_saver.capture(step, epoch, batch, hidden, head_weight(model), batch_ce)
+                hidden, ce, pet = forward(model, batch, autocast, pet_weight, config.pet.huber_delta)
+                is_last = batch is micro_batches[-1]
+                logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, is_last=is_last)
                 del hidden  # from here on only autograd may keep it
-                scaler.scale(batch_ce / num_targets + pet_weight * batch_pet / max(num_triples, 1)).backward()
-                sums += torch.stack((batch_ce, batch_pet)).detach()
-            for batch, hidden, batch_ce in score(model, probe_batches if logits_saver.is_due(step) else [], autocast):
-                logits_saver.capture(step, epoch, batch, hidden, head_weight(model), batch_ce, kind="probe")
+                scaler.scale(ce / num_targets + pet_weight * pet / num_triples).backward()
+                sums += torch.stack((ce, pet)).detach()
+            for batch, hidden, ce in score(model, probe_batches if logits_saver.is_due(step) else [], autocast):
+                logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, kind="probe")
 
-            # ---- one update, by finite numbers only
+            # one update, by finite numbers only
             parallel.sum_gradients(trainable)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(trainable, training.max_grad_norm or math.inf)
-            figures = torch.stack((*parallel.all_sum(sums), grad_norm, orthogonality_error(model)))
-            ce, pet, norm, gate_error = figures.tolist()  # sync
-            ce, pet = ce / num_targets, pet / max(num_triples, 1)
-            loss = ce + pet_weight * pet if pet_weight else ce
-            if not (math.isfinite(loss + norm) or scaler.is_enabled()):
-                rows = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
-                raise NonFiniteStep(f"step {step}: loss {loss}, gradient norm {norm}, first seen in rows {rows}")
+            measured = torch.stack((*parallel.all_sum(sums), grad_norm, orthogonality_error(model))).tolist()  # sync
+            figures = step_figures(measured, num_targets, num_triples, pet_weight)
+            if not (math.isfinite(figures["loss"] + figures["grad_norm"]) or scaler.is_enabled()):
+                sample_ids = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
+                rows = ", ".join(dataset.places[sample_id] for sample_id in sample_ids)
+                raise NonFiniteStep(f"step {step} is not finite: {figures}, first seen in the rows {rows}")
             scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            seconds = time.perf_counter() - started
+            figures |= {"epoch": epoch, "lr": lr, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
 
-            # ---- watch
+            # watch
             logits_saver.after_step(step)
-            evaluated = eval_batches and training.eval_steps and step % training.eval_steps == 0
-            eval_loss = evaluate(model, eval_batches, autocast) if evaluated else None
-            metrics.after_step(
-                step,
-                {"epoch": epoch, "loss": loss, "ce": ce, "pet": pet, "pet_weight": pet_weight, "lr": lr}
-                | {"grad_norm": norm, "gate_error": gate_error, "num_targets": num_targets, "num_tokens": num_tokens}
-                | {"seconds": seconds, "eval_loss": eval_loss, **logits_saver.figures()},
-            )
-            checkpoints.after_step(step)
+            metrics.after_step(step, figures | validation.after_step(step, model) | logits_saver.figures())
+            stop = parallel.any_rank(signals.received is not None)
+            if stop or checkpoints.is_due(step):
+                logits_saver.flush()  # a run that resumes from the checkpoint does not save the steps before it again
+                checkpoints.save(step, model, tokenizer, optimizer, scaler)
+            if stop:
+                break
+    print(metrics.summary())
     print(logits_saver.summary())
-    print(f"{output_dir}: adapter and state in checkpoints/, one line a step in metrics.jsonl, settings in config.toml")
+    print(checkpoints.summary())
     return 128 + signals.received if signals.received else 0
 
 
-def forward(model: Model, batch: Batch, pet_weight: float, huber_delta: float) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    model: Model, batch: Batch, autocast: torch.autocast, pet_weight: float, huber_delta: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """One micro-batch: hidden [batch, seq, hidden_size], CE summed over its targets, PET summed over its triples."""
-    hidden = hidden_states(model, batch)
-    ce = ce_sum(hidden, head_weight(model), batch.targets)
-    with torch.set_grad_enabled(pet_weight > 0):  # 0 times an infinite PET would be NaN
-        pet = pet_sum(hidden, batch.attention_mask, huber_delta)
+    with autocast:
+        hidden = hidden_states(model, batch)
+        ce = ce_sum(hidden, head_weight(model), batch.targets)
+        with torch.set_grad_enabled(pet_weight > 0):  # 0 times the gradient of an infinite PET would be NaN
+            pet = pet_sum(hidden, batch.attention_mask, huber_delta)
     return hidden, ce, pet
+
+
+def step_figures(measured: Sequence[float], num_targets: int, num_triples: int, pet_weight: float) -> dict[str, float]:
+    """What a step's sums over tokens come to: the CE a target, the PET a triple, and the loss they make up."""
+    ce_total, pet_total, grad_norm, gate_error = measured
+    ce, pet = ce_total / num_targets, pet_total / num_triples
+    loss = ce + pet_weight * pet if pet_weight else ce
+    names = "loss", "ce", "pet", "pet_weight", "grad_norm", "gate_error", "num_targets"
+    return dict(zip(names, (loss, ce, pet, pet_weight, grad_norm, gate_error, num_targets), strict=True))
 
 
 def keep_evidence(
     model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
 ) -> list[int]:
-    """Save the logits of the first micro-batch whose loss is not finite, else of the last one; return its rows."""
+    """Save the logits of the first micro-batch whose CE is not finite, else of the last; return its sample_ids."""
+    sample_ids: list[int] = []
     for batch, hidden, ce in score(model, batches, autocast):
+        logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, force=True)
+        sample_ids = batch.sample_ids.tolist()
         if not math.isfinite(ce.item()):
             break
-    logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, force=True)
     logits_saver.after_step(step)
-    rows: list[int] = batch.sample_ids.tolist()
-    return rows
+    return sample_ids
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteStep, CheckpointError) as error:
+    except (NonFiniteStep, CheckpointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from so8t.config import Config, InputError, TrainingConfig, changed_keys, load_config, to_toml
+from so8t.config import Config, InputError, changed_keys, load_config, to_toml
 from so8t.files import atomic_folder, atomic_write, delete_folder, sweep_temporaries
 from so8t.model import Model, save_model
 
@@ -33,11 +33,15 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def make_output_dir(config: Config) -> Path:
-    """Create training.output_dir and write the resolved config into it."""
+def make_output_dir(config: Config, is_main: bool) -> Path:
+    """Create training.output_dir, swept of a killed run's leftovers, with the resolved config in it."""
     output_dir = Path(config.training.output_dir)
+    if not is_main:
+        return output_dir
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for folder in (output_dir, output_dir / "checkpoints"):
+            sweep_temporaries(folder)
         with atomic_write(output_dir / CONFIG_FILE) as file:
             file.write(to_toml(config).encode())
     except OSError as error:
@@ -83,7 +87,7 @@ def find_checkpoint(config: Config) -> Path | None:
 
 
 def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[str, Any] | None:
-    """What training_state.pt holds: step, optimizer, scaler. Raises InputError if the rows are not the same any more."""
+    """What training_state.pt holds: step, optimizer, scaler. Raises InputError if the rows are no longer the same."""
     if checkpoint is None:
         return None
     state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu")
@@ -105,42 +109,40 @@ class Checkpoints:
         self,
         config: Config,
         total_steps: int,
+        data_fingerprint: str,
+        is_main: bool,
+    ) -> None:
+        self._config = config
+        self._total_steps = total_steps
+        self._data_fingerprint = data_fingerprint
+        self._is_main = is_main
+        self._output_dir = Path(config.training.output_dir)
+
+    def is_due(self, step: int) -> bool:
+        save_steps = self._config.training.save_steps
+        return step == self._total_steps or (save_steps > 0 and step % save_steps == 0)
+
+    def save(
+        self,
+        step: int,
         model: Model,
         tokenizer: Any,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        data_fingerprint: str,
-        is_main: bool,
     ) -> None:
-        self._is_main = is_main
-        self._config, self._total_steps = config, total_steps
-        self._model, self._tokenizer = model, tokenizer
-        self._optimizer, self._scaler = optimizer, scaler
-        self._data_fingerprint = data_fingerprint
-        self._output_dir = Path(config.training.output_dir)
-        if is_main:
-            (self._output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            sweep_temporaries(self._output_dir / "checkpoints")
-
-    def after_step(self, step: int) -> None:
-        save_steps = self._config.training.save_steps
-        if step == self._total_steps or (save_steps and step % save_steps == 0):
-            self.save(step)
-
-    def save(self, step: int) -> None:
         """Write the state after `step`; raises CheckpointError and leaves the older checkpoints as they are."""
         if not self._is_main:
             return
         folder = self._output_dir / "checkpoints" / f"step_{step:06d}"
         state = {
             "step": step,
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
             "data_fingerprint": self._data_fingerprint,
         }
         try:
             with atomic_folder(folder) as temporary:
-                save_model(self._model, self._tokenizer, temporary)
+                save_model(model, tokenizer, temporary)
                 with atomic_write(temporary / CONFIG_FILE) as file:
                     file.write(to_toml(self._config).encode())
                 with atomic_write(temporary / STATE_FILE) as file:
@@ -149,10 +151,17 @@ class Checkpoints:
             older = checkpoint_folders(self._output_dir)
             kept = f"the last good one is {older[-1]}" if older else "there is no older one"
             raise CheckpointError(f"the checkpoint {folder} could not be written ({error}); {kept}") from error
-        self._rotate()
+        self._rotate(step)
 
-    def _rotate(self) -> None:
+    def summary(self) -> str:
+        """The run's closing line."""
+        newest = checkpoint_folders(self._output_dir)[-1:]
+        return "\n".join(f"the trained weights, with all that resuming needs, are in {folder}" for folder in newest)
+
+    def _rotate(self, step: int) -> None:
+        folders = checkpoint_folders(self._output_dir)
+        abandoned = [folder for folder in folders if step_of(folder) > step]  # by a run resumed from an older one
+        kept = folders[: len(folders) - len(abandoned)]
         limit = self._config.training.save_total_limit
-        if limit:
-            for folder in checkpoint_folders(self._output_dir)[:-limit]:
-                delete_folder(folder)
+        for folder in abandoned + (kept[:-limit] if limit else []):
+            delete_folder(folder)

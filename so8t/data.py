@@ -69,6 +69,7 @@ class Dataset:
 
     rows: list[Row]
     bad_rows: list[str]  # one sentence each, beginning with file:line
+    places: list[str]  # file:line of every row, bad ones included, so that a sample_id is an index
 
     @property
     def longest(self) -> int:
@@ -89,7 +90,7 @@ class Dataset:
         return (
             f"{len(self.rows)} rows, {tokens} tokens ({answers} of them answers), longest row {self.longest}"
             + (f"; {cut} lost the start of their prompt to max_seq_length" if cut else "")
-            + (f"; {len(self.bad_rows)} bad rows skipped" if self.bad_rows else "")
+            + (f"; {len(self.bad_rows)} bad rows skipped, the first is {self.bad_rows[0]}" if self.bad_rows else "")
         )
 
 
@@ -116,7 +117,7 @@ def load_dataset(key: str, patterns: Sequence[str], tokenizer: Any, config: Data
         raise InputError(f'{bad_rows[0]}{more}; correct it, or set data.on_bad_row = "skip"')
     if not rows:
         raise InputError(f"{key}: no usable row in {', '.join(patterns)}")
-    return Dataset(rows, bad_rows)
+    return Dataset(rows, bad_rows, [place for place, _ in lines])
 
 
 def _read_lines(key: str, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]]:
@@ -182,13 +183,13 @@ def _chat_messages(messages: Any) -> list[Message]:
 def encode_row(messages: list[Message], tokenizer: Any, max_seq_length: int, sample_id: int) -> Row:
     """Tokenize a conversation once and label every token by where its text stands.
 
-    Labels are the assistant's turns: the text and the end-of-turn token after it. A row longer than max_seq_length loses
-    tokens from the start of its prompt, never from its last answer. Raises BadRow.
+    Labels are the assistant's turns: the text and the end-of-turn token after it. A row longer than max_seq_length
+    loses tokens from the start of its prompt, never from its last answer. Raises BadRow.
     """
     text = _apply_template(messages, tokenizer)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids = torch.tensor(encoding["input_ids"], dtype=torch.int32)
-    starts = torch.tensor([start for start, _ in encoding["offset_mapping"]])
+    starts, ends = torch.tensor(encoding["offset_mapping"]).reshape(-1, 2).unbind(1)
     is_marker = torch.isin(input_ids, torch.tensor(list(tokenizer.added_tokens_decoder), dtype=torch.int32))
     is_answer = torch.zeros(len(input_ids), dtype=torch.bool)
     sections = torch.full((len(input_ids),), SECTIONS.index("prompt"), dtype=torch.uint8)
@@ -203,20 +204,26 @@ def encode_row(messages: list[Message], tokenizer: Any, max_seq_length: int, sam
             raise BadRow("the model's chat template rewrites the conversation, so its answers cannot be found in it")
         content_end = content_start + len(content)
         # the turn's end token is a label too, or the model would never learn to stop
-        end_markers = (is_marker & (starts >= content_end)).nonzero()
-        token_end = int(end_markers[0]) + 1 if len(end_markers) else len(input_ids)
-        in_answer = starts >= len(prompt)
+        markers = (is_marker & (starts >= content_end)).nonzero().flatten().tolist()
+        if markers and not text[content_end : starts[markers[0]]].strip():
+            token_end = markers[0] + 1
+        elif turn == len(messages) - 1:
+            token_end = len(input_ids)
+        else:  # a template without such a token: what follows is the next turn
+            token_end = int((starts < content_end).sum())
+        # its first token may begin before it, with the space that ends the prompt
+        in_answer = (starts >= len(prompt)) | (ends > content_start)
         in_answer[token_end:] = False
         is_answer |= in_answer
         sections[in_answer] = SECTIONS.index("answer")
         for name, (start, end) in _part_spans(content).items():
-            in_part = (starts >= content_start + start) & (starts < content_start + end)
+            in_part = (ends > content_start + start) & (starts < content_start + end)
             sections[in_part] = SECTIONS.index(name)
         answer_start = int(in_answer.nonzero()[0])
-        answer_length = token_end - answer_start
     too_long = len(input_ids) - max_seq_length
     if too_long >= answer_start:  # at least one token must stay before the answer, to predict its first one
-        raise BadRow(f"the answer alone has {answer_length} tokens, data.max_seq_length is {max_seq_length}")
+        needed = len(input_ids) - answer_start + 1
+        raise BadRow(f"the answer needs {needed} tokens, data.max_seq_length is {max_seq_length}")
     kept = slice(max(too_long, 0), None)
     return Row(input_ids[kept].clone(), is_answer[kept].clone(), sections[kept].clone(), sample_id, too_long > 0)
 
@@ -240,7 +247,7 @@ def _part_spans(content: str) -> dict[str, tuple[int, int]]:
 
 
 def collate(rows: Sequence[Row], length: int = 0) -> Batch:
-    """Pad rows at the end to the longest of them (or to `length`); shift the labels once, so that targets align with logits."""
+    """Pad rows at the end to the longest of them (or to `length`); shift the labels once, to align with the logits."""
     lengths = [len(row.input_ids) for row in rows]
     shape = (len(rows), max(length, *lengths))
     input_ids = torch.zeros(shape, dtype=torch.int64)  # which token pads does not matter: the mask hides it
@@ -262,6 +269,11 @@ def collate(rows: Sequence[Row], length: int = 0) -> Batch:
 def split(rows: Sequence[Row], rows_per_batch: int, length: int = 0) -> list[Batch]:
     """Rows in their order as batches of `rows_per_batch`, the last one smaller if need be."""
     return [collate(rows[start : start + rows_per_batch], length) for start in range(0, len(rows), rows_per_batch)]
+
+
+def count(batches: Sequence[Batch]) -> Tensor:
+    """[3] what a step adds up before it begins, over its micro-batches: targets, triples, real tokens."""
+    return torch.tensor([batch.counts for batch in batches], dtype=torch.int64).reshape(-1, 3).sum(dim=0)
 
 
 def fixed_batches(
@@ -288,7 +300,7 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """Which rows a step trains on: every row once an epoch, shuffled by (seed, epoch); the last step takes what is left."""
+    """Which rows a step trains on: every row once an epoch, in an order of (seed, epoch); the last step has less."""
 
     rows: Sequence[Row]
     rows_per_micro_batch: int

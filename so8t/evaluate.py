@@ -1,6 +1,7 @@
 """Scoring rows without training on them: validation, the probe, and the evidence of a step that failed."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,3 +29,18 @@ def evaluate(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -
     """Mean CE over all targets of `batches`."""
     total = torch.stack([ce for _, _, ce in score(model, batches, autocast)]).sum()
     return float(total) / sum(batch.num_targets for batch in batches)  # sync
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The mean loss of `data.eval_data`, every eval_steps and after the last step; 0 = never."""
+
+    batches: Sequence[Batch]
+    eval_steps: int
+    total_steps: int
+    autocast: torch.autocast
+
+    def after_step(self, step: int, model: Model) -> dict[str, float]:
+        """{"eval_loss": ..} on a due step, else nothing."""
+        is_due = self.eval_steps and (step % self.eval_steps == 0 or step == self.total_steps)
+        return {"eval_loss": evaluate(model, self.batches, self.autocast)} if self.batches and is_due else {}

@@ -1,5 +1,6 @@
 """The one way anything reaches disk: a temporary name in the same folder, fsync, rename."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,27 +41,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for child in temporary.rglob("*"):
             _fsync(child)
         _fsync(temporary)
-        if path.exists():  # a folder that is not empty cannot be replaced in one call
-            delete_folder(path)
+        # a folder that is not empty cannot be replaced in one call, and deleting it takes long: the new one comes first
+        older = _set_aside(path) if path.exists() else None
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync(path.parent)
+    if older is not None:
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def delete_folder(path: Path) -> None:
     """Delete a folder so that a kill never leaves half of it under its own name."""
-    doomed = path.with_name(f"{path.name}.deleted{TEMPORARY_SUFFIX}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(_set_aside(path))
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append `line` to a log in one write, so that a kill leaves whole lines only."""
+    """Append `line` to a log in one write, so that a kill or a full disk leaves whole lines only."""
+    data = line.encode() + b"\n"
     with path.open("ab", buffering=0) as file:
-        file.write(line.encode() + b"\n")
+        end = file.tell()
+        if file.write(data) < len(data):  # what a disk does that is almost full
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def sweep_temporaries(folder: Path) -> None:
@@ -70,6 +74,14 @@ def sweep_temporaries(folder: Path) -> None:
             shutil.rmtree(stale)
         else:
             stale.unlink()
+
+
+def _set_aside(folder: Path) -> Path:
+    """Give a folder that is to be deleted a temporary name."""
+    doomed = folder.with_name(f"{folder.name}.deleted{TEMPORARY_SUFFIX}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    return doomed
 
 
 def _temporary_name(path: Path) -> Path:

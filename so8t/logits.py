@@ -75,16 +75,17 @@ class LogitsSaver:
         head_weight: Tensor,
         ce: Tensor,
         *,
+        is_last: bool = True,
         kind: Kind = "logits",
         force: bool = False,
     ) -> None:
-        """Score a micro-batch into host memory, if `step` is due or if forced.
+        """Score a micro-batch into host memory, if it is the step's last one and `step` is due, or if forced.
 
         hidden: [batch, seq, hidden_size], after the final norm; head_weight: [vocabulary, hidden_size]; ce: 0-dim,
         cross-entropy summed over the batch's targets. A second call in a step replaces the first; but the batches of a
         "probe", all padded to one length, are stacked. No tensor of the device is kept.
         """
-        if not (self.is_due(step) or (force and self.enabled)):
+        if not ((is_last and self.is_due(step)) or (force and self.enabled)):
             return
         if kind == "probe" and step == self._given_up_probe:
             return

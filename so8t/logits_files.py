@@ -115,14 +115,14 @@ def plan_logits(
     training: TrainingConfig,
     vocab_size: int,
     max_tokens: int,
+    probe_tokens: int,
     total_steps: int,
     output_dir: Path,
     dtype: str,
-    probe_tokens: int = 0,
 ) -> str:
     """One line: bytes a file, files kept, bytes in all, free space. Raises InputError if they cannot fit.
 
-    max_tokens: of a micro-batch, padding included; dtype: of the weights; probe_tokens: of all rows of the probe.
+    max_tokens: of a micro-batch, padding included; probe_tokens: of all rows of the probe; dtype: of the weights.
     """
     if not training.save_logits:
         return "logits: not saved"

@@ -12,7 +12,7 @@ CHUNK_ROWS = 128  # rows of logits alive at once: 128 x 32064 in float32 is 16 M
 
 
 def head_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
-    """The dtype in which the head multiplies here, as `F.linear` would: autocast's where it is on, else the weight's."""
+    """The dtype in which the head multiplies here, as in `F.linear`: autocast's where it is on, else the weight's."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -31,7 +31,7 @@ def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
     kept_hidden = hidden.flatten(0, 1).index_select(0, rows.to(hidden.device, non_blocking=True))
     if not torch.is_grad_enabled():  # autograd.Function asks the tensors, not the mode, whether a gradient is wanted
         head_weight = head_weight.detach()
-    loss: Tensor = _ChunkedCrossEntropy.apply(kept_hidden, head_weight, kept_targets)
+    loss: Tensor = _ChunkedCrossEntropy.apply(kept_hidden, head_weight, kept_targets)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -81,8 +81,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def pet_sum(hidden: Tensor, attention_mask: Tensor | None, huber_delta: float = 0.0) -> Tensor:
     """PET: how much `hidden` bends along the sequence, summed over its triples of neighbouring real tokens.
 
-    hidden: [batch, seq, hidden_size]; attention_mask: [batch, seq], 1 = real token, None = all are real. A triple counts the
-    mean over hidden_size of the squared second difference h[t+2] - 2 h[t+1] + h[t], in float32. With
+    hidden: [batch, seq, hidden_size]; attention_mask: [batch, seq], 1 = real token, None = all are real. A triple
+    counts the mean over hidden_size of the squared second difference h[t+2] - 2 h[t+1] + h[t], in float32. With
     `huber_delta` > 0 that square goes on as a straight line beyond |difference| = huber_delta (Huber 1964, times
     two, so that both forms agree below it). Divide by the number of triples of the whole step.
     """

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ class Metrics:
             kept = [record for record in read_metrics(self._path) if record["step"] < first_step]
             with atomic_write(self._path) as file:
                 file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
+        self._first: dict[str, float] = {}  # records of this process's first and last step
+        self._last: dict[str, float] = {}
+        self._tokens = self._seconds = 0.0
         self._board = _tensorboard(folder) if is_main and config.report_to == "tensorboard" else None
         self._progress = tqdm(
             total=total_steps,
@@ -46,35 +50,53 @@ class Metrics:
             disable=not is_main,
         )
 
+    def summary(self) -> str:
+        """The run's closing line."""
+        if not self._first:
+            return f"{self._path.parent}: nothing was left to train"
+        first, last = self._first, self._last
+        return (
+            f"loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}, "
+            f"{self._tokens / self._seconds:.0f} tokens/s, peak memory {last['peak_memory_bytes'] / 2**30:.2f} GiB; "
+            f"every step is in {self._path}"
+        )
+
     def close(self) -> None:
         self._progress.close()
         if self._board is not None:
             self._board.close()
 
-    def after_step(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Record the step: `values`, tokens_per_sec, peak_memory_bytes. None is left out, inf and NaN become null.
+    def after_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the step: `values`, tokens_per_sec, peak_memory_bytes. inf and NaN become null.
 
         `values` has at least loss, lr, num_tokens and seconds.
         """
         if not self._is_main:
             return
-        present = {name: value for name, value in values.items() if value is not None}
-        speed, peak = present["num_tokens"] / present["seconds"], peak_memory_bytes(self._device)
-        record = {"step": step, **present, "tokens_per_sec": speed, "peak_memory_bytes": peak}
+        speed, peak = values["num_tokens"] / values["seconds"], peak_memory_bytes(self._device)
+        record = {"step": step, **values, "tokens_per_sec": speed, "peak_memory_bytes": peak}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         append_line(self._path, json.dumps(finite))
+        self._first, self._last = self._first or record, record
+        self._tokens += values["num_tokens"]
+        self._seconds += values["seconds"]
         if self._board is not None:
             for name, value in record.items():
                 self._board.add_scalar(name, value, step)
         self._progress.update()
         if step % self._logging_steps == 0:
             self._progress.set_postfix_str(
-                f"loss {present['loss']:.4f}, lr {present['lr']:.2e}, {speed:.0f} tokens/s, peak {peak / 2**30:.2f} GiB"
+                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed:.0f} tokens/s, peak {peak / 2**30:.2f} GiB"
             )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """One dict a step. A line that a full disk or a power cut left half-written is passed over."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -91,6 +113,6 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError(
-            'training.report_to is "tensorboard", which is not installed: run pip install tensorboard, or set it to "none"'
+            'training.report_to is "tensorboard", which is not installed: pip install tensorboard, or set it to "none"'
         ) from error
     return SummaryWriter(str(folder / "tensorboard"))

@@ -7,6 +7,7 @@ import bitsandbytes
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
@@ -33,7 +34,7 @@ def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
         raise InputError(_not_a_model(config, error)) from error
     if not tokenizer.is_fast:
         raise InputError(
-            f"model.base_model: the tokenizer of {config.base_model} gives no character offsets, which the labels need; "
+            f"model.base_model: the tokenizer of {config.base_model} gives no character offsets, which labels need; "
             "use a model with a tokenizer.json"
         )
     if len(tokenizer) > vocab_size:
@@ -89,10 +90,6 @@ def _load_base(
 ) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
-    model: PreTrainedModel
-    if config.from_scratch and checkpoint is None:
-        model = AutoModelForCausalLM.from_config(load_model_config(config), **options).to(device)
-        return model.eval()
     if quantization.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -102,12 +99,16 @@ def _load_base(
         )
     elif quantization.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    model: PreTrainedModel
     try:
+        if config.from_scratch and checkpoint is None:
+            model = AutoModelForCausalLM.from_config(load_model_config(config), trust_remote_code=False, **options)
+            return model.to(device).eval()
         # the device map quantizes every weight as it is read: the whole model is never there unquantized
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint or config.base_model, device_map={"": device}, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(_not_a_model(config, error)) from error
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -118,12 +119,17 @@ def _load_base(
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """Refuse heads that do more than multiply (bias, scale, soft cap): the loss is computed from the head's weight alone."""
+    """Refuse heads that do more than multiply (bias, scale, soft cap): the loss knows the head's weight alone."""
     input_ids = torch.arange(8, device=model.device)[None]
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    head, weight = model.get_output_embeddings(), head_weight(model)
+    # the logits of random weights are too small for a cap to show
+    enlarging = head.register_forward_hook(lambda module, args, output: 1024 * output)
     logits = model(input_ids=input_ids, use_cache=False).logits
-    weight = head_weight(model)
-    if not torch.allclose(F.linear(hidden.to(weight.dtype), weight).float(), logits.float(), rtol=1e-3, atol=1e-4):
+    enlarging.remove()
+    expected = 1024 * F.linear(hidden.to(weight.dtype), weight)
+    has_bias = getattr(head, "bias", None) is not None  # one of zeros does not show either
+    if has_bias or not torch.allclose(expected.float(), logits.float(), rtol=1e-3, atol=1e-4):
         raise InputError(
             f"model.base_model: the head of {name} is not a plain matrix (it has a bias, a scale or a cap on its "
             "logits); the chunked loss would be wrong for it, so use another model"
@@ -197,7 +203,7 @@ def _num_elements(parameter: nn.Parameter) -> int:
 
 
 def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
-    """Write a plain PEFT adapter folder, or a plain Hugging Face model folder without LoRA; the gates stand beside it."""
+    """Write a plain PEFT adapter folder, or without LoRA a plain Hugging Face model folder; the gates stand beside."""
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:

@@ -1,4 +1,4 @@
-"""The optimizer: which parameters decay, and in how many bits their states are kept. Never a silent fallback."""
+"""The optimizer and its precision: which parameters decay, how many bits a state has. Never a silent fallback."""
 
 import warnings
 from typing import Any
@@ -39,6 +39,18 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         optimizer = bitsandbytes.optim.PagedAdamW8bit(groups, lr=config.learning_rate)
     return optimizer
+
+
+def make_amp(config: TrainingConfig, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    """Autocast to bfloat16 or float16, and float16's gradient scaler. What is off does nothing."""
+    if device.type == "cpu" and (config.bf16 or config.fp16) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print(
+            "amp: this CPU has no 16-bit arithmetic and emulates it, 10 to 20 times slower than float32; "
+            'set training.bf16 and fp16 to false and model.dtype to "float32"'
+        )
+    dtype = torch.float16 if config.fp16 else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype, enabled=config.fp16 or config.bf16)
+    return autocast, torch.amp.GradScaler(device.type, enabled=config.fp16)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

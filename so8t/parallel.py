@@ -1,6 +1,7 @@
 """torchrun: this process's rank, and sums over all ranks. Every call is a no-op on one process."""
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ def start() -> Ranks:
     else:
         device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device)
+    if rank > 0:  # one voice is enough
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if world_size > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else None)
     return Ranks(rank, world_size, device)

@@ -574,7 +574,7 @@ def test_figures_hold_totals_and_what_is_new(tmp_path: Path) -> None:
 def test_plan_names_sizes_that_bound_what_is_written(tmp_path: Path) -> None:
     for index, keys in enumerate(({}, {"form": "topk"}, {"positions": "labels"}, {"dtype": "bf16"})):
         output_dir = tmp_path / str(index)
-        line = plan_logits(settings(**keys), VOCAB, 2400, 100, output_dir, "float32")
+        line = plan_logits(settings(**keys), VOCAB, 2400, 0, 100, output_dir, "float32")
         saver = make_saver(output_dir, **keys)
         capture(saver, 1, make_case(length=1200))
         saver.after_step(1)
@@ -589,21 +589,21 @@ def test_plan_names_sizes_that_bound_what_is_written(tmp_path: Path) -> None:
 
 def test_plan_counts_the_probe_and_the_files_kept_for_ever(tmp_path: Path) -> None:
     training = settings(steps=10, max_files=4, keep_every=5)
-    line = plan_logits(training, 32064, 1024, 1000, tmp_path, "bfloat16", probe_tokens=4096)
+    line = plan_logits(training, 32064, 1024, 4096, 1000, tmp_path, "bfloat16")
     assert "every 10 steps up to 62.7 MiB + 250.7 MiB, 48 files kept" in line
     not_saving = replace(training, save_logits=False)
-    assert plan_logits(not_saving, 1, 1, 1, tmp_path, "float32") == "logits: not saved"
+    assert plan_logits(not_saving, 1, 1, 0, 1, tmp_path, "float32") == "logits: not saved"
 
 
 def test_plan_refuses_what_cannot_fit(tmp_path: Path, small_disk: Path) -> None:
     with pytest.raises(InputError, match=r"training.save_logits: 1000 files take up to \d+.* has room for 8.0 MiB"):
-        plan_logits(settings(max_files=0), VOCAB, 2400, 1000, small_disk, "float32")
+        plan_logits(settings(max_files=0), VOCAB, 2400, 0, 1000, small_disk, "float32")
     with pytest.raises(InputError, match=r"training.save_logits_max_gib: a file of logits takes up to 1.0 MiB"):
-        plan_logits(settings(max_gib=1e-6), VOCAB, 2400, 1000, tmp_path, "float32")
+        plan_logits(settings(max_gib=1e-6), VOCAB, 2400, 0, 1000, tmp_path, "float32")
 
 
 def test_plan_counts_the_files_of_the_run_it_resumes_as_room(small_disk: Path) -> None:
-    plan = (settings(max_files=6), VOCAB, 2400, 1000, small_disk, "float32")
+    plan = (settings(max_files=6), VOCAB, 2400, 0, 1000, small_disk, "float32")
     plan_logits(*plan)
     saver = make_saver(small_disk, max_files=6)
     for step in range(1, 8):

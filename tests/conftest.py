@@ -1,0 +1,28 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Both are read when torch and transformers are imported, by the tests and by the processes that they start.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# on tensors this small, threads that wait for one another on a busy machine cost a hundred times the work
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# the imports are in the fixtures because they take seconds, which a test of the configuration need not wait for
+
+
+@pytest.fixture(scope="session")
+def base_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of tiny models, by the names that model_cases gives them."""
+    from model_cases import save_base_models
+
+    return save_base_models(tmp_path_factory.mktemp("base_models"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained("so8t/demo")

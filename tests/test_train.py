@@ -1,0 +1,504 @@
+"""The whole job as a user runs it: `train.main` on a tiny model, or the real command where a process or signal counts."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+
+import train
+from so8t.config import DataConfig, load_config
+from so8t.data import TrainingBatches, load_dataset
+from so8t.logits import read_logits
+from so8t.metrics import read_metrics
+
+SAMPLE = Path("so8t/demo/sample.jsonl")
+
+# three epochs of three steps, the last step of an epoch has one micro-batch; four-part rows of unequal length
+CONFIG = """
+[model]
+base_model = "{base}"
+dtype = "float32"
+[so8t]
+init_scale = 0.05
+[qlora]
+r = 4
+lora_dropout = 0.1
+target_modules = ["qkv_proj", "o_proj"]
+[data]
+train_data = "{rows}"
+[training]
+output_dir = "{output_dir}"
+num_train_epochs = 3
+per_device_train_batch_size = 2
+gradient_accumulation_steps = 2
+learning_rate = 0.01
+bf16 = false
+optim = "adamw_8bit"
+save_steps = 2
+save_logits = true
+save_logits_steps = 2
+save_logits_max_files = 2
+"""
+STEPS = 9
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 1, "eos_token_id": 0}
+    Phi3ForCausalLM(Phi3Config(**sizes, **heads, bos_token_id=None)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(base: Path, tmp_path: Path) -> Run:
+    """Run the job with these overrides; returns its output folder. `exit_code` is what it must end with."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:10]))
+
+    def start(name: str, *overrides: str, exit_code: int = 0) -> Path:
+        assert train.main([write_config(base, rows, tmp_path / name), *overrides]) == exit_code
+        return tmp_path / name
+
+    return start
+
+
+def write_config(base: Path, rows: Path, output_dir: Path) -> str:
+    path = output_dir.with_suffix(".toml")
+    path.write_text(CONFIG.format(base=base, rows=rows, output_dir=output_dir))
+    return str(path)
+
+
+def series(folder: Path, *names: str) -> list[tuple[Any, ...]]:
+    """These figures of every step; by default all that a run determines."""
+    names = names or ("step", "epoch", "loss", "ce", "pet", "pet_weight", "lr", "grad_norm", "num_targets")
+    return [tuple(record[name] for name in names) for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def checkpoint_of(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").iterdir())[-1]
+
+
+def tensors_of(value: Any, name: str = "") -> dict[str, Any]:
+    """Every leaf of nested dicts and lists, by its path."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    leaves = {} if children else {name: value}
+    for key, child in children:
+        leaves |= tensors_of(child, f"{name}/{key}")
+    return leaves
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Weights, gates and training state are equal to the bit."""
+    assert one.name == other.name
+    for name in ("adapter_model.safetensors", "so8t_gates.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    states = [tensors_of(torch.load(folder / "training_state.pt")) for folder in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        same = torch.equal(value, states[1][name]) if isinstance(value, Tensor) else value == states[1][name]
+        assert same, name
+
+
+def assert_same_logits(one: Path, other: Path) -> None:
+    records = [{record.step: record for record in read_logits(folder / "logits")} for folder in (one, other)]
+    assert records[0].keys() == records[1].keys()
+    for step, record in records[0].items():
+        assert record.verified
+        assert record.loss == records[1][step].loss
+        assert torch.equal(record.contents["logits"], records[1][step].contents["logits"])
+
+
+def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("run")
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = [re.sub(r"\d{8}_\d{6}", "TIME", name) for name in files]
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
+    adapter |= {"config.toml", "so8t_gates.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.pt"}
+    expected = {f"checkpoints/step_{step:06d}/{name}" for step in (8, 9) for name in adapter}
+    expected |= {f"logits/logits_step_{step}_epoch_{(step - 1) // 3}_TIME.pt" for step in (6, 8)}
+    assert files == sorted(expected | {"config.toml", "metrics.jsonl"})
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    documented = {"step", "epoch", "loss", "ce", "pet", "pet_weight", "lr", "grad_norm", "num_targets", "seconds"}
+    documented |= {"tokens_per_sec", "peak_memory_bytes", "logits_saved", "logits_dropped", "logits_failed"}
+    assert all(documented <= record.keys() for record in records)
+    assert records[-1]["loss"] < records[0]["loss"]
+    output = capsys.readouterr().out
+    for words in ("10 rows", "trainable: ", "LoRA", "gates", "metrics.jsonl", "step_000009", "4 files saved"):
+        assert words in output
+
+
+def test_resolved_config_is_the_one_that_ran(run: Run) -> None:
+    folder = run("run", "training.max_steps=1", "qlora.r=2")
+    config = load_config(folder / "config.toml")
+    assert (config.training.max_steps, config.qlora.r) == (1, 2)
+    assert config == load_config(checkpoint_of(folder) / "config.toml")
+
+
+# ---- the loss is Hugging Face's, whatever the way the step is cut up
+
+
+def plain_logits(model: Any, input_ids: Tensor, length: int) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids[None, :length]).logits[0]
+    return logits
+
+
+def test_first_loss_is_that_of_hugging_face_over_all_tokens_of_the_step(run: Run, base: Path, tokenizer: Any) -> None:
+    identity = ("so8t.init_scale=0.0", "qlora.lora_dropout=0.0")
+    folder = run("run", "training.max_steps=1", *identity)
+    config = load_config(folder / "config.toml")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    total, count = torch.tensor(0.0), 0
+    rows = load_dataset("", config.data.train_data, tokenizer, config.data).rows
+    for batch in TrainingBatches(rows, 2, 2, config.training.seed).micro_batches(1):
+        for index in range(2):
+            length = int(batch.counts[2]) if batch.attention_mask is None else int(batch.attention_mask[index].sum())
+            logits = plain_logits(model, batch.input_ids[index], length)
+            total += F.cross_entropy(logits, batch.targets[index, :length], reduction="sum")
+        count += batch.num_targets
+    assert series(folder, "ce", "num_targets") == [(pytest.approx(float(total) / count, rel=1e-6), count)]
+
+
+def test_saved_logits_and_labels_are_those_of_hugging_face(run: Run, base: Path) -> None:
+    identity = ("so8t.init_scale=0.0", "training.learning_rate=0.0", "training.weight_decay=0.0")
+    folder = run("run", "training.max_steps=2", "qlora.lora_dropout=0.0", *identity)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(checkpoint_of(folder)))
+    (path,) = (folder / "logits").iterdir()
+    saved = torch.load(path)
+    for row, sections in enumerate(saved["sections"]):
+        length = int((sections != 0).sum())
+        logits = plain_logits(model, saved["input_ids"][row].long(), length)
+        torch.testing.assert_close(saved["logits"][row, :length], logits, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        out = model(saved["input_ids"].long(), attention_mask=(saved["sections"] != 0).long(), labels=saved["labels"])
+    assert saved["loss"] == pytest.approx(float(out.loss), rel=1e-5)
+
+
+def test_micro_batches_of_any_size_make_the_same_step(run: Run) -> None:
+    runs = []
+    for rows, accumulation in ((4, 1), (2, 2), (1, 4)):
+        sizes = f"training.per_device_train_batch_size={rows}", f"training.gradient_accumulation_steps={accumulation}"
+        options = (
+            "qlora.lora_dropout=0.0",
+            'training.optim="adamw"',
+            "training.save_logits=false",
+            "training.max_steps=4",
+        )
+        runs.append(series(run(f"run_{rows}", *sizes, *options), "loss", "pet", "grad_norm", "num_targets"))
+    for other in runs[1:]:
+        for expected, found in zip(runs[0], other, strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("training.save_logits=false",),
+        ("training.gradient_checkpointing=true",),
+        ("data.eval_data={rows}", "training.eval_steps=1"),
+        ("training.save_logits_probe={rows}", "training.save_logits_steps=1"),
+    ],
+    ids=["without saving", "with checkpointing", "with validation", "with a probe"],
+)
+def test_what_only_watches_changes_no_bit_of_training(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    steps = "training.max_steps=4"
+    expected = run("plain", steps)
+    other = run("watched", steps, *(option.format(rows=tmp_path / "rows.jsonl") for option in options))
+    assert series(other) == series(expected)
+    for name in ("adapter_model.safetensors", "so8t_gates.safetensors"):
+        assert (checkpoint_of(other) / name).read_bytes() == (checkpoint_of(expected) / name).read_bytes()
+
+
+def test_validation_is_the_mean_over_all_tokens_and_logged_when_due(run: Run, tmp_path: Path) -> None:
+    frozen = ("so8t.init_scale=0.0", "training.learning_rate=0.0", "qlora.lora_dropout=0.0", "training.max_steps=5")
+    folder = run("run", *frozen, f"data.eval_data={tmp_path / 'rows.jsonl'}", "training.eval_steps=2")
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [record["step"] for record in records if "eval_loss" in record] == [2, 4, 5]
+    epoch = records[:3]  # with a learning rate of 0, the steps of one epoch see the same rows under the same weights
+    total = sum(record["ce"] * record["num_targets"] for record in epoch)
+    expected = total / sum(record["num_targets"] for record in epoch)
+    assert records[1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_probe_file_holds_the_fixed_rows_beside_the_training_batch(run: Run, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.jsonl"
+    probe.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[20:23]))
+    folder = run("run", f"training.save_logits_probe={probe}", "training.max_steps=4")
+    records = [record for record in read_logits(folder / "logits") if record.kind == "probe"]
+    assert [record.step for record in records] == [2, 4]
+    assert torch.equal(records[0].input_ids, records[1].input_ids)
+    assert len(records[0].input_ids) == 3
+    assert not torch.equal(records[0].contents["logits"], records[1].contents["logits"])
+
+
+# ---- stopping and resuming
+
+
+def start_process(config: str, *overrides: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a parent that trains on one thread, see conftest.py
+    command = [sys.executable, "train.py", config, *overrides]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_steps(process: subprocess.Popen[str], metrics: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+LONG = "training.num_train_epochs=30"  # so that a signal surely meets the run alive
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of a run that nothing disturbed, and its rows."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    rows = folder / "rows.jsonl"
+    rows.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:10]))
+    assert train.main([write_config(base, rows, folder / "run"), LONG]) == 0
+    return folder / "run", rows
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_run_equals_an_unbroken_one_to_the_bit(
+    base: Path, tmp_path: Path, unbroken: tuple[Path, Path], number: signal.Signals
+) -> None:
+    expected, rows = unbroken
+    folder = tmp_path / "run"
+    config = write_config(base, rows, folder)
+    process = start_process(config, LONG)
+    wait_for_steps(process, folder / "metrics.jsonl", 5)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    steps_done = len(read_metrics(folder / "metrics.jsonl"))
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number, errors
+        assert checkpoint_of(folder).name == f"step_{steps_done:06d}"
+        assert "Traceback" not in errors
+    assert steps_done < len(series(expected))
+    assert train.main([config, LONG]) == 0
+    assert series(folder) == series(expected)
+    assert_same_checkpoint(checkpoint_of(folder), checkpoint_of(expected))
+    assert_same_logits(folder, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("training.fp16=true",),
+        ("qlora.enabled=false", 'training.lr_scheduler_type="linear"'),
+        ("quantization.load_in_4bit=true", 'training.optim="paged_adamw_8bit"', "training.gradient_checkpointing=true"),
+        ("quantization.load_in_8bit=true", "training.gradient_checkpointing=true", "pet.huber_delta=0.1"),
+    ],
+    ids=["float16 with a scaler", "every weight", "4-bit", "8-bit"],
+)
+def test_every_kind_of_run_resumes_to_the_bit(run: Run, options: tuple[str, ...]) -> None:
+    options = (*options, "training.max_steps=5", "training.save_total_limit=0", "training.save_steps=3")
+    expected = run("unbroken", *options)
+    earlier = expected / "checkpoints" / "step_000003"
+    resumed = run("resumed", *options, f"training.resume={earlier}")
+    assert series(resumed) == series(expected)[3:]
+    names = {path.name for path in checkpoint_of(expected).glob("*.safetensors")}
+    assert len(names) == 2
+    for name in names:
+        assert (checkpoint_of(resumed) / name).read_bytes() == (checkpoint_of(expected) / name).read_bytes()
+    states = [tensors_of(torch.load(checkpoint_of(run) / "training_state.pt")) for run in (expected, resumed)]
+    assert str(states[0]) == str(states[1])
+
+
+def test_finished_run_has_nothing_left_to_do(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("run", "training.max_steps=2")
+    before = series(folder)
+    capsys.readouterr()
+    run("run", "training.max_steps=2")
+    assert "step 2 of 2 is done" in capsys.readouterr().out
+    assert series(folder) == before
+
+
+def test_two_processes_train_like_one(base: Path, run: Run, tmp_path: Path) -> None:
+    options = ["qlora.lora_dropout=0.0", 'training.optim="adamw"']
+    expected = run("one", *options, "training.gradient_accumulation_steps=2")
+    config = write_config(base, tmp_path / "rows.jsonl", tmp_path / "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", config]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *options, "training.gradient_accumulation_steps=1"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("trainable: ") == 1
+    figures = ("loss", "pet", "grad_norm", "num_targets")
+    for one, two in zip(series(expected, *figures), series(tmp_path / "two", *figures), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+# ---- numbers that are not finite
+
+
+def test_step_that_is_not_finite_stops_before_the_weights_and_leaves_evidence(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # weights of about 1e18 after step 1: step 2's attention scores overflow
+    options = (
+        "training.learning_rate=1e18",
+        "training.save_steps=1",
+        "training.warmup_ratio=0.0",
+        'training.optim="adamw"',
+    )
+    folder = run("run", *options, "training.save_logits_steps=1000", exit_code=1)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("train.py: step 2 is not finite: ")
+    assert "rows" in message
+    assert "rows.jsonl:" in message
+    assert checkpoint_of(folder).name == "step_000001"
+    assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [1]
+    (evidence,) = read_logits(folder / "logits")
+    assert evidence.step == 2
+    assert not torch.tensor(evidence.loss).isfinite()
+
+
+# ---- what cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.learning_rat=1"], "learning_rate"),
+        (["training.fp16=true", "training.bf16=true"], "exclude each other"),
+        (["model.base_model=no/such/model"], "model.base_model"),
+        (["data.train_data=missing.jsonl"], "data.train_data: there is no file missing.jsonl"),
+        (["qlora.target_modules=['q_proj']"], "qkv_proj"),
+        (["so8t.layer_indices=[7]"], "so8t.layer_indices names layer 7"),
+        (["training.output_dir={rows}"], "training.output_dir"),
+        (["training.resume=nowhere"], "training.resume"),
+        (["training.save_logits_max_gib=1e-9"], "training.save_logits_max_gib"),
+        (["model.from_scratch=true"], "qlora.enabled"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], words: str
+) -> None:
+    run("run", *(override.format(rows=tmp_path / "rows.jsonl") for override in overrides), exit_code=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train.py: ")
+    assert words in error
+
+
+def test_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"query": "no answer"}\n')
+    run("run", exit_code=2)
+    assert "rows.jsonl:11: " in capsys.readouterr().err
+    run("run", "data.on_bad_row=skip", "training.max_steps=1")
+    assert "1 bad rows skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("training.learning_rate=0.02", "training.learning_rate"),
+        ("training.resume=never", 'training.resume is "never"'),
+        ("data.train_data=so8t/demo/sample.jsonl", "data.train_data"),
+    ],
+)
+def test_resuming_what_would_alter_the_result_is_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], change: str, words: str
+) -> None:
+    folder = run("run", "training.max_steps=2")
+    run("run", "training.max_steps=2", change, exit_code=2)
+    assert words in capsys.readouterr().err
+    assert len(read_metrics(folder / "metrics.jsonl")) == 2
+
+
+def test_resuming_with_other_rows_in_the_same_file_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("run", "training.max_steps=2")
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join([rows[1], rows[0], *rows[2:]]))
+    run("run", "training.max_steps=2", exit_code=2)
+    assert "the rows have changed" in capsys.readouterr().err
+
+
+# ---- the files of the repository
+
+
+def test_default_job_learns_in_its_first_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    short = ("training.max_steps=12", "training.warmup_ratio=0.0", "training.save_logits_steps=12")
+    assert train.main(["config.toml", f"training.output_dir={folder}", *short]) == 0
+    losses = [loss for (loss,) in series(folder, "loss")]
+    assert sum(losses[-3:]) / 3 < losses[0] - 1
+    (record,) = read_logits(folder / "logits")
+    assert record.verified
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda path: str(path.name))
+def test_every_shipped_config_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.training.save_logits
+    assert config.data.train_data == DataConfig(config.data.train_data).train_data
+
+
+def test_real_job_has_the_users_values() -> None:
+    config = load_config(Path("configs/train_borea_phi35_so8t_thinking_rtx3060.toml"))
+    training, qlora = config.training, config.qlora
+    assert config.so8t.layer_indices == (4, 5, 6, 7, 8, 9, 10, 11)
+    assert config.so8t.init_scale == 0.05
+    assert (qlora.r, qlora.lora_alpha, qlora.lora_dropout) == (32, 64, 0.05)
+    assert qlora.target_modules == ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    assert (config.quantization.load_in_4bit, config.quantization.bnb_4bit_quant_type) == (True, "nf4")
+    assert (config.data.max_seq_length, config.model.dtype, training.bf16) == (1024, "bfloat16", True)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 16)
+    assert (training.learning_rate, training.weight_decay, training.warmup_ratio) == (2e-4, 0.01, 0.1)
+    assert (training.lr_scheduler_type, training.num_train_epochs) == ("cosine", 3)
+    assert (training.save_logits_steps, training.save_logits_max_files) == (100, 10)
+    pet = config.pet
+    assert (pet.lambda_exploration, pet.lambda_transition, pet.lambda_stabilization) == (0.01, 0.05, 0.1)
+    assert (pet.exploration_ratio, pet.transition_ratio, pet.stabilization_ratio) == (0.2, 0.4, 0.4)
+
+
+def test_the_loop_stays_readable() -> None:
+    lines = Path("train.py").read_text().splitlines()
+    assert len(lines) <= 200
+    start = next(number for number, line in enumerate(lines) if line.lstrip().startswith("for step in range"))
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    body = []
+    for line in lines[start + 1 :]:
+        if line.strip() and len(line) - len(line.lstrip()) <= indent:
+            break
+        body.append(line)
+    statements = [line for line in body if line.strip() and not line.lstrip().startswith("#")]
+    assert len(statements) <= 40
+    assert max(len(line) - len(line.lstrip()) for line in statements) <= indent + 8
+
+
+def test_metrics_lines_are_plain_json(run: Run) -> None:
+    folder = run("run", "training.max_steps=1")
+    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name))["step"] == 1
