@@ -102,12 +102,12 @@ def _load_base(
     model: PreTrainedModel
     try:
         if config.from_scratch and checkpoint is None:
-            model = AutoModelForCausalLM.from_config(load_model_config(config), trust_remote_code=False, **options)
-            return model.to(device).eval()
-        # the device map quantizes every weight as it is read: the whole model is never there unquantized
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint or config.base_model, device_map={"": device}, trust_remote_code=False, **options
-        )
+            base = load_model_config(config)
+            model = AutoModelForCausalLM.from_config(base, trust_remote_code=False, **options).to(device).eval()
+        else:  # the device map quantizes every weight as it is read: the whole model is never there unquantized
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint or config.base_model, device_map={"": device}, trust_remote_code=False, **options
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(_not_a_model(config, error)) from error
     for module in model.modules():

@@ -60,7 +60,7 @@ def load(
     seed: int = 0,
     **keys: Any,
 ) -> Model:
-    """load_model of a base in `bits` (4, 8, 0 = unquantized), by default with rank 4, no dropout and a gate in every layer."""
+    """load_model of a base in `bits` (4, 8; 0 = unquantized): by default rank 4, no dropout, all gates."""
     return load_model(
         ModelConfig(str(base_model), dtype=dtype, **(model or {})),  # type: ignore[arg-type]
         QuantizationConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8),

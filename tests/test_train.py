@@ -1,4 +1,4 @@
-"""The whole job as a user runs it: `train.main` on a tiny model, or the real command where a process or signal counts."""
+"""The whole job as a user runs it: `train.main` on a tiny model, or the real command where a signal counts."""
 
 import json
 import os
@@ -61,8 +61,8 @@ Run = Callable[..., Path]
 def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 1, "eos_token_id": 0}
+    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 1, "eos_token_id": 0}
     Phi3ForCausalLM(Phi3Config(**sizes, **heads, bos_token_id=None)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

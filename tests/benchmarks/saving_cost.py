@@ -1,0 +1,172 @@
+"""What saving logits costs a real run: seconds a step, the loop's own wait, and peak tensor memory.
+
+    python tests/benchmarks/saving_cost.py MODEL_FOLDER
+
+MODEL_FOLDER: a real small model, such as a downloaded SmolLM2-135M-Instruct. Every run is the whole job, with LoRA
+and gates, in float32, on rows of exactly 512 tokens. Runs without saving, with a full file at every step, and
+with one at every tenth step take turns (A B C A B C ..) in this one process; a run's first two steps do not count.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+sys.path[:0] = [str(Path(__file__).parents[2])]
+
+import train  # noqa: E402
+from so8t.config import load_config  # noqa: E402
+from so8t.data import Row, collate  # noqa: E402
+from so8t.logits import LogitsSaver  # noqa: E402
+from so8t.losses import CHUNK_ROWS  # noqa: E402
+from so8t.metrics import read_metrics  # noqa: E402
+from so8t.model import head_weight, load_model  # noqa: E402
+
+CONFIG = """
+[model]
+base_model = "{model}"
+dtype = "float32"
+[qlora]
+r = 16
+lora_dropout = 0.0
+target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+[data]
+train_data = "{folder}/rows.jsonl"
+max_seq_length = 512
+[training]
+output_dir = "{folder}/run"
+max_steps = 12
+gradient_accumulation_steps = 1
+bf16 = false
+optim = "adamw_8bit"
+save_steps = 0
+save_logits_max_files = 3
+save_logits_max_wait = 60.0
+"""
+MODES = {
+    "without": ("training.save_logits=false",),
+    "every step": ("training.save_logits=true", "training.save_logits_steps=1"),
+    "every 10th": ("training.save_logits=true", "training.save_logits_steps=10"),
+}
+WARM_UP = 2
+
+
+def write_rows(folder: Path) -> None:
+    """Rows far longer than 512 tokens before the answer, so that the cut leaves exactly 512."""
+    words = " ".join(f"item {number}" for number in range(700))
+    rows = (f'{{"instruction": "{words}", "output": "{index} {words[:1200]}"}}\n' for index in range(12))
+    (folder / "rows.jsonl").write_text("".join(rows))
+
+
+def time_runs(config: Path, folder: Path, rounds: int) -> None:
+    steps: dict[str, list[float]] = {mode: [] for mode in MODES}  # mean seconds a step, one number a run
+    waits: list[float] = []
+    for index, mode in itertools.product(range(rounds), MODES):
+        output_dir = folder / f"{mode} {index}".replace(" ", "_")
+        assert train.main([str(config), f"training.output_dir={output_dir}", *MODES[mode]]) == 0
+        records = read_metrics(output_dir / "metrics.jsonl")[WARM_UP:]
+        steps[mode].append(statistics.mean(record["seconds"] for record in records))
+        if mode == "every step":
+            waits += [record["logits_wait_ms"] / 1000 for record in records[:-1]]  # the last one flushes
+            assert records[-1]["logits_saved"] + records[-1]["logits_dropped"] >= len(records)
+            assert not records[-1]["logits_dropped"]
+    logits = torch.load(next((folder / "every_step_0" / "logits").iterdir()))["logits"]
+    synchronous = []
+    for _ in range(7):
+        start = time.perf_counter()
+        torch.save(logits, folder / "synchronous.pt")
+        synchronous.append(time.perf_counter() - start)
+    base = statistics.median(steps["without"])
+    for mode, seconds in steps.items():
+        ratio = statistics.median(other / one for one, other in zip(steps["without"], seconds, strict=True))
+        print(f"{mode}: {statistics.median(seconds):.2f} s a step, {ratio:.3f} x without, runs {seconds}")
+    wait, save = statistics.median(waits), statistics.median(synchronous)
+    print(f"the loop waits {1000 * wait:.2f} ms a save, {100 * wait / save:.2f} % of torch.save ({1000 * save:.0f} ms)")
+    print(f"one file holds {logits.nbytes / 2**20:.0f} MiB of logits; a step without saving takes {base:.2f} s")
+
+
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors made while it is on, at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return result
+
+    def _freed(self, identity: int, size: int) -> None:
+        self._seen.discard(identity)
+        self.now -= size
+
+
+def measure_memory(config_path: Path, folder: Path) -> None:
+    """Peak tensor bytes of a step's forward and backward, without and with a capture at its usual place."""
+    config = load_config(config_path)
+    tables = config.model, config.quantization, config.qlora, config.so8t
+    model = load_model(*tables, torch.device("cpu"), seed=0, gradient_checkpointing=True)
+    no_autocast = torch.autocast("cpu", enabled=False)
+    chunk = CHUNK_ROWS * len(head_weight(model)) * 4
+    for length in (512, 1024, 2048):
+        half = torch.arange(length) >= length // 2
+        row = Row(torch.arange(length, dtype=torch.int32) + 100, half, half.to(torch.uint8), 0, was_cut=False)
+        batch = collate([row])
+        peaks = []
+        for saves in ("false", "true"):
+            training = load_config(
+                config_path, [f"training.save_logits={saves}", "training.save_logits_steps=1"]
+            ).training
+            saver = LogitsSaver(training, folder / f"memory_{length}", no_autocast, length)
+            for step in (1, 2):  # the first allocates the host buffer, the second uses it again
+                with PeakBytes() as mode:
+                    hidden, ce, pet = train.forward(model, batch, no_autocast, 0.1, 0.0)
+                    saver.capture(step, 0, batch, hidden, head_weight(model), ce)
+                    del hidden
+                    torch.autograd.backward(ce + pet)
+                saver.after_step(step)
+                saver.flush()
+            model.zero_grad()
+            peaks.append(mode.peak)
+            saver.close()
+        extra = peaks[1] - peaks[0]
+        print(
+            f"T = {length}: peak {peaks[0] / 2**20:.1f} MiB without, {peaks[1] / 2**20:.1f} MiB with saving: "
+            f"{extra / 2**20:+.1f} MiB; one chunk of logits is {chunk / 2**20:.1f} MiB"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder)
+        config = folder / "config.toml"
+        config.write_text(CONFIG.format(model=options.model, folder=folder))
+        measure_memory(config, folder)
+        time_runs(config, folder, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

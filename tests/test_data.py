@@ -1,0 +1,699 @@
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from so8t.config import DataConfig, InputError
+from so8t.data import (
+    BadRow,
+    Batch,
+    Dataset,
+    Message,
+    Row,
+    TrainingBatches,
+    collate,
+    count,
+    derive_seed,
+    encode_row,
+    fixed_batches,
+    load_dataset,
+    read_messages,
+    split,
+)
+from so8t.losses import NO_TARGET
+from so8t.thinking import SECTIONS, final_only, has_tags
+
+DEMO = Path(__file__).parents[1] / "so8t" / "demo"
+TOKENIZER: Any = AutoTokenizer.from_pretrained(DEMO)
+
+THINKING = {
+    "query": "卵をゆでる時間は？",
+    "task": "Wants the time to boil an egg.",
+    "safety": "Safe: cooking.",
+    "policy": "Name the usual times.",
+    "final": "半熟なら約6分、固ゆでなら約10分です。",
+}
+PARTS = [
+    "<think-task>Wants the time to boil an egg.</think-task>",
+    "<think-safety>Safe: cooking.</think-safety>",
+    "<think-policy>Name the usual times.</think-policy>",
+    "<final>半熟なら約6分、固ゆでなら約10分です。</final>",
+]
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi!"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Two plus two?"},
+        {"role": "assistant", "content": "Four."},
+    ]
+}
+PLAIN = {"instruction": "Translate.", "input": "猫", "output": "Cat."}
+
+
+def settings_of(max_seq_length: int = 1024, **keys: Any) -> DataConfig:
+    return DataConfig(train_data=("unused",), max_seq_length=max_seq_length, **keys)
+
+
+def write(path: Path, rows: Sequence[object]) -> str:
+    """A JSONL file; a row in bytes is written as it is."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return str(path)
+
+
+def load(*patterns: str, tokenizer: Any = TOKENIZER, **keys: Any) -> Dataset:
+    return load_dataset("data.train_data", patterns, tokenizer, settings_of(**keys))
+
+
+def encode(row: dict[str, Any], tokenizer: Any = TOKENIZER, max_seq_length: int = 1024) -> Row:
+    return encode_row(read_messages(json.dumps(row).encode()), tokenizer, max_seq_length, 0)
+
+
+def text_of(ids: Tensor, tokenizer: Any = TOKENIZER) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def runs(row: Row, codes: Tensor, tokenizer: Any = TOKENIZER) -> list[tuple[int, str]]:
+    """Neighbouring tokens of the same code, as (code, text)."""
+    pairs = zip(codes.tolist(), row.input_ids.tolist(), strict=True)
+    return [
+        (int(code), text_of(torch.tensor([token for _, token in run]), tokenizer))
+        for code, run in groupby(pairs, key=lambda pair: pair[0])
+    ]
+
+
+def answers(row: Row, tokenizer: Any = TOKENIZER) -> list[str]:
+    return [text for is_answer, text in runs(row, row.is_answer, tokenizer) if is_answer]
+
+
+def named_sections(row: Row, tokenizer: Any = TOKENIZER) -> list[tuple[str, str]]:
+    return [(SECTIONS[code], text) for code, text in runs(row, row.sections, tokenizer)]
+
+
+def with_template(template: str) -> Any:
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def sentencepiece_like(template: str) -> Any:
+    """A tokenizer in the manner of Phi-3.5: a space before every piece, markers that swallow white space."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127)), "▁<"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    core = Tokenizer(models.BPE(vocabulary, [("▁", "<")], unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    markers = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+    core.add_special_tokens([AddedToken(marker, rstrip=True, normalized=False) for marker in markers])
+    # what add_special_tokens would add, though the chat template writes every marker
+    core.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 355)]
+    )
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_row(length: int, answer_length: int = 1, sample_id: int = 0) -> Row:
+    """Token i of row r is 1000 r + i + 1; the answer stands at the end."""
+    is_answer = torch.arange(length) >= length - answer_length
+    input_ids = torch.arange(1, length + 1, dtype=torch.int32) + 1000 * sample_id
+    return Row(input_ids, is_answer, torch.full((length,), 6, dtype=torch.uint8), sample_id, False)
+
+
+def make_rows(number: int) -> list[Row]:
+    return [make_row(3 + index % 4, sample_id=index) for index in range(number)]
+
+
+def ids_of(batches: Sequence[Batch]) -> list[int]:
+    return [sample_id for batch in batches for sample_id in batch.sample_ids.tolist()]
+
+
+def same(left: Sequence[Batch], right: Sequence[Batch]) -> bool:
+    def tensors(batches: Sequence[Batch]) -> list[list[Any]]:
+        return [[None if t is None else t.tolist() for t in vars(batch).values()] for batch in batches]
+
+    return tensors(left) == tensors(right)
+
+
+# ---- the three formats, and which tokens are targets
+
+
+def test_a_four_part_row_has_its_tags_and_end_of_turn_among_the_targets_and_its_query_not() -> None:
+    assert answers(encode(THINKING)) == ["\n".join(PARTS) + "<|end|>"]
+
+
+def test_a_chat_has_targets_in_every_turn_of_the_assistant() -> None:
+    assert answers(encode(CHAT)) == ["Hello.<|end|>", "Four.<|end|>"]
+
+
+def test_an_instruction_is_the_prompt_with_its_input_below_and_the_output_the_answer() -> None:
+    assert read_messages(json.dumps(PLAIN).encode())[0] == {"role": "user", "content": "Translate.\n\n猫"}
+    assert answers(encode(PLAIN)) == ["Cat.<|end|>"]
+    for row in (PLAIN | {"input": ""}, {key: PLAIN[key] for key in ("instruction", "output")}):
+        assert read_messages(json.dumps(row).encode())[0]["content"] == "Translate."
+        assert answers(encode(row)) == ["Cat.<|end|>"]
+
+
+@pytest.mark.parametrize("row", [THINKING, CHAT, PLAIN])
+def test_the_tokens_are_those_of_the_chat_template(row: dict[str, Any]) -> None:
+    messages = read_messages(json.dumps(row).encode())
+    theirs = TOKENIZER.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert encode(row).input_ids.tolist() == theirs
+
+
+def test_sections_name_the_part_of_every_token() -> None:
+    assert named_sections(encode(THINKING)) == [
+        ("prompt", "<|user|>\n卵をゆでる時間は？<|end|>\n<|assistant|>\n"),
+        ("task", PARTS[0]),
+        ("answer", "\n"),
+        ("safety", PARTS[1]),
+        ("answer", "\n"),
+        ("policy", PARTS[2]),
+        ("answer", "\n"),
+        ("final", PARTS[3]),
+        ("answer", "<|end|>"),
+        ("prompt", "\n"),
+    ]
+
+
+def test_sections_of_plain_answers_are_answer_and_all_else_prompt() -> None:
+    assert named_sections(encode(CHAT)) == [
+        ("prompt", "<|system|>\nBe brief.<|end|>\n<|user|>\nHi!<|end|>\n<|assistant|>\n"),
+        ("answer", "Hello.<|end|>"),
+        ("prompt", "\n<|user|>\nTwo plus two?<|end|>\n<|assistant|>\n"),
+        ("answer", "Four.<|end|>"),
+        ("prompt", "\n"),
+    ]
+
+
+def test_an_output_or_a_turn_with_tags_has_the_sections_of_its_parts() -> None:
+    sections = ["task", "answer", "safety", "answer", "policy", "answer", "final", "answer"]
+    output = PLAIN | {"output": "\n".join(PARTS)}
+    assert [name for name, _ in named_sections(encode(output))] == ["prompt", *sections, "prompt"]
+    turns = [*CHAT["messages"][:2], {"role": "assistant", "content": "\n".join(PARTS)}, *CHAT["messages"][3:]]
+    expected = ["prompt", *sections, "prompt", "answer", "prompt"]
+    assert [name for name, _ in named_sections(encode({"messages": turns}))] == expected
+
+
+def test_an_answer_that_its_question_already_contains_is_found_in_its_own_turn() -> None:
+    turns = ["Say: Yes.", "Yes.", "Yes.", "Yes."]
+    roles = ["user", "assistant"] * 2
+    row = encode({"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]})
+    assert answers(row) == ["Yes.<|end|>", "Yes.<|end|>"]
+
+
+def wild_texts() -> st.SearchStrategy[str]:
+    pieces = st.sampled_from(
+        ["<|end|>", "<|assistant|>\n", "<|user|>", "\n\n", "  ", "犬も", "👍🏽", "é", "a<b", "\u2028"]
+    )
+    return st.lists(st.one_of(pieces, st.text(max_size=5)), max_size=4).map("".join).filter(lambda t: bool(t.strip()))
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.tuples(wild_texts(), wild_texts()), min_size=1, max_size=3))
+@example([("<|end|>\n<|assistant|>\nno", " <|end|> \n")])
+@example([("q", "\n\n x\n\n")] * 2)
+def test_targets_are_the_answers_and_nothing_else_whatever_the_texts(turns: list[tuple[str, str]]) -> None:
+    assume(not any(has_tags(answer) for _, answer in turns))
+    messages: list[Message] = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    row = encode({"messages": messages})
+    found = [answer.removesuffix("<|end|>") for answer in answers(row)]
+    # white space at the start of an answer may share a token with the prompt's last line break
+    assert [answer.strip() for answer in found] == [answer.strip() for _, answer in turns]
+    assert int((row.sections == SECTIONS.index("answer")).sum()) == int(row.is_answer.sum())
+
+
+# ---- other chat templates and tokenizers
+
+
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+STRIPPING = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'].strip() + ' <|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+VICUNA = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+SYSTEM_ADDING = "{{ '<|system|>\nYou are helpful.<|end|>\n' }}" + PHI
+SPACED = [
+    {"role": "user", "content": " Hi! "},
+    {"role": "assistant", "content": "  Hello. "},
+    {"role": "user", "content": "ok"},
+    {"role": "assistant", "content": "猫\n"},
+]
+
+
+@pytest.mark.parametrize("make", [with_template, sentencepiece_like])
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(PHI, "<|end|>"), (STRIPPING, "<|end|>"), (VICUNA, "<|endoftext|>"), (SYSTEM_ADDING, "<|end|>")],
+)
+def test_answers_are_found_in_templates_that_strip_and_add_and_under_tokenizers_that_prefix_a_space(
+    make: Callable[[str], Any], template: str, end: str
+) -> None:
+    tokenizer = make(template)
+    row = encode({"messages": SPACED}, tokenizer)
+    marker = tokenizer.convert_tokens_to_ids(end)
+    assert [text.strip().endswith(end) for text in answers(row, tokenizer)] == [True, True]
+    found = [text.replace(end, "").strip() for text in answers(row, tokenizer)]
+    assert found == ["Hello.", "猫"]
+    assert int((row.input_ids[row.is_answer] == marker).sum()) == 2
+    assert row.input_ids.tolist() == tokenizer.apply_chat_template(SPACED, return_dict=False)
+
+
+def test_the_text_that_a_template_puts_before_an_answer_is_learned_too() -> None:
+    # as Qwen3 does for the last turn: what is not in the generation prompt must come from the model
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '(no thoughts)\n' }}{% endif %}"
+        "{{ m['content'] + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    assert answers(encode(CHAT, with_template(template))) == ["Hello.<|end|>", "(no thoughts)\nFour.<|end|>"]
+
+
+MARKERLESS = (
+    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}"
+)
+
+
+@pytest.mark.parametrize(("ending", "last"), [("", "Four.\n"), ("{% else %}{{ eos_token }}", "Four.\n<|endoftext|>")])
+def test_without_a_token_that_ends_a_turn_the_next_question_is_still_no_target(ending: str, last: str) -> None:
+    row = encode(CHAT, with_template(MARKERLESS + ending + "{% endif %}"))
+    assert answers(row) == ["Hello.", last]
+
+
+def test_the_first_word_is_a_target_where_the_prompt_ends_with_a_space() -> None:
+    template = (
+        "{% for m in messages %}{{ ('' if loop.first else '\n') + m['role'] + ': ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
+    )
+    tokenizer = with_template(template)
+    turns = [{"role": "user", "content": "Any?"}, {"role": "assistant", "content": "a"}]
+    row = encode({"messages": turns}, tokenizer)
+    assert row.input_ids[-1].item() == TOKENIZER.convert_tokens_to_ids("Ġa")  # one token with the prompt's space
+    assert answers(row) == [" a"]
+    prefixing = sentencepiece_like(template)
+    thinking = encode(THINKING, prefixing)
+    assert answers(thinking, prefixing) == [" " + "\n".join(PARTS)]
+    assert named_sections(thinking, prefixing)[1] == ("task", " " + PARTS[0])
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (PHI.replace("m['content']", "m['content'].upper()"), "template rewrites the conversation"),
+        (PHI.replace("for m in messages", "for m in messages[-2:]"), "template rewrites the conversation"),
+        ("{{ messages | length }}" + PHI, "template rewrites the conversation"),
+        ("{{ '' }}", "template rewrites the conversation"),
+        (
+            "{{ raise_exception('only one system turn') }}",
+            r"template refuses the conversation \(only one system turn\)",
+        ),
+    ],
+)
+def test_a_template_that_rewrites_or_refuses_a_conversation_makes_it_a_bad_row(template: str, reason: str) -> None:
+    with pytest.raises(BadRow, match=reason):
+        encode(CHAT, with_template(template))
+
+
+def test_a_conversation_that_the_assistant_begins_is_a_bad_row() -> None:
+    with pytest.raises(BadRow, match="chat template refuses the conversation"):
+        encode({"messages": [{"role": "assistant", "content": "Hello."}]})
+
+
+def test_a_tokenizer_without_a_chat_template_is_an_error_that_says_where_to_put_one(tmp_path: Path) -> None:
+    tokenizer = with_template("")
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match=r"model\.base_model: .*demo has no chat template; put one into its folder"):
+        load(write(tmp_path / "a.jsonl", [PLAIN]), tokenizer=tokenizer)
+
+
+# ---- max_seq_length
+
+
+def test_a_long_row_loses_the_start_of_its_prompt_and_nothing_else() -> None:
+    whole = encode(THINKING)
+    length = len(whole.input_ids) - 5
+    cut = encode(THINKING, max_seq_length=length)
+    assert (cut.was_cut, whole.was_cut) == (True, False)
+    for name in ("input_ids", "is_answer", "sections"):
+        assert torch.equal(getattr(cut, name), getattr(whole, name)[5:])
+    assert not encode(THINKING, max_seq_length=len(whole.input_ids)).was_cut
+
+
+def test_the_shortest_cut_keeps_one_token_to_predict_the_whole_answer_from() -> None:
+    whole = encode(THINKING)
+    answer_start = int(whole.is_answer.nonzero()[0])
+    length = len(whole.input_ids) - answer_start + 1
+    cut = encode(THINKING, max_seq_length=length)
+    assert cut.is_answer.tolist() == [False, *whole.is_answer[answer_start:].tolist()]
+    assert collate([cut]).num_targets == int(whole.is_answer.sum())
+    with pytest.raises(BadRow, match=f"the answer needs {length} tokens, data.max_seq_length is {length - 1}$"):
+        encode(THINKING, max_seq_length=length - 1)
+
+
+def test_an_earlier_answer_may_be_cut_but_not_the_last_one() -> None:
+    whole = encode(CHAT)
+    inside_first_answer = int(whole.is_answer.nonzero()[1])
+    cut = encode(CHAT, max_seq_length=len(whole.input_ids) - inside_first_answer)
+    assert answers(cut)[-1] == "Four.<|end|>"
+    assert 0 < len(answers(cut)[0]) < len("Hello.<|end|>")
+    # the first token has nothing before it to be predicted from
+    assert collate([cut]).num_targets == int(cut.is_answer.sum()) - 1
+    with pytest.raises(BadRow, match="the answer needs"):
+        encode(CHAT, max_seq_length=4)
+
+
+def test_a_row_whose_answer_is_too_long_is_named_by_file_and_line(tmp_path: Path) -> None:
+    name = write(tmp_path / "a.jsonl", [PLAIN, PLAIN | {"output": "no " * 200}])
+    with pytest.raises(InputError, match=rf"^{re.escape(name)}:2: the answer needs \d+ tokens, .* is 64; correct it"):
+        load(name, max_seq_length=64)
+    assert load(name, max_seq_length=64, on_bad_row="skip").rows[0].sample_id == 0
+
+
+# ---- files and their bad rows
+
+
+def without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != name}
+
+
+def turns_of(*pairs: tuple[object, object]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+BAD_ROWS: list[tuple[object, str]] = [
+    (b'{"query": "a"', r"not JSON in UTF-8 \(Expecting"),
+    (b"\xff\xfe{}", r"not JSON in UTF-8 \('utf-8' codec"),
+    ('{"query": "猫"}'.encode("shift_jis"), r"not JSON in UTF-8 \('utf-8' codec"),
+    (b"[" * 100_000, r"not JSON in UTF-8 \(maximum recursion"),
+    (b'"text"', "not a JSON object"),
+    ({"prompt": "a", "completion": "b"}, 'none of the fields "query", "messages" and "instruction" is there'),
+    *((without(THINKING, name), f'the field "{name}" is missing') for name in ("task", "safety", "policy", "final")),
+    (THINKING | {"final": " \n"}, 'the field "final" is missing, empty or not a text'),
+    (THINKING | {"query": ""}, 'the field "query" is missing, empty or not a text'),
+    (THINKING | {"task": None}, 'the field "task" is missing, empty or not a text'),
+    (THINKING | {"policy": 7}, 'the field "policy" is missing, empty or not a text'),
+    (b'{"instruction": "a\\ud83d", "output": "b"}', 'the field "instruction" holds half of a surrogate pair'),
+    (THINKING | {"safety": "</think-safety>"}, r"</think-safety> stands there 2 times"),
+    (THINKING | {"final": "Wants the time to boil an egg."}, "<final> repeats <think-task>"),
+    (without(PLAIN, "output"), 'the field "output" is missing'),
+    (PLAIN | {"input": ["a"]}, 'the field "input" is missing, empty or not a text'),
+    (PLAIN | {"output": "<think-task>a</think-task><final>b"}, "<think-safety> is missing"),
+    ({"messages": "hi"}, '"messages" is not a list of objects'),
+    ({"messages": ["hi"]}, '"messages" is not a list of objects'),
+    ({"messages": []}, "does not end with an answer of the assistant"),
+    (turns_of(("user", "a")), "does not end with an answer of the assistant"),
+    (turns_of(("user", "a"), ("assistant", "b"), ("user", "c")), "does not end with an answer of the assistant"),
+    (turns_of(("user", "a"), ("assistant", None)), 'the field "content" is missing, empty or not a text'),
+    (turns_of((None, "a"), ("assistant", "b")), 'the field "role" is missing, empty or not a text'),
+    (turns_of(("user", "a"), ("assistant", "<final>b"), ("user", "c"), ("assistant", "d")), "is missing"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
+def test_a_bad_row_stops_the_run_by_file_and_line_or_is_skipped_and_counted(
+    tmp_path: Path, row: object, reason: str
+) -> None:
+    name = write(tmp_path / "rows.jsonl", [PLAIN, b"", row, CHAT])
+    place = rf"^{re.escape(name)}:3: "
+    with pytest.raises(InputError, match=rf'{place}.*{reason}.*; correct it, or set data.on_bad_row = "skip"$'):
+        load(name)
+    dataset = load(name, on_bad_row="skip")
+    assert [bool(re.search(place + ".*" + reason, sentence)) for sentence in dataset.bad_rows] == [True]
+    assert [row.sample_id for row in dataset.rows] == [0, 2]  # the bad one counts too, the blank line does not
+    assert "2 rows" in dataset.summary()
+    assert "; 1 bad rows skipped" in dataset.summary()
+
+
+def test_the_error_says_how_many_more_rows_are_bad(tmp_path: Path) -> None:
+    name = write(tmp_path / "rows.jsonl", [b"{", b"[]", PLAIN, b"1"])
+    with pytest.raises(InputError, match=rf"^{re.escape(name)}:1: .* \(2 more bad rows follow\); correct it"):
+        load(name)
+    assert len(load(name, on_bad_row="skip").bad_rows) == 3
+
+
+@pytest.mark.parametrize("rows", [[], [b"", b"  \t"], [b"{", b"[]"]])
+def test_no_usable_row_is_an_error(tmp_path: Path, rows: list[bytes]) -> None:
+    name = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=rf"^data\.train_data: no usable row in {re.escape(name)}$"):
+        load(name, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("pattern", ["none.jsonl", "*.jsonl", "folder"])
+def test_a_missing_file_is_an_error_that_names_the_key(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "folder").mkdir()
+    name = str(tmp_path / pattern)
+    with pytest.raises(InputError, match=rf"^data\.eval_data: there is no file {re.escape(name)}$"):
+        load_dataset("data.eval_data", [name], TOKENIZER, settings_of(on_bad_row="skip"))
+
+
+def test_globs_are_read_in_the_order_of_names_and_lists_in_their_own(tmp_path: Path) -> None:
+    for name in "bahgfcde":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.jsonl", [PLAIN | {"output": name}])
+    odd = write(tmp_path / "odd[1].jsonl", [PLAIN | {"output": "i"}])  # a name, though it looks like a pattern
+    dataset = load(str(tmp_path / "c" / "*.jsonl"), str(tmp_path / "[!c]" / "*"), odd)
+    assert [answers(row) for row in dataset.rows] == [[f"{name}<|end|>"] for name in "cabdefghi"]
+    assert [row.sample_id for row in dataset.rows] == list(range(9))
+    assert len(load(str(tmp_path / "**" / "*.jsonl")).rows) == 9
+
+
+def test_byte_order_marks_line_ends_of_windows_and_unescaped_separators_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    output = "one\u2028two\x85three"  # line ends to str.splitlines, not to JSON
+    line = json.dumps(PLAIN | {"output": output}, ensure_ascii=False).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line)
+    assert [answers(row) for row in load(str(path)).rows] == [[f"{output}<|end|>"]] * 2
+
+
+def test_the_summary_counts_rows_tokens_answers_and_cuts(tmp_path: Path) -> None:
+    name = write(tmp_path / "rows.jsonl", [THINKING, CHAT])
+    rows = [encode(THINKING), encode(CHAT)]
+    tokens = sum(len(row.input_ids) for row in rows)
+    targets = sum(int(row.is_answer.sum()) for row in rows)
+    longest = len(rows[0].input_ids)
+    assert load(name).summary() == f"2 rows, {tokens} tokens ({targets} of them answers), longest row {longest}"
+    assert (
+        load(name, max_seq_length=longest - 1)
+        .summary()
+        .endswith(f"longest row {longest - 1}; 1 lost the start of their prompt to max_seq_length")
+    )
+
+
+def test_the_fingerprint_changes_with_any_token_or_label_or_the_order(tmp_path: Path) -> None:
+    name = write(tmp_path / "rows.jsonl", [THINKING, CHAT])
+    dataset = load(name)
+    first, second = dataset.rows
+
+    def fingerprint(*rows: Row) -> str:
+        return Dataset(list(rows), [], []).fingerprint()
+
+    token, label = second.input_ids.clone(), second.is_answer.clone()
+    token[-1] += 1
+    label[-1] ^= True
+    others = [
+        fingerprint(first, replace(second, input_ids=token)),
+        fingerprint(first, replace(second, is_answer=label)),
+        fingerprint(second, first),
+        fingerprint(first),
+    ]
+    assert load(name).fingerprint() == dataset.fingerprint() == fingerprint(first, second)
+    assert len({dataset.fingerprint(), *others}) == 5
+
+
+# ---- batches
+
+
+def test_targets_are_what_the_logits_predict_and_labels_are_what_hugging_face_means() -> None:
+    batch = collate([encode(THINKING), encode(CHAT), encode(PLAIN)])
+    labels = torch.full_like(batch.input_ids, NO_TARGET)
+    for index, row in enumerate((encode(THINKING), encode(CHAT), encode(PLAIN))):
+        for position in row.is_answer.nonzero().flatten().tolist():
+            labels[index, position] = row.input_ids[position]
+            assert batch.targets[index, position - 1] == row.input_ids[position]
+    assert torch.equal(batch.labels, labels)
+    assert batch.num_targets == int((batch.targets != NO_TARGET).sum()) == int((labels != NO_TARGET).sum())
+
+    vocabulary = len(TOKENIZER)
+    logits = torch.randn(*batch.input_ids.shape, vocabulary, generator=torch.Generator().manual_seed(0))
+    theirs = ForCausalLMLoss(logits, batch.labels, vocabulary)
+    assert torch.equal(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()), theirs)
+
+
+def test_rows_are_padded_at_the_end_to_the_longest_and_padding_is_marked_everywhere() -> None:
+    batch = collate([make_row(3, 1, 7), make_row(5, 2, 8)])
+    assert batch.input_ids.shape == (2, 5)
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch.input_ids[0, :3].tolist() == [7001, 7002, 7003]
+    assert batch.targets.tolist() == [[-100, 7003, -100, -100, -100], [-100, -100, 8004, 8005, -100]]
+    assert batch.labels.tolist() == [[-100, -100, 7003, -100, -100], [-100, -100, -100, 8004, 8005]]
+    assert batch.sections.tolist() == [[6, 6, 6, 0, 0], [6, 6, 6, 6, 6]]
+    assert batch.sample_ids.tolist() == [7, 8]
+    assert batch.counts == (3, 1 + 3, 3 + 5)
+
+
+def test_types_are_what_a_model_and_a_saved_file_need() -> None:
+    batch = collate([make_row(3), make_row(4)])
+    assert batch.attention_mask is not None
+    for tensor in (batch.input_ids, batch.attention_mask, batch.targets, batch.labels, batch.sample_ids):
+        assert tensor.dtype == torch.int64
+    assert batch.sections.dtype == torch.uint8
+
+
+def test_there_is_no_mask_where_nothing_is_padded() -> None:
+    assert collate([make_row(4)]).attention_mask is None
+    assert collate([make_row(4), make_row(4)]).attention_mask is None
+    assert collate([make_row(4)]).counts == (1, 2, 4)
+    padded = collate([make_row(4)], length=6)
+    assert padded.attention_mask is not None
+    assert padded.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0]]
+
+
+def test_rows_of_one_or_two_tokens_have_no_triples_and_take_none_from_others() -> None:
+    assert collate([make_row(1), make_row(2), make_row(5)]).counts == (2, 3, 8)
+
+
+def test_a_step_adds_up_the_counts_of_its_micro_batches_and_of_none_counts_zero() -> None:
+    batches = [collate([make_row(3), make_row(5, 2)]), collate([make_row(4)])]
+    assert count(batches).tolist() == [3 + 1, 4 + 2, 8 + 4]
+    # a rank may be left without rows in the last step of an epoch
+    assert count([]).tolist() == [0, 0, 0]
+    assert count([]).dtype == count(batches).dtype == torch.int64
+
+
+def test_fixed_batches_keep_the_order_and_pad_all_to_the_longest_row(tmp_path: Path) -> None:
+    name = write(tmp_path / "rows.jsonl", [PLAIN, CHAT, THINKING])
+    batches = fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(), 2)
+    assert [batch.sample_ids.tolist() for batch in batches] == [[0, 1], [2]]
+    assert {batch.input_ids.shape[1] for batch in batches} == {len(encode(THINKING).input_ids)}
+    assert fixed_batches("data.eval_data", [], TOKENIZER, settings_of(), 2) == []
+    with pytest.raises(InputError, match=r"^data\.eval_data: there is no file none$"):
+        fixed_batches("data.eval_data", ["none"], TOKENIZER, settings_of(), 2)
+
+
+sizes = {"num_rows": st.integers(1, 40), "rows_per_batch": st.integers(1, 7), "accumulation": st.integers(1, 5)}
+
+
+@given(**sizes, epoch=st.integers(0, 3), seed=st.integers(0, 2**63 - 1))
+def test_an_epoch_holds_every_row_once_and_its_steps_are_full_but_the_last(
+    num_rows: int, rows_per_batch: int, accumulation: int, epoch: int, seed: int
+) -> None:
+    data = TrainingBatches(make_rows(num_rows), rows_per_batch, accumulation, seed)
+    per_epoch = data.steps_per_epoch
+    steps = [data.micro_batches(step) for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1)]
+    assert sorted(ids_of([batch for step in steps for batch in step])) == list(range(num_rows))
+    assert all(len(ids_of(step)) == rows_per_batch * accumulation for step in steps[:-1])
+    assert 0 < len(ids_of(steps[-1])) <= rows_per_batch * accumulation
+    for step in steps:
+        assert all(len(batch.sample_ids) == rows_per_batch for batch in step[:-1])
+        assert 0 < len(step[-1].sample_ids) <= rows_per_batch
+    assert {data.epoch(step) for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1)} == {epoch}
+
+
+@given(num_rows=st.integers(1, 40), rows_per_step=st.sampled_from([4, 6]), step=st.integers(1, 30))
+def test_a_step_holds_the_same_rows_however_it_is_split(num_rows: int, rows_per_step: int, step: int) -> None:
+    rows = make_rows(num_rows)
+    whole = TrainingBatches(rows, rows_per_step, 1, seed=3).micro_batches(step)
+    singly = TrainingBatches(rows, 1, rows_per_step, seed=3).micro_batches(step)
+    pairs = TrainingBatches(rows, 2, rows_per_step // 2, seed=3).micro_batches(step)
+    assert len(whole) == 1
+    assert {len(batch.sample_ids) for batch in singly} == {1}
+    assert ids_of(whole) == ids_of(singly) == ids_of(pairs)
+    assert count(whole).tolist() == count(singly).tolist() == count(pairs).tolist()
+
+
+def test_batches_depend_on_seed_and_step_only_and_disturb_no_random_state() -> None:
+    rows = make_rows(20)
+    data = TrainingBatches(rows, 2, 3, seed=5)
+    forward = [data.micro_batches(step) for step in range(1, 13)]
+    torch.manual_seed(1)
+    random.seed(1)
+    before = torch.get_rng_state(), random.getstate()
+    backward = [TrainingBatches(rows, 2, 3, seed=5).micro_batches(step) for step in range(12, 0, -1)][::-1]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert all(same(left, right) for left, right in zip(forward, backward, strict=True))
+
+
+def test_the_order_differs_between_epochs_and_seeds_and_from_that_of_the_file() -> None:
+    rows = make_rows(20)
+
+    def order(seed: int, step: int) -> tuple[int, ...]:
+        return tuple(ids_of(TrainingBatches(rows, 20, 1, seed).micro_batches(step)))
+
+    orders = {order(seed, step) for seed in (5, 6) for step in (1, 2, 3)}
+    assert len(orders | {tuple(range(20))}) == 7
+
+
+def test_a_seed_is_the_same_in_every_process_and_differs_between_purposes() -> None:
+    assert (
+        derive_seed(42, "epoch", 0) == 8307759580210770153
+    )  # what a checkpoint of an earlier process was trained with
+    assert len({derive_seed(1, "epoch", 23), derive_seed(12, "epoch", 3), derive_seed(1, "dropout", 23)}) == 3
+    assert 0 <= derive_seed(2**63 - 1, "step", 7) < 2**63
+
+
+def test_split_makes_the_last_batch_smaller() -> None:
+    assert [batch.sample_ids.tolist() for batch in split(make_rows(5), 2)] == [[0, 1], [2, 3], [4]]
+
+
+# ---- the sample that is shipped
+
+
+@pytest.fixture(scope="module")
+def sample() -> Dataset:
+    return load(str(DEMO / "sample.jsonl"))
+
+
+def test_the_sample_loads_wholly_and_fits_the_default_job(sample: Dataset) -> None:
+    assert sample.bad_rows == []
+    assert len(sample.rows) >= 120
+    assert not any(row.was_cut for row in sample.rows)
+    assert load(str(DEMO / "sample.jsonl"), max_seq_length=sample.longest).fingerprint() == sample.fingerprint()
+
+
+def test_the_sample_is_in_two_languages_declines_a_quarter_and_repeats_no_question() -> None:
+    rows = [json.loads(line) for line in (DEMO / "sample.jsonl").read_text("utf-8").splitlines()]
+    japanese = [row for row in rows if re.search("[\u3040-\u30ff\u4e00-\u9fff]", row["query"])]
+    assert len(japanese) >= 50
+    assert len(rows) - len(japanese) >= 50
+    # each is answered in the language it is asked in
+    assert all(bool(re.search("[\u3040-\u30ff]", row["final"])) == (row in japanese) for row in rows)
+    declining = [row for row in rows if re.match("Decline|Give no method", row["policy"])]
+    assert 0.2 <= len(declining) / len(rows) <= 0.3
+    assert len({row["query"] for row in rows}) == len(rows)
+
+
+def test_every_answer_of_the_sample_decodes_to_its_final(sample: Dataset) -> None:
+    lines = [json.loads(line) for line in (DEMO / "sample.jsonl").read_text("utf-8").splitlines()]
+    for row, line in zip(sample.rows, lines, strict=True):
+        (answer,) = answers(row)
+        assert final_only(answer.removesuffix("<|end|>")) == line["final"]
+        assert {name for name, _ in named_sections(row)} == {"prompt", "task", "safety", "policy", "final", "answer"}

@@ -1,0 +1,365 @@
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from so8t.files import TEMPORARY_SUFFIX, append_line, atomic_folder, atomic_write, delete_folder, sweep_temporaries
+
+ROOT = Path(__file__).parents[1]
+Make = Callable[[Path], AbstractContextManager[object]]
+
+
+class Stop(BaseException):
+    """As Ctrl-C does: no Exception."""
+
+
+def fail_after(written: int, error: type[BaseException]) -> None:
+    assert written > 0
+    raise error("the model is on fire")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_folder(path: Path, **files: bytes) -> None:
+    with atomic_folder(path) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def start_process(code: str, *arguments: object) -> subprocess.Popen[bytes]:
+    """Run `code` in a process of its own, where sys.argv[1:] are the arguments."""
+    header = "import os, signal, sys\nfrom pathlib import Path\nfrom so8t import files\n"
+    return subprocess.Popen([sys.executable, "-c", header + code, *map(str, arguments)], cwd=ROOT)
+
+
+def run_process(code: str, *arguments: Path) -> int:
+    return start_process(code, *arguments).wait(timeout=60)
+
+
+@contextmanager
+def disk_that_is_full_at(size: int) -> Iterator[None]:
+    """Files of this process can grow to `size` bytes only."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A file system that nothing can be written to, with one folder `old` on it."""
+    folder = tmp_path / "read_only"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], capture_output=True)
+    if mount.returncode != 0:
+        pytest.skip("this process may not mount a file system")
+    write_folder(folder / "old", **{"a.bin": b"old"})
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What reached the disk, in order: ("fsync" or "rename", name), at the calls of the operating system."""
+    recorded: list[tuple[str, str]] = []
+    real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace
+
+    def fsync(descriptor: int) -> None:
+        real_fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        size = "" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else f" {os.fstat(descriptor).st_size}"
+        recorded.append(("fsync", path.name + size))
+
+    def rename(call: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def move(source: Any, target: Any) -> None:
+            call(source, target)
+            recorded.append(("rename", f"{Path(source).name} -> {Path(target).name}"))
+
+        return move
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename(real_rename))
+    monkeypatch.setattr(os, "replace", rename(real_replace))
+    return recorded
+
+
+# ---- a file
+
+
+def test_a_file_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with atomic_write(path) as file:
+        file.write(b"half ")
+        file.flush()
+        assert names(tmp_path) == [f"a.bin{TEMPORARY_SUFFIX}"]
+        file.write(b"whole")
+    assert names(tmp_path) == ["a.bin"]
+    assert path.read_bytes() == b"half whole"
+
+
+def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write(path, b"old and longer")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old and longer"
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError, Stop])
+def test_an_older_file_stays_and_nothing_else_when_the_block_raises(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.bin"
+    write(path, b"old")
+    with pytest.raises(error, match="the model is on fire"), atomic_write(path) as file:
+        fail_after(file.write(b"new"), error)
+    assert names(tmp_path) == ["a.bin"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_end(
+    tmp_path: Path, events: list[tuple[str, str]]
+) -> None:
+    write(tmp_path / "a.bin", b"12345")
+    assert events == [
+        ("fsync", f"a.bin{TEMPORARY_SUFFIX} 5"),
+        ("rename", f"a.bin{TEMPORARY_SUFFIX} -> a.bin"),
+        ("fsync", tmp_path.name),
+    ]
+
+
+def test_a_left_over_temporary_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / f"a.bin{TEMPORARY_SUFFIX}").write_bytes(b"left over and long")
+    write(tmp_path / "a.bin", b"new")
+    assert names(tmp_path) == ["a.bin"]
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write(path, b"old")
+    with disk_that_is_full_at(10_000), pytest.raises(OSError, match="File too large"):
+        write(path, bytes(50_000))
+    assert names(tmp_path) == ["a.bin"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("make", [atomic_write, atomic_folder])
+def test_a_read_only_disk_is_an_error_and_leaves_the_older_content(make: Make, read_only: Path) -> None:
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="Read-only file system"), make(read_only / name):
+            pytest.fail("nothing can be written there")
+    assert names(read_only) == ["old", "old/a.bin"]
+    assert (read_only / "old" / "a.bin").read_bytes() == b"old"
+
+
+def test_a_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write(tmp_path / "nowhere" / "a.bin", b"new")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_in_the_way_is_an_error_and_leaves_no_temporary(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"a\.bin"):
+        write(tmp_path / "a.bin", b"new")
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_a_kill_in_the_middle_leaves_the_older_file_and_a_temporary_that_the_sweep_removes(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write(path, b"old")
+    code = """
+with files.atomic_write(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_process(code, path) == -signal.SIGKILL
+    assert names(tmp_path) == ["a.bin", f"a.bin{TEMPORARY_SUFFIX}"]
+    assert path.read_bytes() == b"old"
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path) == ["a.bin"]
+
+
+# ---- a folder
+
+
+def test_a_folder_has_its_name_only_when_it_is_complete_and_its_parents_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "step_000001"
+    with atomic_folder(path) as folder:
+        assert folder.parent == path.parent
+        assert names(folder) == []
+        (folder / "a.bin").write_bytes(b"whole")
+        assert not path.exists()
+    assert names(tmp_path) == ["checkpoints", "checkpoints/step_000001", "checkpoints/step_000001/a.bin"]
+
+
+def test_an_older_folder_is_replaced_wholly(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old", b=b"old")
+    with atomic_folder(path) as folder:
+        (folder / "a").write_bytes(b"new")
+        assert (path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert (path / "a").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [ValueError, Stop])
+def test_an_older_folder_stays_and_nothing_else_when_the_block_raises(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old")
+    with pytest.raises(error, match="the model is on fire"), atomic_folder(path) as folder:
+        fail_after((folder / "a").write_bytes(b"new"), error)
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert (path / "a").read_bytes() == b"old"
+
+
+def test_a_full_disk_in_the_middle_of_a_folder_leaves_the_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old")
+    with disk_that_is_full_at(10_000), pytest.raises(OSError, match="File too large"):
+        write_folder(path, a=b"new", b=bytes(50_000))
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert (path / "a").read_bytes() == b"old"
+
+
+def test_all_of_a_folder_is_on_the_disk_before_its_name(tmp_path: Path, events: list[tuple[str, str]]) -> None:
+    path = tmp_path / "step_000001"
+    with atomic_folder(path) as folder:
+        (folder / "a").write_bytes(b"12345")
+        (folder / "deep").mkdir()
+        (folder / "deep" / "b").write_bytes(b"1234567")
+    temporary = f"step_000001{TEMPORARY_SUFFIX}"
+    assert sorted(events[:-2]) == [("fsync", "a 5"), ("fsync", "b 7"), ("fsync", "deep"), ("fsync", temporary)]
+    assert events[-2:] == [("rename", f"{temporary} -> step_000001"), ("fsync", tmp_path.name)]
+
+
+def test_a_left_over_temporary_folder_does_not_get_into_the_new_one(tmp_path: Path) -> None:
+    for content in (b"old", b"new"):
+        for left_over in (f"step_000001{TEMPORARY_SUFFIX}", f"step_000001.deleted{TEMPORARY_SUFFIX}"):
+            (tmp_path / left_over).mkdir(exist_ok=True)
+            (tmp_path / left_over / "half").write_bytes(b"half")
+        write_folder(tmp_path / "step_000001", a=content)
+        assert names(tmp_path / "step_000001") == ["a"]
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+
+
+def test_a_kill_while_a_folder_is_written_leaves_the_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old")
+    code = """
+with files.atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "a").write_bytes(b"new")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_process(code, path) == -signal.SIGKILL
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert (path / "a").read_bytes() == b"old"
+
+
+KILLED_WHILE_DELETING = """
+real_unlink = os.unlink
+def unlink(*arguments, **keys):
+    real_unlink(*arguments, **keys)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.unlink = unlink
+"""
+
+
+def test_a_kill_while_the_older_folder_is_deleted_leaves_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old", b=b"old")
+    code = """
+with files.atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "a").write_bytes(b"new")
+"""
+    assert run_process(KILLED_WHILE_DELETING + code, path) == -signal.SIGKILL
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert (path / "a").read_bytes() == b"new"
+
+
+def test_a_deleted_folder_is_gone_and_a_kill_never_leaves_half_of_it_under_its_name(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_folder(tmp_path / name, a=b"old", b=b"old")
+    delete_folder(tmp_path / "one")
+    assert names(tmp_path) == ["two", "two/a", "two/b"]
+    code = "files.delete_folder(Path(sys.argv[1]))"
+    assert run_process(KILLED_WHILE_DELETING + code, tmp_path / "two") == -signal.SIGKILL
+    assert [path.suffix for path in tmp_path.iterdir()] == [TEMPORARY_SUFFIX]
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_deleting_a_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        delete_folder(tmp_path / "nowhere")
+
+
+# ---- a line, and the sweep
+
+
+def test_a_line_goes_to_the_end_in_utf_8_and_is_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, '{"step": 1}')
+    assert path.read_bytes() == b'{"step": 1}\n'
+    append_line(path, "二")
+    assert path.read_bytes() == b'{"step": 1}\n' + "二\n".encode()
+
+
+def test_a_line_is_one_write(tmp_path: Path) -> None:
+    # two writers at once: nothing of one stands inside a line of the other, however long they are
+    path = tmp_path / "metrics.jsonl"
+    code = "for n in range(100): files.append_line(Path(sys.argv[1]), sys.argv[2] * 20_000)"
+    writers = [start_process(code, path, letter) for letter in "ab"]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    lines = path.read_text().splitlines()
+    assert sorted(lines) == ["a" * 20_000] * 100 + ["b" * 20_000] * 100
+
+
+def test_a_line_that_a_full_disk_cannot_hold_is_an_error_and_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, "x" * 60)
+    with disk_that_is_full_at(100), pytest.raises(OSError, match=r"No space left on device.*metrics\.jsonl"):
+        append_line(path, "y" * 60)
+    append_line(path, "z")
+    assert path.read_text().splitlines() == ["x" * 60, "z"]
+
+
+def test_the_sweep_deletes_temporaries_of_its_own_folder_only(tmp_path: Path) -> None:
+    kept = ["a.bin", "a.tmp", "note.so8t-tmp.txt", "so8t-tmp", "sub", f"sub/b.bin{TEMPORARY_SUFFIX}"]
+    (tmp_path / "sub").mkdir()
+    for name in kept:
+        if name != "sub":
+            (tmp_path / name).write_bytes(b"kept")
+    for name in (f"a.bin{TEMPORARY_SUFFIX}", f".hidden{TEMPORARY_SUFFIX}"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / f"step_000001{TEMPORARY_SUFFIX}" / "deep").mkdir(parents=True)
+    (tmp_path / f"step_000001{TEMPORARY_SUFFIX}" / "deep" / "a").write_bytes(b"half")
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path) == kept
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path) == kept
