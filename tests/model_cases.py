@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 
 from so8t.config import ModelConfig, QloraConfig, QuantizationConfig, So8tConfig
 from so8t.data import Batch, Row, collate
-from so8t.losses import ce_sum, pet_sum
+from so8t.losses import NO_TARGET, ce_sum, pet_sum
 from so8t.model import Model, head_weight, hidden_states, load_model
+from so8t.thinking import SECTIONS
 
 VOCAB, HIDDEN, LAYERS = 61, 32, 3
 SIZES: dict[str, Any] = {
@@ -88,12 +89,24 @@ def make_rows(*shapes: tuple[int, int], seed: int = 0) -> list[Row]:
         input_ids = torch.randint(3, VOCAB, (length,), generator=generator, dtype=torch.int32)
         is_answer = torch.zeros(length, dtype=torch.bool)
         is_answer[length - 1 - answer : length - 1] = True
-        rows.append(Row(input_ids, is_answer, is_answer.to(torch.uint8), sample_id, was_cut=False))
+        sections = torch.where(is_answer, SECTIONS.index("answer"), SECTIONS.index("prompt")).to(torch.uint8)
+        rows.append(Row(input_ids, is_answer, sections, sample_id, was_cut=False))
     return rows
 
 
 def make_batch(*shapes: tuple[int, int], seed: int = 0) -> Batch:
     return collate(make_rows(*shapes, seed=seed))
+
+
+def model_input(batch: Batch) -> dict[str, Tensor | None]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def loss_of_hugging_face(model: Any, batch: Batch) -> Tensor:
+    """With labels that come from the sections, so that targets shifted wrongly show."""
+    labels = batch.input_ids.where(batch.sections == SECTIONS.index("answer"), NO_TARGET)
+    loss: Tensor = model(**model_input(batch), labels=labels).loss
+    return loss
 
 
 def randomize_lora(model: Model) -> None:

@@ -122,9 +122,8 @@ def sentencepiece_like(template: str) -> Any:
     markers = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
     core.add_special_tokens([AddedToken(marker, rstrip=True, normalized=False) for marker in markers])
     # what add_special_tokens would add, though the chat template writes every marker
-    core.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 355)]
-    )
+    start = ("<|user|>", core.token_to_id("<|user|>"))
+    core.post_processor = processors.TemplateProcessing(single="<|user|> $A", special_tokens=[start])
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", unk_token="<unk>")
     tokenizer.chat_template = template
     return tokenizer

@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import NO_AUTOCAST, VOCAB, gradients, load, load_plain, make_batch, make_rows, randomize_lora
+from model_cases import (
+    NO_AUTOCAST,
+    VOCAB,
+    gradients,
+    load,
+    load_plain,
+    loss_of_hugging_face,
+    make_batch,
+    make_rows,
+    model_input,
+    randomize_lora,
+)
 from torch import Tensor
 
 from so8t.data import Batch, collate, split
@@ -25,8 +36,7 @@ def model(base_models: dict[str, Path]) -> Model:
 def their_sum(plain: Any, batch: Batch, autocast: torch.autocast = NO_AUTOCAST) -> float:
     """Hugging Face's mean loss of the batch, times its number of targets."""
     with torch.no_grad(), autocast:
-        loss = plain(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    return float(loss) * batch.num_targets
+        return float(loss_of_hugging_face(plain, batch)) * batch.num_targets
 
 
 def test_every_target_weighs_the_same_in_the_mean(model: Model, base_models: dict[str, Path]) -> None:
@@ -54,7 +64,7 @@ def test_scores_come_in_order_and_are_hugging_faces(
     assert [batch for batch, _, _ in scored] == BATCHES
     for batch, hidden, ce in scored:
         with torch.no_grad(), autocast:
-            output = plain.model(batch.input_ids, attention_mask=batch.attention_mask)
+            output = plain.model(**model_input(batch))
         assert torch.equal(hidden, output.last_hidden_state)
         assert float(ce) == pytest.approx(their_sum(plain, batch, autocast), rel=1e-4)
 

@@ -28,8 +28,10 @@ from model_cases import (
     load,
     load_plain,
     logits_of,
+    loss_of_hugging_face,
     make_batch,
     make_rows,
+    model_input,
     randomize_lora,
 )
 from safetensors.torch import load_file
@@ -79,15 +81,6 @@ def our_loss(model: Model, batch: Batch) -> Tensor:
     return ce_sum(hidden_states(model, batch), head_weight(model), batch.targets) / batch.num_targets
 
 
-def model_input(batch: Batch) -> dict[str, Any]:
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-
-
-def their_loss(model: Any, batch: Batch) -> Tensor:
-    loss: Tensor = model(**model_input(batch), labels=batch.labels).loss
-    return loss
-
-
 def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     """To the bit, name by name."""
     assert left.keys() == right.keys()
@@ -104,7 +97,7 @@ def test_fresh_model_has_the_loss_of_hugging_face(
 ) -> None:
     plain, ours = load_plain(base_models[architecture]), load(base_models[architecture], so8t=IDENTITY)
     with torch.no_grad():
-        expected = their_loss(plain, batch)
+        expected = loss_of_hugging_face(plain, batch)
         found = our_loss(ours, batch)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
@@ -117,7 +110,7 @@ def test_loss_in_bfloat16_is_that_of_hugging_face_within_its_rounding(
     plain = load_plain(base_models[architecture], getattr(torch, dtype))
     ours = load(base_models[architecture], dtype=dtype, so8t=IDENTITY)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = their_loss(plain, BATCHES["padded"])
+        expected = loss_of_hugging_face(plain, BATCHES["padded"])
         found = our_loss(ours, BATCHES["padded"])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
@@ -128,7 +121,7 @@ def test_gradient_of_every_weight_is_that_of_hugging_face(
     base_models: dict[str, Path], architecture: str, batch: Batch
 ) -> None:
     plain = load_plain(base_models[architecture])
-    torch.autograd.backward(their_loss(plain, batch))
+    torch.autograd.backward(loss_of_hugging_face(plain, batch))
     ours = load(base_models[architecture], qlora=FULL, so8t=IDENTITY)
     found = gradients(ours, [batch], pet_weight=0)
     for name, parameter in plain.named_parameters():
@@ -139,7 +132,7 @@ def test_gradients_of_lora_and_gates_follow_from_hugging_faces_gradient_of_the_w
     base_models: dict[str, Path],
 ) -> None:
     plain, batch = load_plain(base_models["phi3"]), BATCHES["padded"]
-    torch.autograd.backward(their_loss(plain, batch))
+    torch.autograd.backward(loss_of_hugging_face(plain, batch))
     ours = load(base_models["phi3"], qlora=EVERY_LINEAR, so8t=IDENTITY)
     found = gradients(ours, [batch], pet_weight=0)
     upper = torch.triu_indices(8, 8, offset=1).unbind()
@@ -300,8 +293,12 @@ def test_scoring_before_and_between_steps_leaves_their_gradients_bit_equal(
         assert all(gradient.any() for gradient in found.values())
 
 
-def test_four_bit_layers_never_repack_their_weights_for_evaluation(base_models: dict[str, Path]) -> None:
-    # what the test above cannot see on a CPU without AVX512-BF16
+def test_four_bit_layers_never_repack_their_weights_for_evaluation(
+    base_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a CPU with AVX512-BF16, where alone the test above could fail
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    assert bnb.nn.Linear4bit(8, 8).support_avx512bf16_for_cpu
     model = load(base_models["phi3"], bits=4)
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert len(layers) == LAYERS * len(PHI3_LINEAR)
