@@ -46,7 +46,7 @@ def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
 
 
 def _not_a_model(config: ModelConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = " ".join(str(error).split())
     return f'model.base_model = "{config.base_model}" cannot be loaded as a folder or a hub id: {reason}'
 
 
@@ -105,9 +105,10 @@ def _load_base(
             base = load_model_config(config)
             model = AutoModelForCausalLM.from_config(base, trust_remote_code=False, **options).to(device).eval()
         else:  # the device map quantizes every weight as it is read: the whole model is never there unquantized
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint or config.base_model, device_map={"": device}, trust_remote_code=False, **options
-            )
+            options |= {"device_map": {"": device}, "trust_remote_code": False, "output_loading_info": True}
+            model, loading = AutoModelForCausalLM.from_pretrained(checkpoint or config.base_model, **options)
+            if loading["missing_keys"]:  # transformers would fill them with random numbers
+                raise OSError(f"its files lack the weights {', '.join(sorted(loading['missing_keys']))}")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(_not_a_model(config, error)) from error
     for module in model.modules():

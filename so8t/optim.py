@@ -45,7 +45,7 @@ def make_amp(config: TrainingConfig, device: torch.device) -> tuple[torch.autoca
     """Autocast to bfloat16 or float16, and float16's gradient scaler. What is off does nothing."""
     if device.type == "cpu" and (config.bf16 or config.fp16) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print(
-            "amp: this CPU has no 16-bit arithmetic and emulates it, 10 to 20 times slower than float32; "
+            "amp: this CPU has no 16-bit arithmetic and emulates it, many times slower than float32; "
             'set training.bf16 and fp16 to false and model.dtype to "float32"'
         )
     dtype = torch.float16 if config.fp16 else torch.bfloat16

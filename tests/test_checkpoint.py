@@ -1,0 +1,141 @@
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import load
+
+from so8t.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    checkpoint_folders,
+    find_checkpoint,
+    load_training_state,
+    make_output_dir,
+)
+from so8t.config import Config, InputError, load_config
+from so8t.model import Model
+from so8t.optim import make_optimizer
+
+TOTAL_STEPS = 50
+
+
+@pytest.fixture
+def config(tmp_path: Path, base_models: dict[str, Path]) -> Config:
+    config = load_config(Path("config.toml"))
+    training = replace(config.training, output_dir=str(tmp_path / "run"), save_steps=20, save_total_limit=2)
+    return replace(config, training=training)
+
+
+@pytest.fixture
+def model(base_models: dict[str, Path]) -> Model:
+    return load(base_models["phi3"])
+
+
+def make_checkpoints(config: Config, is_main: bool = True) -> Checkpoints:
+    make_output_dir(config, is_main)
+    return Checkpoints(config, TOTAL_STEPS, "fingerprint", is_main)
+
+
+def save(config: Config, model: Model, tokenizer: Any, *steps: int, is_main: bool = True) -> list[str]:
+    """Save these steps; returns the names of the checkpoints that are left."""
+    checkpoints = make_checkpoints(config, is_main)
+    optimizer = make_optimizer(model, config.training)
+    for step in steps:
+        checkpoints.save(step, model, tokenizer, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    return [folder.name for folder in checkpoint_folders(Path(config.training.output_dir))]
+
+
+def test_due_every_save_steps_and_at_the_end(config: Config) -> None:
+    checkpoints = make_checkpoints(config)
+    assert [step for step in range(1, TOTAL_STEPS + 1) if checkpoints.is_due(step)] == [20, 40, 50]
+    never = replace(config, training=replace(config.training, save_steps=0))
+    assert [step for step in range(1, TOTAL_STEPS + 1) if make_checkpoints(never).is_due(step)] == [50]
+
+
+def test_the_newest_are_kept_by_number_whatever_else_lies_there(config: Config, model: Model, tokenizer: Any) -> None:
+    make_output_dir(config, True)
+    other = Path(config.training.output_dir) / "checkpoints" / "step_mine"
+    other.mkdir()
+    assert save(config, model, tokenizer, 20, 40, 1000000) == ["step_000040", "step_1000000"]
+    assert other.is_dir()
+    everything = replace(config, training=replace(config.training, save_total_limit=0))
+    assert len(save(everything, model, tokenizer, 1000001, 1000002)) == 4
+
+
+def test_checkpoints_of_a_branch_that_was_abandoned_go(config: Config, model: Model, tokenizer: Any) -> None:
+    save(config, model, tokenizer, 20, 40)
+    assert save(config, model, tokenizer, 30) == ["step_000020", "step_000030"]
+
+
+def test_same_step_again_replaces_its_checkpoint(config: Config, model: Model, tokenizer: Any) -> None:
+    assert save(config, model, tokenizer, 20, 20) == ["step_000020"]
+
+
+def test_other_ranks_write_nothing(config: Config, model: Model, tokenizer: Any) -> None:
+    assert save(config, model, tokenizer, 20, is_main=False) == []
+    assert not Path(config.training.output_dir).exists()
+
+
+def test_auto_finds_the_newest_and_a_path_the_one_it_names(config: Config, model: Model, tokenizer: Any) -> None:
+    assert find_checkpoint(config) is None
+    save(config, model, tokenizer, 20, 40)
+    folder = Path(config.training.output_dir) / "checkpoints"
+    assert find_checkpoint(config) == folder / "step_000040"
+    by_path = replace(config, training=replace(config.training, resume=str(folder / "step_000020")))
+    assert find_checkpoint(by_path) == folder / "step_000020"
+
+
+def test_state_comes_back_and_other_rows_are_refused(config: Config, model: Model, tokenizer: Any) -> None:
+    assert load_training_state(None, "fingerprint") is None
+    save(config, model, tokenizer, 20)
+    checkpoint = find_checkpoint(config)
+    state = load_training_state(checkpoint, "fingerprint")
+    assert state is not None
+    assert state["step"] == 20
+    with pytest.raises(InputError, match="the rows have changed"):
+        load_training_state(checkpoint, "another")
+
+
+def test_what_a_killed_process_left_is_swept_at_the_start(config: Config, model: Model, tokenizer: Any) -> None:
+    save(config, model, tokenizer, 20)
+    folder = Path(config.training.output_dir) / "checkpoints"
+    (folder / "step_000020").rename(folder / "step_000040.so8t-tmp")
+    make_output_dir(config, True)
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this test mounts a file system, which is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_names_the_last_good_checkpoint_and_leaves_it(
+    config: Config, model: Model, tokenizer: Any, small_disk: Path
+) -> None:
+    config = replace(config, training=replace(config.training, output_dir=str(small_disk / "run")))
+    save(config, model, tokenizer, 20)
+    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+    files = sorted(small_disk.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"step_000040 could not be written .* last good one is .*step_000020"):
+        save(config, model, tokenizer, 40)
+    assert sorted(small_disk.rglob("*")) == files
+    assert load_training_state(find_checkpoint(config), "fingerprint") is not None
+
+
+def test_output_dir_that_cannot_be_written_is_named(config: Config) -> None:
+    output_dir = Path(config.training.output_dir)
+    output_dir.write_text("a file")
+    with pytest.raises(InputError, match=r"training\.output_dir: cannot write into .*; choose another"):
+        make_output_dir(config, True)

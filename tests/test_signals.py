@@ -1,0 +1,31 @@
+import os
+import signal
+
+import pytest
+
+from so8t.signals import StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_noted_and_the_handlers_are_as_before_afterwards(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+    assert signal.getsignal(number) is before
+
+
+def test_second_ctrl_c_interrupts_at_once() -> None:
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_come_back_when_training_fails() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="training failed"), StopSignals():
+        raise ValueError("training failed")
+    assert signal.getsignal(signal.SIGTERM) is before
