@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from so8t.config import Config, InputError, changed_keys, load_config, to_toml
 from so8t.files import atomic_folder, atomic_write, delete_folder, sweep_temporaries
@@ -147,7 +146,7 @@ class Checkpoints:
                     file.write(to_toml(self._config).encode())
                 with atomic_write(temporary / STATE_FILE) as file:
                     torch.save(state, file)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise a sort of their own
             older = checkpoint_folders(self._output_dir)
             kept = f"the last good one is {older[-1]}" if older else "there is no older one"
             raise CheckpointError(f"the checkpoint {folder} could not be written ({error}); {kept}") from error

@@ -106,9 +106,10 @@ def _load_base(
             model = AutoModelForCausalLM.from_config(base, trust_remote_code=False, **options).to(device).eval()
         else:  # the device map quantizes every weight as it is read: the whole model is never there unquantized
             options |= {"device_map": {"": device}, "trust_remote_code": False, "output_loading_info": True}
-            model, loading = AutoModelForCausalLM.from_pretrained(checkpoint or config.base_model, **options)
-            if loading["missing_keys"]:  # transformers would fill them with random numbers
-                raise OSError(f"its files lack the weights {', '.join(sorted(loading['missing_keys']))}")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint or config.base_model, **options)
+            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+            if missing:  # transformers would fill them with random numbers
+                raise OSError(f"its files lack the weights {', '.join(missing)}")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(_not_a_model(config, error)) from error
     for module in model.modules():
