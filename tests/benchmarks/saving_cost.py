@@ -8,6 +8,7 @@ with one at every tenth step take turns (A B C A B C ..) in this one process; a 
 """
 
 import argparse
+import gc
 import itertools
 import statistics
 import sys
@@ -28,6 +29,7 @@ import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
 from so8t.data import Row, collate  # noqa: E402
 from so8t.logits import LogitsSaver  # noqa: E402
+from so8t.logits_score import HostBuffer  # noqa: E402
 from so8t.losses import CHUNK_ROWS  # noqa: E402
 from so8t.metrics import read_metrics  # noqa: E402
 from so8t.model import head_weight, load_model  # noqa: E402
@@ -64,7 +66,7 @@ WARM_UP = 2
 def write_rows(folder: Path) -> None:
     """Rows far longer than 512 tokens before the answer, so that the cut leaves exactly 512."""
     words = " ".join(f"item {number}" for number in range(700))
-    rows = (f'{{"instruction": "{words}", "output": "{index} {words[:1200]}"}}\n' for index in range(12))
+    rows = (f'{{"instruction": "{words}", "output": "{index} {words[:600]}"}}\n' for index in range(12))
     (folder / "rows.jsonl").write_text("".join(rows))
 
 
@@ -96,18 +98,22 @@ def time_runs(config: Path, folder: Path, rounds: int) -> None:
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors made while it is on, at their most."""
+    """Bytes of the tensors made while it is on, at their most; less those that lie in the saver's host buffers."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: set[int] = set()
+        buffers = [thing._bytes for thing in gc.get_objects() if isinstance(thing, HostBuffer)]
+        self._host = [range(memory.data_ptr(), memory.data_ptr() + memory.nbytes) for memory in buffers]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
                 storage = tensor.untyped_storage()
+                if any(storage.data_ptr() in memory for memory in self._host):
+                    continue
                 self._seen.add(storage._cdata)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -136,7 +142,7 @@ def measure_memory(config_path: Path, folder: Path) -> None:
                 config_path, [f"training.save_logits={saves}", "training.save_logits_steps=1"]
             ).training
             saver = LogitsSaver(training, folder / f"memory_{length}", no_autocast, length)
-            for step in (1, 2):  # the first allocates the host buffer, the second uses it again
+            for step in (1, 2, 3):  # the first two allocate the host buffers, the third uses one again
                 with PeakBytes() as mode:
                     hidden, ce, pet = train.forward(model, batch, no_autocast, 0.1, 0.0)
                     saver.capture(step, 0, batch, hidden, head_weight(model), ce)
@@ -157,7 +163,7 @@ def measure_memory(config_path: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0 = memory only")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -165,7 +171,8 @@ def main() -> None:
         config = folder / "config.toml"
         config.write_text(CONFIG.format(model=options.model, folder=folder))
         measure_memory(config, folder)
-        time_runs(config, folder, options.rounds)
+        if options.rounds:
+            time_runs(config, folder, options.rounds)
 
 
 if __name__ == "__main__":
