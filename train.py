@@ -54,11 +54,13 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
     eval_batches = fixed_batches("data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch)
     probe_files = training.save_logits_probe if training.save_logits else ()
-    probe_batches = fixed_batches("training.save_logits_probe", probe_files, tokenizer, config.data, rows_per_batch)
+    probe = "training.save_logits_probe", probe_files
+    probe_batches = fixed_batches(*probe, tokenizer, config.data, rows_per_batch, one_length=True)
     data = TrainingBatches(dataset.rows, rows_per_batch, training.gradient_accumulation_steps * ranks.world_size, seed)
     total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
     print(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
-    state = load_training_state(checkpoint, dataset.fingerprint())
+    fingerprint = dataset.fingerprint()
+    state = load_training_state(checkpoint, fingerprint, data.micro_batches_per_step)
     output_dir = make_output_dir(config, ranks.is_main)
     max_tokens, probe_tokens = rows_per_batch * dataset.longest, sum(batch.input_ids.numel() for batch in probe_batches)
     sizes = model_config.vocab_size, max_tokens, probe_tokens
@@ -72,7 +74,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, training)
     autocast, scaler = make_amp(training, device)
-    first_step = 1
+    first_step, stop = 1, 0
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -80,7 +82,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
         print(f"resuming from {checkpoint}: step {state['step']} of {total_steps} is done")
 
     # ---- the watchers: they read, they never steer
-    checkpoints = Checkpoints(config, total_steps, dataset.fingerprint(), ranks.is_main)
+    checkpoints = Checkpoints(config, total_steps, fingerprint, data.micro_batches_per_step, ranks.is_main)
     validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
     logits_config = replace(training, save_logits=training.save_logits and ranks.is_main)
     with (
@@ -119,7 +121,8 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
             if not (math.isfinite(figures["loss"] + figures["grad_norm"]) or scaler.is_enabled()):
                 sample_ids = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
                 rows = ", ".join(dataset.places[sample_id] for sample_id in sample_ids)
-                raise NonFiniteStep(f"step {step} is not finite: {figures}, first seen in the rows {rows}")
+                where = f"the CE of rows {rows}" if rows else "PET or the backward pass"
+                raise NonFiniteStep(f"step {step} is not finite: {figures}, first seen in {where}")
             scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -128,7 +131,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
             # watch
             logits_saver.after_step(step)
             metrics.after_step(step, figures | validation.after_step(step, model) | logits_saver.figures())
-            stop = parallel.any_rank(signals.received is not None)
+            stop = parallel.all_max(signals.received)
             if stop or checkpoints.is_due(step):
                 logits_saver.flush()  # a run that resumes from the checkpoint does not save the steps before it again
                 checkpoints.save(step, model, tokenizer, optimizer, scaler)
@@ -137,7 +140,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     print(metrics.summary())
     print(logits_saver.summary())
     print(checkpoints.summary())
-    return 128 + signals.received if signals.received else 0
+    return 128 + stop if stop else 0
 
 
 def forward(
@@ -164,12 +167,12 @@ def step_figures(measured: Sequence[float], num_targets: int, num_triples: int, 
 def keep_evidence(
     model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
 ) -> list[int]:
-    """Save the logits of the first micro-batch whose CE is not finite, else of the last; return its sample_ids."""
+    """Save the logits of the first micro-batch whose CE is not finite, and return its sample_ids; else of the last."""
     sample_ids: list[int] = []
     for batch, hidden, ce in score(model, batches, autocast):
         logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, force=True)
-        sample_ids = batch.sample_ids.tolist()
         if not math.isfinite(ce.item()):
+            sample_ids = batch.sample_ids.tolist()
             break
     logits_saver.after_step(step)
     return sample_ids

@@ -71,6 +71,11 @@ def find_checkpoint(config: Config) -> Path | None:
         checkpoint = existing[-1]
     else:
         checkpoint = Path(resume)
+        if existing and checkpoint.resolve() not in [folder.resolve() for folder in existing]:
+            raise InputError(
+                f"training.resume is {checkpoint}, but {output_dir} holds the checkpoints of another run; "
+                "choose another training.output_dir"
+            )
     if not (checkpoint / STATE_FILE).is_file():
         raise InputError(
             f'training.resume: there is no {STATE_FILE} in {checkpoint}; write "auto", "never" or a checkpoint'
@@ -85,8 +90,13 @@ def find_checkpoint(config: Config) -> Path | None:
     return checkpoint
 
 
-def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[str, Any] | None:
-    """What training_state.pt holds: step, optimizer, scaler. Raises InputError if the rows are no longer the same."""
+def load_training_state(
+    checkpoint: Path | None, data_fingerprint: str, micro_batches_per_step: int
+) -> dict[str, Any] | None:
+    """What training_state.pt holds: step, optimizer, scaler.
+
+    Raises InputError if the rows are no longer the same, or their number a step (over all processes of torchrun).
+    """
     if checkpoint is None:
         return None
     state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu")
@@ -94,6 +104,11 @@ def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[
         raise InputError(
             f"data.train_data: the rows have changed since {checkpoint} was written; restore them to resume it, "
             "or choose another training.output_dir"
+        )
+    if state["micro_batches_per_step"] != micro_batches_per_step:
+        raise InputError(
+            f"{checkpoint} was trained with {state['micro_batches_per_step']} micro-batches a step over all processes, "
+            f"not {micro_batches_per_step}; start as many processes as before, or choose another training.output_dir"
         )
     return state
 
@@ -109,11 +124,13 @@ class Checkpoints:
         config: Config,
         total_steps: int,
         data_fingerprint: str,
+        micro_batches_per_step: int,
         is_main: bool,
     ) -> None:
         self._config = config
         self._total_steps = total_steps
         self._data_fingerprint = data_fingerprint
+        self._micro_batches_per_step = micro_batches_per_step
         self._is_main = is_main
         self._output_dir = Path(config.training.output_dir)
 
@@ -138,6 +155,7 @@ class Checkpoints:
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "data_fingerprint": self._data_fingerprint,
+            "micro_batches_per_step": self._micro_batches_per_step,
         }
         try:
             with atomic_folder(folder) as temporary:

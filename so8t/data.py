@@ -277,13 +277,18 @@ def count(batches: Sequence[Batch]) -> Tensor:
 
 
 def fixed_batches(
-    key: str, patterns: Sequence[str], tokenizer: Any, config: DataConfig, rows_per_batch: int
+    key: str,
+    patterns: Sequence[str],
+    tokenizer: Any,
+    config: DataConfig,
+    rows_per_batch: int,
+    one_length: bool = False,
 ) -> list[Batch]:
-    """The rows of some files in their order, all padded to the longest of them; no batches if no file is named."""
+    """The rows of some files in their order; no batches if no file is named. one_length: all padded to the longest."""
     if not patterns:
         return []
     dataset = load_dataset(key, patterns, tokenizer, config)
-    return split(dataset.rows, rows_per_batch, dataset.longest)
+    return split(dataset.rows, rows_per_batch, dataset.longest if one_length else 0)
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -14,6 +14,8 @@ from so8t.model import Model, head_weight, hidden_states
 @torch.no_grad()
 def score(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Every batch with its hidden [batch, seq, hidden_size] and its CE summed over its targets; without dropout."""
+    if not batches:
+        return
     model.eval()
     try:
         for batch in batches:

@@ -134,6 +134,8 @@ class LogitsSaver:
 
     def summary(self) -> str:
         """The run's closing line."""
+        if not self._training.save_logits:
+            return "logits: not saved"
         saved, dropped, failed = self._figures.totals.values()
         waits = self._figures.waits or [0.0]
         return (

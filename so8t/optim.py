@@ -43,14 +43,20 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
 
 def make_amp(config: TrainingConfig, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
     """Autocast to bfloat16 or float16, and float16's gradient scaler. What is off does nothing."""
-    if device.type == "cpu" and (config.bf16 or config.fp16) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and (config.bf16 or config.fp16) and not _has_16_bit_arithmetic():
         print(
             "amp: this CPU has no 16-bit arithmetic and emulates it, many times slower than float32; "
             'set training.bf16 and fp16 to false and model.dtype to "float32"'
         )
     dtype = torch.float16 if config.fp16 else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=config.fp16 or config.bf16)
-    return autocast, torch.amp.GradScaler(device.type, enabled=config.fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
+    scaler.scale(torch.zeros((), device=device))  # makes its state: a rank may have no rows in its first step
+    return autocast, scaler
+
+
+def _has_16_bit_arithmetic() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-any-return, no-untyped-call]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -50,9 +50,12 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank, so that all of them stop at the same step."""
-    return bool(all_sum(torch.tensor([int(flag)])))
+def all_max(number: int) -> int:
+    """The largest `number` of all ranks, so that all of them stop at the same step, with the same exit code."""
+    largest = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -7,9 +7,9 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While open, the first SIGINT or SIGTERM is noted in `received`; a second one acts as it always did."""
+    """While open, the first SIGINT or SIGTERM is noted in `received`, 0 before; a second one acts as it always did."""
 
-    received: int | None = None
+    received: int = 0
 
     def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._note) for number in HANDLED}

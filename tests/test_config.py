@@ -79,9 +79,7 @@ def test_the_default_job_sets_every_key_once_and_nothing_else() -> None:
 
 def test_the_default_job_comments_every_key() -> None:
     lines = DEFAULT_JOB.read_text(encoding="utf-8").splitlines()
-    bare = [line for line in lines if " = " in line and not line.startswith("#") and " # " not in line]
-    # the three ratios, and no others, share the comment of the first
-    assert [line.split()[0] for line in bare] == ["transition_ratio", "stabilization_ratio"]
+    assert not [line for line in lines if " = " in line and not line.startswith("#") and " # " not in line]
 
 
 def test_the_default_job_loads_and_switches_everything_on() -> None:

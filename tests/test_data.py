@@ -589,7 +589,7 @@ def test_a_step_adds_up_the_counts_of_its_micro_batches_and_of_none_counts_zero(
 
 def test_fixed_batches_keep_the_order_and_pad_all_to_the_longest_row(tmp_path: Path) -> None:
     name = write(tmp_path / "rows.jsonl", [PLAIN, CHAT, THINKING])
-    batches = fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(), 2)
+    batches = fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(), 2, one_length=True)
     assert [batch.sample_ids.tolist() for batch in batches] == [[0, 1], [2]]
     assert {batch.input_ids.shape[1] for batch in batches} == {len(encode(THINKING).input_ids)}
     assert fixed_batches("data.eval_data", [], TOKENIZER, settings_of(), 2) == []
