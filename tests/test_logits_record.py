@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from logits_cases import HIDDEN, NO_AUTOCAST, VOCAB, capture, make_batch, make_case, save_one, settings
+from logits_cases import HIDDEN, NO_AUTOCAST, VOCAB, PeakBytes, capture, make_batch, make_case, save_one, settings
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from so8t.logits import LogitsSaver, read_logits
@@ -280,30 +278,6 @@ def test_evidence_of_a_non_finite_step_is_saved_without_alarm(tmp_path: Path, ca
 
 
 # ---- memory
-
-
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors made while it is on, at their most."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
-                storage = tensor.untyped_storage()
-                self._seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return result
-
-    def _freed(self, identity: int, size: int) -> None:
-        self._seen.discard(identity)
-        self.now -= size
 
 
 @pytest.mark.parametrize("keys", [{}, {"dtype": "fp16"}, {"form": "topk"}, {"form": "stats", "positions": "labels"}])

@@ -14,16 +14,13 @@ import statistics
 import sys
 import tempfile
 import time
-import weakref
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from logits_cases import PeakBytes  # noqa: E402
 
 import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
@@ -97,34 +94,6 @@ def time_runs(config: Path, folder: Path, rounds: int) -> None:
     print(f"one file holds {logits.nbytes / 2**20:.0f} MiB of logits; a step without saving takes {base:.2f} s")
 
 
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors made while it is on, at their most; less those that lie in the saver's host buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-        buffers = [thing._bytes for thing in gc.get_objects() if isinstance(thing, HostBuffer)]
-        self._host = [range(memory.data_ptr(), memory.data_ptr() + memory.nbytes) for memory in buffers]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
-                storage = tensor.untyped_storage()
-                if any(storage.data_ptr() in memory for memory in self._host):
-                    continue
-                self._seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return result
-
-    def _freed(self, identity: int, size: int) -> None:
-        self._seen.discard(identity)
-        self.now -= size
-
-
 def measure_memory(config_path: Path, folder: Path) -> None:
     """Peak tensor bytes of a step's forward and backward, without and with a capture at its usual place."""
     config = load_config(config_path)
@@ -143,7 +112,8 @@ def measure_memory(config_path: Path, folder: Path) -> None:
             ).training
             saver = LogitsSaver(training, folder / f"memory_{length}", no_autocast, length)
             for step in (1, 2, 3):  # the first two allocate the host buffers, the third uses one again
-                with PeakBytes() as mode:
+                buffers = [thing._bytes for thing in gc.get_objects() if isinstance(thing, HostBuffer)]
+                with PeakBytes(buffers) as mode:
                     hidden, ce, pet = train.forward(model, batch, no_autocast, 0.1, 0.0)
                     saver.capture(step, 0, batch, hidden, head_weight(model), ce)
                     del hidden
