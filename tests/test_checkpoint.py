@@ -1,6 +1,4 @@
 import shutil
-import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,18 +124,6 @@ def test_what_a_killed_process_left_is_swept_at_the_start(config: Config, model:
     (folder / "step_000020").rename(folder / "step_000040.so8t-tmp")
     make_output_dir(config, True)
     assert not list(folder.iterdir())
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("this test mounts a file system, which is not allowed here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_full_disk_names_the_last_good_checkpoint_and_leaves_it(

@@ -303,18 +303,6 @@ def test_start_sweeps_what_a_killed_process_left_half_written(tmp_path: Path) ->
 # ---- faults: training's losses stay the same to the bit
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An output folder on a file system of 8 MB."""
-    folder = tmp_path / "small_disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)], capture_output=True)
-    if mount.returncode != 0:
-        pytest.skip("this process may not mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def fill(folder: Path, leave: int) -> None:
     (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - leave))
 

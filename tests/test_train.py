@@ -72,13 +72,18 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 def run(base: Path, tmp_path: Path) -> Run:
     """Run the job with these overrides; returns its output folder. `exit_code` is what it must end with."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:10]))
+    copy_rows(rows, 0, 10)
 
     def start(name: str, *overrides: str, exit_code: int = 0) -> Path:
         assert train.main([write_config(base, rows, tmp_path / name), *overrides]) == exit_code
         return tmp_path / name
 
     return start
+
+
+def copy_rows(path: Path, start: int, end: int) -> None:
+    """Write these rows of the shipped sample to `path`."""
+    path.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[start:end]))
 
 
 def write_config(base: Path, rows: Path, output_dir: Path) -> str:
@@ -242,7 +247,7 @@ def test_validation_is_the_mean_over_all_tokens_and_logged_when_due(run: Run, tm
 
 def test_probe_file_holds_the_fixed_rows_beside_the_training_batch(run: Run, tmp_path: Path) -> None:
     probe = tmp_path / "probe.jsonl"
-    probe.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[20:23]))
+    copy_rows(probe, 20, 23)
     folder = run("run", f"training.save_logits_probe={probe}", "training.max_steps=4")
     records = [record for record in read_logits(folder / "logits") if record.kind == "probe"]
     assert [record.step for record in records] == [2, 4]
@@ -273,7 +278,7 @@ def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """The folder of a run that nothing disturbed, and its rows."""
     folder = tmp_path_factory.mktemp("unbroken")
     rows = folder / "rows.jsonl"
-    rows.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:10]))
+    copy_rows(rows, 0, 10)
     assert train.main([write_config(base, rows, folder / "run"), LONG]) == 0
     return folder / "run", rows
 
