@@ -30,8 +30,8 @@ from so8t.data import Batch, TrainingBatches, count, derive_seed, fixed_batches,
 from so8t.evaluate import Validation, score
 from so8t.gates import orthogonality_error
 from so8t.logits import LogitsSaver, plan_logits
-from so8t.losses import ce_sum, pet_sum
-from so8t.metrics import Metrics
+from so8t.losses import Observer, ce_sum, pet_sum
+from so8t.metrics import Metrics, step_figures
 from so8t.model import Model, describe, head_weight, hidden_states, load_model, load_model_config, load_tokenizer
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
 from so8t.schedule import lr_at, pet_weight_at
@@ -103,8 +103,9 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
             sums = torch.zeros(2, device=device)
             for index, batch in enumerate(micro_batches):
                 torch.manual_seed(derive_seed(seed, "dropout", step, index, ranks.rank))
-                hidden, ce, pet = forward(model, batch, autocast, pet_weight, config.pet.huber_delta)
                 is_last = batch is micro_batches[-1]
+                observe = logits_saver.observer(step, epoch, batch, head_weight(model), is_last=is_last)
+                hidden, ce, pet = forward(model, batch, autocast, pet_weight, config.pet.huber_delta, observe)
                 logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, is_last=is_last)
                 del hidden  # from here on only autograd may keep it
                 scaler.scale(ce / num_targets + pet_weight * pet / num_triples).backward()
@@ -144,24 +145,20 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
 
 
 def forward(
-    model: Model, batch: Batch, autocast: torch.autocast, pet_weight: float, huber_delta: float
+    model: Model,
+    batch: Batch,
+    autocast: torch.autocast,
+    pet_weight: float,
+    huber_delta: float,
+    observe: Observer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One micro-batch: hidden [batch, seq, hidden_size], CE summed over its targets, PET summed over its triples."""
     with autocast:
         hidden = hidden_states(model, batch)
-        ce = ce_sum(hidden, head_weight(model), batch.targets)
+        ce = ce_sum(hidden, head_weight(model), batch.targets, observe)
         with torch.set_grad_enabled(pet_weight > 0):  # 0 times the gradient of an infinite PET would be NaN
             pet = pet_sum(hidden, batch.attention_mask, huber_delta)
     return hidden, ce, pet
-
-
-def step_figures(measured: Sequence[float], num_targets: int, num_triples: int, pet_weight: float) -> dict[str, float]:
-    """What a step's sums over tokens come to: the CE a target, the PET a triple, and the loss they make up."""
-    ce_total, pet_total, grad_norm, gate_error = measured
-    ce, pet = ce_total / num_targets, pet_total / num_triples
-    loss = ce + pet_weight * pet if pet_weight else ce
-    names = "loss", "ce", "pet", "pet_weight", "grad_norm", "gate_error", "num_targets"
-    return dict(zip(names, (loss, ce, pet, pet_weight, grad_norm, gate_error, num_targets), strict=True))
 
 
 def keep_evidence(

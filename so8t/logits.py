@@ -1,15 +1,17 @@
 """LogitsSaver: what the model believed, on disk every `save_logits_steps` steps, never in training's way.
 
-On a due step `capture` recomputes the logits of the last micro-batch from `hidden` into a reusable host buffer, and
-`after_step` hands it to the one writer thread. Two buffers of each kind bound the memory: while both are busy the loop
-waits up to `save_logits_max_wait` seconds, then drops the file. Whatever fails here is one warning and a count, never
-the end of training.
+On a due step the logits of the last micro-batch go into a reusable host buffer: `observer` takes what the loss
+multiplies, `capture` multiplies `hidden` for the rest, and `after_step` hands the buffer to the one writer thread. Two
+buffers of each kind bound the memory: while both are busy the loop waits up to `save_logits_max_wait` seconds, then
+drops the file. Whatever fails here is one warning and a count, never the end of training.
 
 Around it: logits_record.py (what a file holds), logits_score.py (how its numbers are computed), logits_writer.py (the
 thread), logits_files.py (names, rotation, room on the disk), logits_reader.py.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -21,9 +23,9 @@ from so8t.data import Batch
 from so8t.logits_files import LogitsFolder, plan_logits
 from so8t.logits_reader import LogitsRecord, read_logits
 from so8t.logits_record import position_layout
-from so8t.logits_score import HostTransfer, score
+from so8t.logits_score import HostTransfer, Scorer
 from so8t.logits_writer import Figures, Kind, Pending, Writer
-from so8t.losses import NO_TARGET, head_dtype
+from so8t.losses import NO_TARGET, Observer, head_dtype
 
 __all__ = ["LogitsRecord", "LogitsSaver", "plan_logits", "read_logits"]
 
@@ -56,7 +58,7 @@ class LogitsSaver:
         self._writer: Writer | None = None  # started when first needed, like the transfer
         self._transfer: HostTransfer | None = None
         self._pending: dict[Kind, Pending] = {}
-        self._given_up_probe = 0  # the step whose probe was dropped, or failed
+        self._given_up: dict[Kind, int] = {}  # the last step whose file was dropped, or failed
         if self.enabled:
             try:
                 self._folder.tidy()
@@ -65,6 +67,17 @@ class LogitsSaver:
 
     def is_due(self, step: int) -> bool:
         return self.enabled and step % self._training.save_logits_steps == 0
+
+    def observer(self, step: int, epoch: int, batch: Batch, head_weight: Tensor, *, is_last: bool) -> Observer | None:
+        """For ce_sum: the logits that it computes need not be computed again by `capture`. None if nothing is due.
+
+        head_weight: [vocabulary, hidden_size]
+        """
+        if not (is_last and self.is_due(step)):
+            return None
+        with self._guard("logits", step):
+            self._open("logits", step, epoch, batch, head_weight)
+        return self._observe
 
     def capture(
         self,
@@ -87,22 +100,19 @@ class LogitsSaver:
         """
         if not ((is_last and self.is_due(step)) or (force and self.enabled)):
             return
-        if kind == "probe" and step == self._given_up_probe:
+        if step == self._given_up.get(kind) and not force:
             return
-        try:
+        with self._guard(kind, step):
             pending = self._pending.get(kind)
-            if pending is None or pending.step != step or kind == "logits":
-                pending = self._begin(kind, step, epoch, batch, hidden, head_weight)
+            if pending is None or pending.step != step or pending.scorer is None:
+                pending = self._open(kind, step, epoch, batch, head_weight)
             if pending is not None:
-                self._append(pending, batch, hidden, head_weight, ce)
-        except Exception as error:
-            self._give_up(kind, step)
-            self._figures.failed(step, error)
+                self._complete(pending, hidden, head_weight, ce)
 
     def after_step(self, step: int) -> None:
         """Hand what `step` captured to the writer."""
         for kind, pending in list(self._pending.items()):
-            if self._writer is not None and pending.step == step:
+            if self._writer is not None and pending.step == step and pending.scorer is None:
                 self._writer.submit(self._pending.pop(kind))
             else:
                 self._give_up(kind, pending.step)  # that step did not come to its end
@@ -143,9 +153,41 @@ class LogitsSaver:
             f"the loop waited {sum(waits) / len(waits):.1f} ms a time, {max(waits):.1f} ms at worst"
         )
 
-    def _begin(
-        self, kind: Kind, step: int, epoch: int, batch: Batch, hidden: Tensor, head_weight: Tensor
-    ) -> Pending | None:
+    @contextmanager
+    def _guard(self, kind: Kind, step: int) -> Iterator[None]:
+        """Let a fault cost the file, not the run."""
+        try:
+            yield
+        except Exception as error:
+            self._give_up(kind, step)
+            self._figures.failed(step, error)
+
+    def _observe(self, positions: Tensor, logits: Tensor) -> None:
+        pending = self._pending.get("logits")
+        if pending is not None and pending.scorer is not None:
+            with self._guard("logits", pending.step):
+                pending.scorer.add(positions, logits)
+
+    def _open(self, kind: Kind, step: int, epoch: int, batch: Batch, head_weight: Tensor) -> Pending | None:
+        """Make room for a micro-batch, in a record of its own or behind those of its probe; None if there is none."""
+        if self._transfer is None:
+            self._transfer = HostTransfer(head_weight.device)
+        pending = self._pending.get(kind)
+        if pending is None or pending.step != step or kind == "logits":
+            pending = self._begin(kind, step, epoch, batch.targets.numel(), head_weight)
+        if pending is None:
+            return None
+        targets = batch.targets.flatten()
+        everywhere = self._training.save_logits_positions == "all"
+        stored = torch.ones_like(targets, dtype=torch.bool) if everywhere else targets != NO_TARGET
+        end = pending.positions + int(stored.sum())
+        host = pending.buffer.tensors(pending.positions, end)
+        pending.scorer = Scorer(targets, stored, host, head_weight.device, self._transfer)
+        pending.positions = end
+        pending.batches.append(batch)
+        return pending
+
+    def _begin(self, kind: Kind, step: int, epoch: int, num_positions: int, head_weight: Tensor) -> Pending | None:
         """A new record; None if no buffer comes free in time."""
         self._give_up(kind, 0)
         start = time.perf_counter()
@@ -159,35 +201,28 @@ class LogitsSaver:
             self._figures.dropped(f"step {step} is dropped, no earlier file was written within {max_wait:g} s")
             return None
         with self._autocast:
-            computed_in = head_dtype(hidden, head_weight)
+            computed_in = head_dtype(head_weight)
         timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
         pending = Pending(kind, step, epoch, timestamp, len(head_weight), computed_in, buffer)
         self._pending[kind] = pending
         layout = position_layout(self._training, len(head_weight), computed_in)
-        buffer.fit(layout, max(batch.targets.numel(), self._capacity[kind]), pinned=hidden.is_cuda)
+        buffer.fit(layout, max(num_positions, self._capacity[kind]), pinned=head_weight.is_cuda)
         return pending
 
-    def _append(self, pending: Pending, batch: Batch, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
-        if self._transfer is None:
-            self._transfer = HostTransfer(hidden.device)
-        rows, targets = None, batch.targets.flatten()
-        if self._training.save_logits_positions == "labels":
-            rows = (targets != NO_TARGET).nonzero().squeeze(1)
-            targets = targets[rows]
-        end = pending.positions + len(targets)
-        values = pending.buffer.tensors(pending.positions, end)
-        score(hidden, head_weight, pending.computed_in, targets, rows, values, self._transfer)
+    def _complete(self, pending: Pending, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
+        """Fill what the loss did not show of the micro-batch that was opened last."""
+        assert pending.scorer is not None
+        assert self._transfer is not None
+        pending.scorer.add_missing(hidden, head_weight, pending.computed_in)
+        pending.scorer = None
         ce_sum = torch.empty((), pin_memory=hidden.is_cuda)
         self._transfer.copy(ce_sum, ce.detach())
         pending.ready = self._transfer.finished()
-        pending.positions = end
-        pending.batches.append(batch)
         pending.ce_sums.append(ce_sum)
 
     def _give_up(self, kind: Kind, step: int) -> None:
-        """Forget the kind's pending record; what the probe of `step` still brings is not begun again."""
+        """Forget the kind's pending record; what `step` still brings of it is not begun again."""
         pending = self._pending.pop(kind, None)
         if pending is not None and self._writer is not None:
             self._writer.give_back(pending)
-        if kind == "probe":
-            self._given_up_probe = step
+        self._given_up[kind] = step

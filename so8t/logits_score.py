@@ -1,8 +1,11 @@
 """From `hidden` to host memory: the numbers of every position, a chunk of the head's output at a time."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from so8t.logits_record import Layout, position_bytes
@@ -77,47 +80,74 @@ class HostTransfer:
         return None if self._stream is None else self._stream.record_event()
 
 
-@torch.no_grad()
-def score(
-    hidden: Tensor,
-    head_weight: Tensor,
-    computed_in: torch.dtype,
-    targets: Tensor,
-    rows: Tensor | None,
-    host: dict[str, Tensor],
-    transfer: HostTransfer,
-) -> None:
-    """Fill `host`, [rows, ...] each, with what the layout names.
+class Scorer:
+    """Turns the logits of one micro-batch, a chunk at a time and in any order, into what its file stores of them."""
 
-    hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; rows: indices into batch x seq, None =
-    all; targets: [rows] on the host, -100 = none. The logits are those of `F.linear` in the dtype `computed_in`.
-    """
-    device, on_host = hidden.device, hidden.device.type == "cpu"
-    weight = head_weight.to(computed_in)
-    hidden = hidden.flatten(0, 1)
-    rows = None if rows is None else rows.to(device, non_blocking=True)
-    targets = targets.to(device, non_blocking=True)
-    stored = host.get("logits")
-    # on a CPU the head writes into the stored tensor itself; else into one staging chunk, however many the rows
-    direct = stored if on_host and stored is not None and stored.dtype == computed_in else None
-    staging = weight.new_empty(min(CHUNK_ROWS, len(targets)) if direct is None else 0, len(weight))
-    numbers = {name: value for name, value in host.items() if name != "logits"}
-    results = numbers if on_host else {name: torch.empty_like(n, device=device) for name, n in numbers.items()}
-    for start in range(0, len(targets), CHUNK_ROWS):
-        end = min(start + CHUNK_ROWS, len(targets))
-        kept = hidden[start:end] if rows is None else hidden.index_select(0, rows[start:end])
-        logits = staging[: end - start] if direct is None else direct[start:end]
-        transfer.hold()  # the chunk before may still be leaving `staging`
-        torch.mm(kept.to(computed_in), weight.T, out=logits)
-        if stored is not None and direct is None:
-            transfer.copy(stored[start:end], logits)
-        for first in range(start, end, SCORE_ROWS):
-            last = min(first + SCORE_ROWS, end)
-            part = {name: result[first:last] for name, result in results.items()}
-            _score_part(logits[first - start : last - start], targets[first:last], part)
-    if not on_host:
-        for name, result in results.items():
-            transfer.copy(host[name], result)
+    def __init__(
+        self,
+        targets: Tensor,
+        stored: Tensor,
+        host: dict[str, Tensor],
+        device: torch.device,
+        transfer: HostTransfer,
+    ) -> None:
+        """Positions are those of batch x seq, flattened.
+
+        targets: [positions] on the host, -100 = none; stored: bool [positions], which of them the file stores; host:
+        [stored.sum(), ...] each, to be filled with what the layout names.
+        """
+        self._targets = targets
+        self._missing = stored.clone()
+        self._index = stored.cumsum(0) - 1  # of a position among those that are stored
+        self._host = host
+        self._device = device
+        self._transfer = transfer
+        # the small numbers cross to the host in one piece each, at the end
+        small = {name: tensor for name, tensor in host.items() if name != "logits"}
+        on_host = device.type == "cpu"
+        self._results = small if on_host else {n: torch.empty_like(t, device=device) for n, t in small.items()}
+
+    @torch.no_grad()
+    def add(self, positions: Tensor, logits: Tensor) -> None:
+        """Score logits [n, vocabulary] at positions [n], on the host and ascending. They may then be overwritten."""
+        self._missing[positions] = False
+        targets = self._targets[positions].to(self._device, non_blocking=True)
+        for source, index in _runs(self._index[positions]):
+            if "logits" in self._host:
+                self._transfer.copy(self._host["logits"][index], logits[source])
+            results = {name: tensor[index] for name, tensor in self._results.items()}
+            for start in range(0, index.stop - index.start, SCORE_ROWS):
+                rows = slice(start, start + SCORE_ROWS)
+                part = {name: tensor[rows] for name, tensor in results.items()}
+                _score_part(logits[source][rows], targets[source][rows], part)
+        self._transfer.hold()
+
+    @torch.no_grad()
+    def add_missing(self, hidden: Tensor, head_weight: Tensor, computed_in: torch.dtype) -> None:
+        """Score what is stored and was not added yet; afterwards all is on its way to the host.
+
+        hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; the logits are those of `F.linear` in
+        the dtype `computed_in`.
+        """
+        hidden, weight = hidden.flatten(0, 1), head_weight.to(computed_in)
+        missing = self._missing.nonzero().squeeze(1)
+        for start in range(0, len(missing), CHUNK_ROWS):
+            positions = missing[start : start + CHUNK_ROWS]
+            rows = hidden.index_select(0, positions.to(self._device, non_blocking=True))
+            with torch.autocast(self._device.type, enabled=False):
+                self.add(positions, F.linear(rows.to(computed_in), weight))
+        if self._device.type != "cpu":
+            for name, result in self._results.items():
+                self._transfer.copy(self._host[name], result)
+
+
+def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes."""
+    gaps = (index.diff() > 1).nonzero().squeeze(1) + 1
+    bounds = [0, *gaps.tolist(), len(index)]
+    for start, end in itertools.pairwise(bounds):
+        first = int(index[start])
+        yield slice(start, end), slice(first, first + end - start)
 
 
 def _score_part(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:

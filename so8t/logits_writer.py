@@ -16,7 +16,7 @@ from so8t.data import Batch
 from so8t.files import atomic_write
 from so8t.logits_files import FILE_OVERHEAD, LogitsFile, LogitsFolder, is_disk_full
 from so8t.logits_record import file_contents
-from so8t.logits_score import HostBuffer
+from so8t.logits_score import HostBuffer, Scorer
 
 Kind = Literal["logits", "probe"]
 BUFFERS = 2  # of each kind: one is filled while the other is written
@@ -36,9 +36,10 @@ class Pending:
     vocab_size: int
     computed_in: torch.dtype  # of the head's product
     buffer: HostBuffer
-    positions: int = 0  # filled so far
+    positions: int = 0  # of the buffer, taken so far
     batches: list[Batch] = field(default_factory=list)
     ce_sums: list[Tensor] = field(default_factory=list)
+    scorer: Scorer | None = None  # of the last batch, until it is complete
     ready: torch.cuda.Event | None = None  # comes when the last copy into `buffer` is done
 
 
@@ -166,6 +167,7 @@ class Writer:
         self._start()
 
     def _run(self) -> None:
+        torch.set_num_threads(1)  # of this thread alone: a second team of threads would slow the loop's
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()

@@ -1,5 +1,6 @@
 """The losses as sums over tokens, never means: the step divides once, by what it counted over all its micro-batches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,30 +9,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NO_TARGET = -100  # Hugging Face's value for a position that carries no loss
+Observer = Callable[[Tensor, Tensor], None]  # given positions [n] in batch x seq, on the host, and their logits [n, V]
 CHUNK_ROWS = 128  # rows of logits alive at once: 128 x 32064 in float32 is 16 MiB
 
 
-def head_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
+def head_dtype(head_weight: Tensor) -> torch.dtype:
     """The dtype in which the head multiplies here, as in `F.linear`: autocast's where it is on, else the weight's."""
-    device_type = hidden.device.type
+    device_type = head_weight.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return head_weight.dtype
 
 
-def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, observe: Observer | None = None) -> Tensor:
     """Cross-entropy of `hidden @ head_weight.T` against `targets`, summed over the positions that have a target.
 
     hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; targets: [batch, seq], -100 = no loss.
     Keep `targets` on the host: its rows are then found without a GPU->CPU sync. Returns a float32 scalar on
-    the device of `hidden`. The whole logits tensor never exists.
+    the device of `hidden`. The whole logits tensor never exists; `observe` sees its chunks as they come.
     """
     rows = (targets.flatten() != NO_TARGET).nonzero().squeeze(1)
     kept_targets = targets.flatten()[rows].to(hidden.device, non_blocking=True)
     kept_hidden = hidden.flatten(0, 1).index_select(0, rows.to(hidden.device, non_blocking=True))
     if not torch.is_grad_enabled():  # autograd.Function asks the tensors, not the mode, whether a gradient is wanted
         head_weight = head_weight.detach()
-    loss: Tensor = _ChunkedCrossEntropy.apply(kept_hidden, head_weight, kept_targets)  # type: ignore[no-untyped-call]
+    tensors = kept_hidden, head_weight, kept_targets
+    loss: Tensor = _ChunkedCrossEntropy.apply(*tensors, rows, observe)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -44,9 +47,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-        wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        weight = head_weight.to(head_dtype(hidden, head_weight))
+    def forward(
+        ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, positions: Tensor, observe: Observer | None
+    ) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        weight = head_weight.to(head_dtype(head_weight))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(head_weight) if wants_weight else None
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -55,6 +60,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + CHUNK_ROWS)
                 rows, labels = hidden[chunk].to(weight.dtype), targets[chunk, None]
                 logits = F.linear(rows, weight).float()
+                if observe is not None:
+                    observe(positions[chunk], logits)
                 log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
                 loss += (log_normalizer - logits.gather(1, labels)).sum()
                 if grad_hidden is None and grad_weight is None:
@@ -71,11 +78,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # multiplied in float32: 1 / num_targets rounded to bfloat16 would rescale the whole gradient
         scaled = (None if g is None else (g.float() * grad_loss).to(g.dtype) for g in ctx.saved_tensors)
         grad_hidden, grad_weight = scaled
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def pet_sum(hidden: Tensor, attention_mask: Tensor | None, huber_delta: float = 0.0) -> Tensor:

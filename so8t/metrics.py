@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,15 @@ from tqdm import tqdm
 
 from so8t.config import InputError, TrainingConfig
 from so8t.files import append_line, atomic_write
+
+
+def step_figures(measured: Sequence[float], num_targets: int, num_triples: int, pet_weight: float) -> dict[str, float]:
+    """What a step's sums over tokens come to: the CE a target, the PET a triple, and the loss they make up."""
+    ce_total, pet_total, grad_norm, gate_error = measured
+    ce, pet = ce_total / num_targets, pet_total / num_triples
+    loss = ce + pet_weight * pet if pet_weight else ce
+    figures = {"loss": loss, "ce": ce, "pet": pet, "pet_weight": pet_weight}
+    return figures | {"grad_norm": grad_norm, "gate_error": gate_error, "num_targets": num_targets}
 
 
 class Metrics:

@@ -93,7 +93,8 @@ def train_losses(
             before_step(step)
             batch = make_batch(seed=step)
             hidden = embedding(batch.input_ids) + 0.1 * torch.randn(2, 12, HIDDEN)  # so that random numbers count
-            ce = ce_sum(hidden, head.weight, batch.targets)
+            observe = saver.observer(step, 0, batch, head.weight, is_last=True)
+            ce = ce_sum(hidden, head.weight, batch.targets, observe)
             saver.capture(step, 0, batch, hidden, head.weight, ce)
             torch.autograd.backward(ce / batch.num_targets)
             optimizer.step()

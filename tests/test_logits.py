@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from logits_cases import NO_AUTOCAST, VOCAB, capture, make_case, saved_steps, settings, train_losses
+import torch.nn.functional as F
+from logits_cases import NO_AUTOCAST, VOCAB, capture, make_case, save_one, saved_steps, settings, train_losses
+from torch import Tensor
 
 from so8t import logits_writer
 from so8t.config import InputError
 from so8t.files import TEMPORARY_SUFFIX
 from so8t.logits import LogitsSaver, plan_logits, read_logits
-from so8t.logits_score import score
+from so8t.logits_score import Scorer
+from so8t.losses import ce_sum
 
 FILE_BYTES = 24 * VOCAB * 4  # of one file of train_losses, in round numbers
 
@@ -97,6 +100,36 @@ def test_captured_values_are_those_of_their_step_although_buffers_are_reused(tmp
     assert [record.step for record in records] == list(cases)
     for record in records:
         torch.testing.assert_close(record.contents["logits"], cases[record.step].logits)
+
+
+@pytest.mark.parametrize("form", ["full", "topk", "stats"])
+@pytest.mark.parametrize("positions", ["all", "labels"])
+def test_what_the_loss_shows_is_not_multiplied_again_and_gives_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, positions: str
+) -> None:
+    case = make_case(rows=3, length=200)
+    expected = save_one(tmp_path / "alone", case, form=form, positions=positions)
+    multiplied = []
+    saver = LogitsSaver(settings(form=form, positions=positions), tmp_path / "observed", NO_AUTOCAST)
+    observe = saver.observer(1, 0, case.batch, case.head_weight, is_last=True)
+    ce = ce_sum(case.hidden, case.head_weight, case.batch.targets, observe)
+    linear = F.linear
+
+    def counted(rows: Tensor, weight: Tensor) -> Tensor:
+        multiplied.append(len(rows))
+        return linear(rows, weight)
+
+    monkeypatch.setattr(F, "linear", counted)
+    saver.capture(1, 0, case.batch, case.hidden, case.head_weight, ce)
+    saver.after_step(1)
+    saver.close()
+    (path,) = (tmp_path / "observed" / "logits").iterdir()
+    contents = torch.load(path)
+    assert sum(multiplied) == (0 if positions == "labels" else case.batch.targets.numel() - case.batch.num_targets)
+    assert contents["verified"]
+    assert contents.keys() == expected.keys()
+    for name in (name for name, value in expected.items() if isinstance(value, Tensor)):
+        torch.testing.assert_close(contents[name], expected[name], equal_nan=True)
 
 
 def test_second_capture_in_a_step_replaces_the_first(tmp_path: Path) -> None:
@@ -507,15 +540,22 @@ def test_writer_thread_that_dies_is_noticed_and_replaced(
     assert "the writer thread died" in warnings_of(caplog)[0]
 
 
+@pytest.mark.parametrize("method", ["__init__", "add", "add_missing"])
 def test_fault_in_capture_costs_the_file_only(
-    tmp_path: Path, undisturbed: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    undisturbed: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
 ) -> None:
+    score = getattr(Scorer, method)
+
     def run_out_of_memory(*arguments: Any) -> None:
         if saver._figures.totals["logits_failed"] < 4:  # more often than there are buffers
             raise torch.OutOfMemoryError("CUDA out of memory")
         score(*arguments)
 
-    monkeypatch.setattr("so8t.logits.score", run_out_of_memory)
+    monkeypatch.setattr(Scorer, method, run_out_of_memory)
     saver = make_saver(tmp_path)
     assert train_losses(saver) == undisturbed
     assert saved_steps(tmp_path / "logits") == [5, 6, 7, 8]

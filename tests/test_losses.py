@@ -264,7 +264,7 @@ def test_the_head_multiplies_in_the_dtype_of_a_linear_layer(
 ) -> None:
     hidden, head_weight, targets = random_case(2, 200, dtype=dtype)
     with torch.autocast("cpu", cast, enabled=enabled):
-        assert head_dtype(hidden, head_weight) == F.linear(hidden, head_weight).dtype
+        assert head_dtype(head_weight) == F.linear(hidden, head_weight).dtype
         ours = with_gradients(ce_sum, hidden, head_weight, targets)
         theirs = with_gradients(plain_ce, hidden, head_weight, targets)
     assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-6)
