@@ -27,10 +27,13 @@ from so8t import parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
 from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, TrainingBatches, count, derive_seed, fixed_batches, load_dataset
-from so8t.evaluate import Validation, score
+from so8t.evaluate import Validation, keep_evidence, score
 from so8t.gates import orthogonality_error
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.losses import Observer, ce_sum, pet_sum
+from so8t.memory import device_memory, plan_memory
+from so8t.memory_measure import MemoryLedger, OutOfMemory
+from so8t.memory_trace import Shape, shape_of
 from so8t.metrics import Metrics, step_figures
 from so8t.model import Model, describe, head_weight, hidden_states, load_model, load_model_config, load_tokenizer
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
@@ -53,8 +56,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     tokenizer = load_tokenizer(config.model, model_config.vocab_size)
     dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
     eval_batches = fixed_batches("data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch)
-    probe_files = training.save_logits_probe if training.save_logits else ()
-    probe = "training.save_logits_probe", probe_files
+    probe = "training.save_logits_probe", training.save_logits_probe if training.save_logits else ()
     probe_batches = fixed_batches(*probe, tokenizer, config.data, rows_per_batch, one_length=True)
     data = TrainingBatches(dataset.rows, rows_per_batch, training.gradient_accumulation_steps * ranks.world_size, seed)
     total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
@@ -62,14 +64,19 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     fingerprint = dataset.fingerprint()
     state = load_training_state(checkpoint, fingerprint, data.micro_batches_per_step)
     output_dir = make_output_dir(config, ranks.is_main)
-    max_tokens, probe_tokens = rows_per_batch * dataset.longest, sum(batch.input_ids.numel() for batch in probe_batches)
-    sizes = model_config.vocab_size, max_tokens, probe_tokens
+    shape, *probe_shapes = Shape(rows_per_batch, dataset.longest, rows_per_batch > 1), *map(shape_of, probe_batches)
+    sizes = model_config.vocab_size, shape.tokens, sum(probe_shape.tokens for probe_shape in probe_shapes)
     print(plan_logits(training, *sizes, total_steps, output_dir, config.model.dtype))
+    plan = plan_memory(config, model_config, shape, device.type, *device_memory(device), probe_shapes)
+    print(plan.table())
+    plan.check()
+    ledger = MemoryLedger(plan, device, output_dir, ranks.is_main)
 
     # ---- the model, and what trains it
     tables = config.model, config.quantization, config.qlora, config.so8t
-    recompute = training.gradient_checkpointing
-    model = load_model(*tables, device, seed=seed, gradient_checkpointing=recompute, checkpoint=checkpoint)
+    layers = plan.checkpointed_layers
+    with ledger:  # out of memory, it says what would help
+        model = load_model(*tables, device, seed=seed, checkpointed_layers=layers, checkpoint=checkpoint)
     print(describe(model))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, training)
@@ -82,13 +89,15 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
         print(f"resuming from {checkpoint}: step {state['step']} of {total_steps} is done")
 
     # ---- the watchers: they read, they never steer
+    ledger.loaded(model, optimizer, first_step, total_steps)
     checkpoints = Checkpoints(config, total_steps, fingerprint, data.micro_batches_per_step, ranks.is_main)
     validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
     logits_config = replace(training, save_logits=training.save_logits and ranks.is_main)
     with (
+        ledger,
         StopSignals() as signals,
-        closing(Metrics(training, output_dir, first_step, total_steps, device, ranks.is_main)) as metrics,
-        closing(LogitsSaver(logits_config, output_dir, autocast, max_tokens, probe_tokens)) as logits_saver,
+        closing(Metrics(training, output_dir, first_step, total_steps, ranks.is_main)) as metrics,
+        closing(LogitsSaver(logits_config, output_dir, autocast, *sizes[1:])) as logits_saver,
     ):
         for step in range(first_step, total_steps + 1):
             started, epoch = time.perf_counter(), data.epoch(step)
@@ -97,6 +106,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
 
             # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
             micro_batches = data.micro_batches(step)[ranks.rank :: ranks.world_size]
+            ledger.start(step, micro_batches)
             num_targets, num_triples, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
 
             # forward and backward; what is summed up stays on the device
@@ -107,8 +117,10 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
                 observe = logits_saver.observer(step, epoch, batch, head_weight(model), is_last=is_last)
                 hidden, ce, pet = forward(model, batch, autocast, pet_weight, config.pet.huber_delta, observe)
                 logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, is_last=is_last)
+                ledger.mark("save step" if observe else "forward")
                 del hidden  # from here on only autograd may keep it
                 scaler.scale(ce / num_targets + pet_weight * pet / num_triples).backward()
+                ledger.mark("backward")
                 sums += torch.stack((ce, pet)).detach()
             for batch, hidden, ce in score(model, probe_batches if logits_saver.is_due(step) else [], autocast):
                 logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, kind="probe")
@@ -121,26 +133,25 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
             figures = step_figures(measured, num_targets, num_triples, pet_weight)
             if not (math.isfinite(figures["loss"] + figures["grad_norm"]) or scaler.is_enabled()):
                 sample_ids = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
-                rows = ", ".join(dataset.places[sample_id] for sample_id in sample_ids)
-                where = f"the CE of rows {rows}" if rows else "PET or the backward pass"
-                raise NonFiniteStep(f"step {step} is not finite: {figures}, first seen in {where}")
+                evidence = [dataset.places[sample_id] for sample_id in sample_ids] or "PET or the backward pass"
+                raise NonFiniteStep(f"step {step} is not finite: {figures}, first seen in {evidence}")
             scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            ledger.mark("update")
             figures |= {"epoch": epoch, "lr": lr, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
 
             # watch
             logits_saver.after_step(step)
-            metrics.after_step(step, figures | validation.after_step(step, model) | logits_saver.figures())
+            figures |= validation.after_step(step, model) | logits_saver.figures()
+            metrics.after_step(step, figures | ledger.finish())
             stop = parallel.all_max(signals.received)
             if stop or checkpoints.is_due(step):
                 logits_saver.flush()  # a run that resumes from the checkpoint does not save the steps before it again
                 checkpoints.save(step, model, tokenizer, optimizer, scaler)
             if stop:
                 break
-    print(metrics.summary())
-    print(logits_saver.summary())
-    print(checkpoints.summary())
+    print(ledger.summary(), metrics.summary(), logits_saver.summary(), checkpoints.summary(), sep="\n")
     return 128 + stop if stop else 0
 
 
@@ -150,7 +161,7 @@ def forward(
     autocast: torch.autocast,
     pet_weight: float,
     huber_delta: float,
-    observe: Observer | None = None,
+    observe: Observer | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One micro-batch: hidden [batch, seq, hidden_size], CE summed over its targets, PET summed over its triples."""
     with autocast:
@@ -159,20 +170,6 @@ def forward(
         with torch.set_grad_enabled(pet_weight > 0):  # 0 times the gradient of an infinite PET would be NaN
             pet = pet_sum(hidden, batch.attention_mask, huber_delta)
     return hidden, ce, pet
-
-
-def keep_evidence(
-    model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
-) -> list[int]:
-    """Save the logits of the first micro-batch whose CE is not finite, and return its sample_ids; else of the last."""
-    sample_ids: list[int] = []
-    for batch, hidden, ce in score(model, batches, autocast):
-        logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, force=True)
-        if not math.isfinite(ce.item()):
-            sample_ids = batch.sample_ids.tolist()
-            break
-    logits_saver.after_step(step)
-    return sample_ids
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -185,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteStep, CheckpointError, OSError) as error:
+    except (NonFiniteStep, OutOfMemory, CheckpointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     finally:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli
 
@@ -126,7 +126,10 @@ class TrainingConfig:
     max_grad_norm: Amount = 1.0  # 0 = no clipping
     bf16: bool = True  # autocast
     fp16: bool = False  # autocast with a gradient scaler, for cards older than Ampere
-    gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
+    gradient_checkpointing: Literal["auto"] | bool | Count = "auto"  # recompute layers: as few as fit, all, none, or n
+    memory_budget_gib: Amount = 0.0  # GiB of tensors that "auto" may fill; 0 = what is free on the GPU, less a reserve
+    ignore_memory_plan: bool = False  # go on although the plan says that the GPU is too small
+    memory_snapshot_step: Count = 0  # the step whose allocations are recorded for memory_viz on a GPU; 0 = none
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
     logging_steps: Positive = 1  # steps between refreshes of the progress line
     report_to: Literal["none", "tensorboard"] = "none"
@@ -202,7 +205,8 @@ ANNOTATIONS = {
 FREE_ON_RESUME = frozenset(
     {"data.eval_data", "training.output_dir", "training.resume", "training.report_to"}
     | {"training.logging_steps", "training.eval_steps", "training.save_steps", "training.save_total_limit"}
-    | {"training.gradient_checkpointing"}
+    | {"training.gradient_checkpointing", "training.memory_budget_gib"}
+    | {"training.ignore_memory_plan", "training.memory_snapshot_step"}
     | {name for name in FIELDS if name.startswith("training.save_logits")}
 )
 
@@ -296,6 +300,11 @@ def _checked(source: str, name: str, readings: list[object]) -> Any:
 def _fit(annotation: Any, value: Any) -> Any:
     """`value` as a field of this annotation holds it; ValueError if it cannot. A bool is no number."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Union:
+        for argument in arguments[:-1]:
+            with suppress(ValueError):
+                return _fit(argument, value)
+        return _fit(arguments[-1], value)
     if origin is Annotated:
         value = _fit(arguments[0], value)
         fits = arguments[1].test(value)
@@ -323,6 +332,8 @@ def _fit(annotation: Any, value: Any) -> Any:
 def _words(annotation: Any) -> str:
     """What to write for a field of this annotation."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Union:
+        return " or ".join(map(_words, arguments))
     if origin is Annotated:
         return f"{_words(arguments[0])} {arguments[1].be}"
     if origin is tuple:

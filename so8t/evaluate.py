@@ -1,5 +1,6 @@
 """Scoring rows without training on them: validation, the probe, and the evidence of a step that failed."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from so8t.data import Batch
+from so8t.logits import LogitsSaver
 from so8t.losses import ce_sum
 from so8t.model import Model, head_weight, hidden_states
 
@@ -25,6 +27,20 @@ def score(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -> I
             yield batch, hidden, ce
     finally:
         model.train()
+
+
+def keep_evidence(
+    model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
+) -> list[int]:
+    """Save the logits of the first micro-batch whose CE is not finite, and return its sample_ids; else of the last."""
+    sample_ids: list[int] = []
+    for batch, hidden, ce in score(model, batches, autocast):
+        logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, force=True)
+        if not math.isfinite(ce.item()):
+            sample_ids = batch.sample_ids.tolist()
+            break
+    logits_saver.after_step(step)
+    return sample_ids
 
 
 def evaluate(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -> float:

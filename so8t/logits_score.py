@@ -116,10 +116,7 @@ class Scorer:
             if "logits" in self._host:
                 self._transfer.copy(self._host["logits"][index], logits[source])
             results = {name: tensor[index] for name, tensor in self._results.items()}
-            for start in range(0, index.stop - index.start, SCORE_ROWS):
-                rows = slice(start, start + SCORE_ROWS)
-                part = {name: tensor[rows] for name, tensor in results.items()}
-                _score_part(logits[source][rows], targets[source][rows], part)
+            score_rows(logits[source], targets[source], results)
         self._transfer.hold()
 
     @torch.no_grad()
@@ -148,6 +145,13 @@ def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
     for start, end in itertools.pairwise(bounds):
         first = int(index[start])
         yield slice(start, end), slice(first, first + end - start)
+
+
+def score_rows(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:
+    """Fill results [n, ...] with what logits [n, vocabulary] say about themselves and targets [n], -100 = none."""
+    for start in range(0, len(logits), SCORE_ROWS):
+        rows = slice(start, start + SCORE_ROWS)
+        _score_part(logits[rows], targets[rows], {name: result[rows] for name, result in results.items()})
 
 
 def _score_part(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:

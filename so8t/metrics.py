@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from so8t.config import InputError, TrainingConfig
@@ -35,12 +34,10 @@ class Metrics:
         folder: Path,
         first_step: int,
         total_steps: int,
-        device: torch.device,
         is_main: bool,
     ) -> None:
         self._path = folder / "metrics.jsonl"
         self._logging_steps = config.logging_steps
-        self._device = device
         self._is_main = is_main
         if is_main and self._path.exists():
             kept = [record for record in read_metrics(self._path) if record["step"] < first_step]
@@ -76,14 +73,14 @@ class Metrics:
             self._board.close()
 
     def after_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the step: `values`, tokens_per_sec, peak_memory_bytes. inf and NaN become null.
+        """Record the step: `values` and tokens_per_sec. inf and NaN become null.
 
-        `values` has at least loss, lr, num_tokens and seconds.
+        `values` has at least loss, lr, num_tokens, seconds and peak_memory_bytes.
         """
         if not self._is_main:
             return
-        speed, peak = values["num_tokens"] / values["seconds"], peak_memory_bytes(self._device)
-        record = {"step": step, **values, "tokens_per_sec": speed, "peak_memory_bytes": peak}
+        speed, peak = values["num_tokens"] / values["seconds"], values["peak_memory_bytes"]
+        record = {"step": step, **values, "tokens_per_sec": speed}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         append_line(self._path, json.dumps(finite))
         self._first, self._last = self._first or record, record
@@ -106,15 +103,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             records.append(json.loads(line))
     return records
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most tensor memory that the accelerator held so far; on a CPU, the process's largest resident size."""
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    import resource  # POSIX only, like the signals of train.py
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _tensorboard(folder: Path) -> Any:

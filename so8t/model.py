@@ -10,6 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from so8t.config import InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig
 from so8t.data import Batch, derive_seed
@@ -58,17 +61,32 @@ def load_model(
     device: torch.device,
     *,
     seed: int,
-    gradient_checkpointing: bool = False,
+    checkpointed_layers: int = 0,
     checkpoint: Path | None = None,
 ) -> Model:
-    """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given.
+    """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given."""
+    torch.manual_seed(derive_seed(seed, "initial weights"))
+    model = _load_base(config, quantization, device, None if qlora.enabled else checkpoint)
+    _check_head(model, config.base_model)
+    options: dict[str, Any] = {"seed": seed, "checkpointed_layers": checkpointed_layers, "checkpoint": checkpoint}
+    return adapt(model, quantization, qlora, so8t, **options).train()
+
+
+def adapt(
+    model: PreTrainedModel,
+    quantization: QuantizationConfig,
+    qlora: QloraConfig,
+    so8t: So8tConfig,
+    *,
+    seed: int = 0,
+    checkpointed_layers: int = 0,
+    checkpoint: Path | None = None,
+) -> Model:
+    """Put adapters and gates onto a base model, and recompute its first `checkpointed_layers` in the backward pass.
 
     LoRA and gates are float32, everything else stays as it was loaded: casting embeddings, head and norms up, as peft's
     prepare_model_for_kbit_training does, turns the residual stream to float32 too and nearly doubles its memory.
     """
-    torch.manual_seed(derive_seed(seed, "initial weights"))
-    model = _load_base(config, quantization, device, None if qlora.enabled else checkpoint)
-    _check_head(model, config.base_model)
     adapted: Model = model
     if qlora.enabled and checkpoint is not None:
         adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
@@ -78,11 +96,33 @@ def load_model(
         attach_gates(model, so8t.layer_indices, so8t.init_scale, derive_seed(seed, "gates"))
     if so8t.enabled and checkpoint is not None:
         load_gates(model, checkpoint / GATES_FILE)
-    if gradient_checkpointing:
+    if checkpointed_layers:
         # An 8-bit layer keeps its own input where non-reentrant checkpointing cannot drop it (1.06 MiB a token on
         # Phi-3.5), so that an 8-bit base takes the reentrant form; the gradients are equal to the bit.
         model.activation_checkpointing_enable({"use_reentrant": quantization.load_in_8bit})
-    return adapted.train()
+        for layer in checkpointable_layers(model)[checkpointed_layers:]:  # the last are the first to be done with
+            layer.gradient_checkpointing = False
+    return adapted
+
+
+def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def build_on_meta(config: ModelConfig, quantization: QuantizationConfig, model_config: Any) -> PreTrainedModel:
+    """The base model as `load_model` has it, but without memory: its tensors are on the meta device."""
+    dtype = getattr(torch, config.dtype)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype, attn_implementation=config.attn_implementation, trust_remote_code=False
+        )
+    options = _quantization_options(quantization, dtype)
+    if options is not None:
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), options)
+        # peft asks for these two
+        model.is_loaded_in_4bit = quantization.load_in_4bit  # type: ignore[assignment]
+        model.is_loaded_in_8bit = quantization.load_in_8bit  # type: ignore[assignment]
+    return model
 
 
 def _load_base(
@@ -90,15 +130,8 @@ def _load_base(
 ) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
-    if quantization.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    elif quantization.load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if quantization.load_in_4bit or quantization.load_in_8bit:
+        options["quantization_config"] = _quantization_options(quantization, dtype)
     model: PreTrainedModel
     try:
         if config.from_scratch and checkpoint is None:
@@ -117,6 +150,17 @@ def _load_base(
             # on a CPU with AVX512-BF16, one forward in eval mode repacks the weight into a layout without gradients
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _quantization_options(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization.load_in_8bit else None
 
 
 @torch.no_grad()
@@ -186,22 +230,22 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def describe(model: Model) -> str:
     """What is trainable and what is frozen, in numbers."""
-    frozen = sum(_num_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+    every = num_parameters(model)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model))
     gates = gates_of(model)
     gate_numbers = sum(gate.angles.numel() for gate in gates.values())
     kind = "LoRA" if isinstance(model, PeftModel) else "weights"
     layers = f" in layers {', '.join(map(str, gates))}" if gates else ""
     return (
-        f"trainable: {trainable:,} of {trainable + frozen:,} parameters "
-        f"({kind} {trainable - gate_numbers:,}, gates {gate_numbers:,}{layers}); frozen: {frozen:,}"
+        f"trainable: {trainable:,} of {every:,} parameters "
+        f"({kind} {trainable - gate_numbers:,}, gates {gate_numbers:,}{layers}); frozen: {every - trainable:,}"
     )
 
 
-def _num_elements(parameter: nn.Parameter) -> int:
-    """Elements before quantization: bitsandbytes packs two 4-bit weights into a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
+def num_parameters(model: nn.Module) -> int:
+    """Before quantization: bitsandbytes packs two 4-bit weights into a byte."""
+    states = [(parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters()]
+    return sum(parameter.numel() if state is None else int(state.shape.numel()) for parameter, state in states)
 
 
 def save_model(model: Model, tokenizer: Any, folder: Path) -> None:

@@ -4,17 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from so8t.config import InputError, TrainingConfig
 from so8t.metrics import Metrics, read_metrics
 
-CPU = torch.device("cpu")
-FIGURES = {"loss": 3.0, "lr": 1e-3, "num_tokens": 100, "seconds": 0.5}
+FIGURES = {"loss": 3.0, "lr": 1e-3, "num_tokens": 100, "seconds": 0.5, "peak_memory_bytes": 2**30}
 
 
 def make_metrics(folder: Path, first_step: int = 1, is_main: bool = True, **keys: Any) -> Metrics:
-    return Metrics(TrainingConfig(output_dir="unused", **keys), folder, first_step, 8, CPU, is_main)
+    return Metrics(TrainingConfig(output_dir="unused", **keys), folder, first_step, 8, is_main)
 
 
 def record(folder: Path, steps: range, first_step: int = 1, **keys: Any) -> Metrics:
@@ -33,7 +31,6 @@ def test_every_step_is_one_line_with_its_speed(tmp_path: Path) -> None:
         (2, 5.0, 200.0),
         (3, 6.0, 200.0),
     ]
-    assert all(line["peak_memory_bytes"] > 2**20 for line in records)
 
 
 def test_resumed_run_replaces_the_lines_of_the_steps_it_repeats(tmp_path: Path) -> None:

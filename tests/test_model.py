@@ -57,6 +57,7 @@ from so8t.model import (
     GATES_FILE,
     Model,
     causal_lm,
+    checkpointable_layers,
     describe,
     head_weight,
     hidden_states,
@@ -224,7 +225,7 @@ def test_gradient_checkpointing_keeps_every_bit_of_the_adapters_gradients(
             base_models["phi3"],
             bits=bits,
             qlora=EVERY_LINEAR | {"lora_dropout": dropout},
-            gradient_checkpointing=recompute,
+            checkpointed_layers=LAYERS * recompute,
         )
         randomize_lora(model)
         assert causal_lm(model).is_gradient_checkpointing == recompute
@@ -234,6 +235,21 @@ def test_gradient_checkpointing_keeps_every_bit_of_the_adapters_gradients(
     assert all(gradient.any() for gradient in found[0].values())
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_gradients_are_equal_to_the_bit_however_many_layers_are_checkpointed(
+    base_models: dict[str, Path], bits: int
+) -> None:
+    found = []
+    for layers in range(LAYERS + 1):
+        model = load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR, checkpointed_layers=layers)
+        randomize_lora(model)
+        flags = [layer.gradient_checkpointing for layer in checkpointable_layers(model)]
+        assert flags == [True] * layers + [False] * (LAYERS - layers)
+        found.append(gradients(model, [BATCHES["padded"]]))
+    for other in found[1:]:
+        assert_equal(found[0], other)
+
+
 @pytest.mark.parametrize("architecture", ["phi3", "llama, tied"])
 def test_gradient_checkpointing_keeps_every_bit_of_full_trainings_gradients(
     base_models: dict[str, Path], architecture: str
@@ -241,7 +257,7 @@ def test_gradient_checkpointing_keeps_every_bit_of_full_trainings_gradients(
     found = []
     for recompute in (False, True):
         model = load(
-            base_models[architecture], model={"from_scratch": True}, qlora=FULL, gradient_checkpointing=recompute
+            base_models[architecture], model={"from_scratch": True}, qlora=FULL, checkpointed_layers=LAYERS * recompute
         )
         found.append(gradients(model, [BATCHES["padded"]]))
         assert len(found[-1]) == len(trainable_parameters(model))
@@ -267,7 +283,7 @@ def linear_inputs_held(model: Model, batch: Batch) -> int:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_checkpointing_a_quantized_base_holds_no_input_of_its_layers(base_models: dict[str, Path], bits: int) -> None:
-    model = load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR, gradient_checkpointing=True)
+    model = load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR, checkpointed_layers=LAYERS)
     assert linear_inputs_held(model, BATCHES["padded"]) == 0
     # the trap itself: if this ever fails, bitsandbytes lets go of them, and load_model needs no reentrant form any more
     causal_lm(model).activation_checkpointing_enable({"use_reentrant": False})
@@ -281,7 +297,7 @@ def test_scoring_before_and_between_steps_leaves_their_gradients_bit_equal(
 ) -> None:
     batches = [BATCHES["padded"], BATCHES["one row"]]
     trained, scored = (
-        load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR, gradient_checkpointing=recompute) for _ in "12"
+        load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR, checkpointed_layers=LAYERS * recompute) for _ in "12"
     )
     for model in (trained, scored):
         randomize_lora(model)
@@ -313,7 +329,7 @@ def test_four_bit_layers_never_repack_their_weights_for_evaluation(
 def test_only_lora_and_gates_are_float32_and_only_they_are_trained(
     base_models: dict[str, Path], bits: int, dtype: str
 ) -> None:
-    model = load(base_models["phi3"], bits=bits, dtype=dtype, qlora=EVERY_LINEAR, gradient_checkpointing=True)
+    model = load(base_models["phi3"], bits=bits, dtype=dtype, qlora=EVERY_LINEAR, checkpointed_layers=LAYERS)
     quantized = {0: getattr(torch, dtype), 4: torch.uint8, 8: torch.int8}[bits]
     assert model.training
     for name, parameter in model.named_parameters():

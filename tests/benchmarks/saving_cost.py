@@ -98,7 +98,7 @@ def measure_memory(config_path: Path, folder: Path) -> None:
     """Peak tensor bytes of a step's forward and backward, without and with a capture at its usual place."""
     config = load_config(config_path)
     tables = config.model, config.quantization, config.qlora, config.so8t
-    model = load_model(*tables, torch.device("cpu"), seed=0, gradient_checkpointing=True)
+    model = load_model(*tables, torch.device("cpu"), seed=0, checkpointed_layers=99)
     no_autocast = torch.autocast("cpu", enabled=False)
     chunk = CHUNK_ROWS * len(head_weight(model)) * 4
     for length in (512, 1024, 2048):
@@ -114,7 +114,8 @@ def measure_memory(config_path: Path, folder: Path) -> None:
             for step in (1, 2, 3):  # the first two allocate the host buffers, the third uses one again
                 buffers = [thing._bytes for thing in gc.get_objects() if isinstance(thing, HostBuffer)]
                 with PeakBytes(buffers) as mode:
-                    hidden, ce, pet = train.forward(model, batch, no_autocast, 0.1, 0.0)
+                    observe = saver.observer(step, 0, batch, head_weight(model), is_last=True)
+                    hidden, ce, pet = train.forward(model, batch, no_autocast, 0.1, 0.0, observe)
                     saver.capture(step, 0, batch, hidden, head_weight(model), ce)
                     del hidden
                     torch.autograd.backward(ce + pet)
