@@ -1,0 +1,71 @@
+"""What gradient_checkpointing = "auto" makes of five budgets: layers, tracked peak, seconds a step, equal losses.
+
+    python tests/benchmarks/checkpointing_budget.py MODEL_FOLDER
+
+MODEL_FOLDER: a real small model, such as a downloaded SmolLM2-135M-Instruct; float32, rows of exactly 512 tokens. The
+budgets are what the plan needs for all, three quarters, half, a quarter and none of the layers, a little more each.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from saving_cost import CONFIG, WARM_UP, write_rows  # noqa: E402
+
+import train  # noqa: E402
+from so8t.config import load_config  # noqa: E402
+from so8t.memory import GIB  # noqa: E402
+from so8t.memory_trace import Shape, trace_step  # noqa: E402
+from so8t.metrics import read_metrics  # noqa: E402
+from so8t.model import load_model_config  # noqa: E402
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+STEPS = 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder)
+        path = folder / "config.toml"
+        path.write_text(CONFIG.format(model=options.model, folder=folder))
+        keys = ["training.save_logits=false", f"training.max_steps={STEPS}", 'training.gradient_checkpointing="auto"']
+        config = load_config(path, keys)
+        model_config = load_model_config(config.model)
+        num_layers = model_config.num_hidden_layers
+        budgets = [
+            1.01
+            * trace_step(config, model_config, Shape(1, 512, is_padded=False), "cpu", round(share * num_layers)).peak
+            for share in SHARES
+        ]
+        seconds: dict[float, list[float]] = {budget: [] for budget in budgets}
+        losses = set()
+        for index, budget in itertools.product(range(options.rounds), budgets):
+            output_dir = folder / f"{budget:.0f}_{index}"
+            changes = [f"training.output_dir={output_dir}", f"training.memory_budget_gib={budget / GIB}"]
+            assert train.main([str(path), *keys, *changes]) == 0
+            records = read_metrics(output_dir / "metrics.jsonl")
+            seconds[budget].append(statistics.median(record["seconds"] for record in records[WARM_UP:]))
+            losses.add(tuple(record["loss"] for record in records))
+        for budget, times in seconds.items():
+            found = json.loads((folder / f"{budget:.0f}_0" / "memory.json").read_text())
+            peak, layers = found["peak"]["measured_bytes"], found["checkpointed_layers"]
+            print(
+                f"budget {budget / 2**20:.0f} MiB: {layers} of {num_layers} layers, peak {peak / 2**20:.0f} MiB "
+                f"({100 * peak / budget:.1f} %), {statistics.median(times):.2f} s a step {times}"
+            )
+        print(f"losses equal to the bit: {len(losses) == 1}")
+
+
+if __name__ == "__main__":
+    main()
