@@ -106,9 +106,19 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._fake and func is torch.ops.aten.nonzero.default:
             return torch.arange(args[0].numel()).view(-1, 1).expand(-1, args[0].ndim)
-        if self._fake and func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:  # its outliers depend on data
-            rows = args[0]
-            return torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), dtype=torch.float32), None
+        if (
+            self._fake and func is torch.ops.bitsandbytes.int8_vectorwise_quant.default
+        ):  # data has outliers, shapes none
+            quantised = (
+                torch.empty_like(args[0], dtype=torch.int8),
+                args[0].new_empty(len(args[0]), dtype=torch.float32),
+            )
+            self.hold(quantised)
+            return *quantised, None
+        if self._fake and func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
+            product = args[0].new_empty(len(args[0]), len(args[2]))
+            self.hold([product, torch.empty_like(product, dtype=torch.int32)])
+            return product, None
         scratch = _scratch(func, args) if self._fake else []
         self.hold(scratch)
         result = func(*args, **(kwargs or {}))

@@ -169,6 +169,16 @@ def test_predicted_peak_is_within_two_percent_of_the_real_allocators(
     assert predicted == pytest.approx(real_peak(config, shape, layers, tmp_path), rel=0.02)
 
 
+def test_eight_bit_layers_are_traced_as_a_gpu_runs_them(tmp_path: Path, models: dict[str, Path]) -> None:
+    config, shape = make_config(tmp_path, models["phi3"], EIGHT_BIT), Shape(1, 256, False)
+    model_config = load_model_config(config.model)
+    all_layers, none = (trace_step(config, model_config, shape, "cuda", layers) for layers in (LAYERS, 0))
+    assert all_layers.held["quantised weights"] == none.held["quantised weights"] > 0
+    # an 8-bit layer keeps its whole input: checkpointing must save more than half of what stays for the backward
+    kept = [trace.moments["layers"].live - trace.moments["load"].live for trace in (all_layers, none)]
+    assert kept[0] < kept[1] / 2
+
+
 def test_plan_of_the_users_own_job_fits_a_12_gib_card_and_counts_its_parameters() -> None:
     config = load_config(RTX3060)
     found = plan_memory(config, PHI35, Shape(1, 1024, False), "cuda", 12 * GIB - CONTEXT_BYTES, 12 * GIB)
