@@ -27,7 +27,7 @@ from so8t import parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
 from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, TrainingBatches, count, derive_seed, fixed_batches, load_dataset
-from so8t.evaluate import Validation, keep_evidence, score
+from so8t.evaluate import Validation, capture_probe, keep_evidence
 from so8t.gates import orthogonality_error
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.losses import Observer, ce_sum, pet_sum
@@ -43,6 +43,10 @@ from so8t.signals import StopSignals
 
 class NonFiniteStep(Exception):
     """A loss or a gradient was inf or NaN; the weights are still those before the step."""
+
+    def __init__(self, step: int, figures: dict[str, float], places: Sequence[str]) -> None:
+        where = f"the CE of rows {', '.join(places)}" if places else "PET or the backward pass"
+        super().__init__(f"step {step} is not finite: {figures}, first seen in {where}")
 
 
 def train(config: Config, ranks: parallel.Ranks) -> int:
@@ -101,7 +105,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     ):
         for step in range(first_step, total_steps + 1):
             started, epoch = time.perf_counter(), data.epoch(step)
-            lr, pet_weight = lr_at(step, total_steps, training), pet_weight_at(step, total_steps, config.pet)
+            pet_weight, lr = pet_weight_at(step, total_steps, config.pet), lr_at(step, total_steps, training)
             set_learning_rate(optimizer, lr)
 
             # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
@@ -113,17 +117,15 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
             sums = torch.zeros(2, device=device)
             for index, batch in enumerate(micro_batches):
                 torch.manual_seed(derive_seed(seed, "dropout", step, index, ranks.rank))
-                is_last = batch is micro_batches[-1]
-                observe = logits_saver.observer(step, epoch, batch, head_weight(model), is_last=is_last)
+                observe = logits_saver.observer(step, epoch, batch, head_weight(model), batch is micro_batches[-1])
                 hidden, ce, pet = forward(model, batch, autocast, pet_weight, config.pet.huber_delta, observe)
-                logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, is_last=is_last)
+                logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, is_last=observe is not None)
                 ledger.mark("save step" if observe else "forward")
                 del hidden  # from here on only autograd may keep it
                 scaler.scale(ce / num_targets + pet_weight * pet / num_triples).backward()
                 ledger.mark("backward")
                 sums += torch.stack((ce, pet)).detach()
-            for batch, hidden, ce in score(model, probe_batches if logits_saver.is_due(step) else [], autocast):
-                logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, kind="probe")
+            capture_probe(model, probe_batches, autocast, logits_saver, step, epoch)
 
             # one update, by finite numbers only
             parallel.sum_gradients(trainable)
@@ -133,8 +135,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
             figures = step_figures(measured, num_targets, num_triples, pet_weight)
             if not (math.isfinite(figures["loss"] + figures["grad_norm"]) or scaler.is_enabled()):
                 sample_ids = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
-                evidence = [dataset.places[sample_id] for sample_id in sample_ids] or "PET or the backward pass"
-                raise NonFiniteStep(f"step {step} is not finite: {figures}, first seen in {evidence}")
+                raise NonFiniteStep(step, figures, [dataset.places[sample_id] for sample_id in sample_ids])
             scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -143,8 +144,8 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
 
             # watch
             logits_saver.after_step(step)
-            figures |= validation.after_step(step, model) | logits_saver.figures()
-            metrics.after_step(step, figures | ledger.finish())
+            figures |= validation.after_step(step, model) | logits_saver.figures() | ledger.finish()
+            metrics.after_step(step, figures)
             stop = parallel.all_max(signals.received)
             if stop or checkpoints.is_due(step):
                 logits_saver.flush()  # a run that resumes from the checkpoint does not save the steps before it again

@@ -29,6 +29,14 @@ def score(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -> I
         model.train()
 
 
+def capture_probe(
+    model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
+) -> None:
+    """On a due step, hand the logits of the probe's fixed rows to the saver."""
+    for batch, hidden, ce in score(model, batches if logits_saver.is_due(step) else [], autocast):
+        logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, kind="probe")
+
+
 def keep_evidence(
     model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
 ) -> list[int]:

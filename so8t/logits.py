@@ -68,7 +68,7 @@ class LogitsSaver:
     def is_due(self, step: int) -> bool:
         return self.enabled and step % self._training.save_logits_steps == 0
 
-    def observer(self, step: int, epoch: int, batch: Batch, head_weight: Tensor, *, is_last: bool) -> Observer | None:
+    def observer(self, step: int, epoch: int, batch: Batch, head_weight: Tensor, is_last: bool) -> Observer | None:
         """For ce_sum: the logits that it computes need not be computed again by `capture`. None if nothing is due.
 
         head_weight: [vocabulary, hidden_size]
