@@ -301,10 +301,10 @@ def _fit(annotation: Any, value: Any) -> Any:
     """`value` as a field of this annotation holds it; ValueError if it cannot. A bool is no number."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Union:
-        for argument in arguments[:-1]:
+        for argument in arguments:
             with suppress(ValueError):
                 return _fit(argument, value)
-        return _fit(arguments[-1], value)
+        raise ValueError
     if origin is Annotated:
         value = _fit(arguments[0], value)
         fits = arguments[1].test(value)

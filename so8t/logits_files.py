@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from so8t.config import InputError, TrainingConfig
 from so8t.files import sweep_temporaries
-from so8t.logits_record import position_bytes, position_layout
+from so8t.logits_record import head_computes_in, position_bytes, position_layout
 
 FILE_NAME = re.compile(r"(logits|probe)_step_(0|[1-9]\d*)_epoch_(0|[1-9]\d*)_(\d{8}_\d{6})\.pt", re.ASCII)
 FILE_OVERHEAD = 2**14  # bytes of a file beside what it stores for its tokens, rounded up
@@ -126,9 +124,7 @@ def plan_logits(
     """
     if not training.save_logits:
         return "logits: not saved"
-    autocast_dtype = torch.float16 if training.fp16 else torch.bfloat16
-    computed_in = autocast_dtype if training.fp16 or training.bf16 else getattr(torch, dtype)
-    layout = position_layout(training, vocab_size, computed_in)
+    layout = position_layout(training, vocab_size, head_computes_in(training, dtype))
     saves = total_steps // training.save_logits_steps
     kept = saves // training.save_logits_keep_every if training.save_logits_keep_every else 0
     max_bytes = training.save_logits_max_gib * 2**30

@@ -59,6 +59,14 @@ def position_layout(training: TrainingConfig, vocab_size: int, computed_in: torc
     return layout
 
 
+def head_computes_in(training: TrainingConfig, dtype: str) -> torch.dtype:
+    """The dtype in which the head will multiply in this training; dtype: of the weights."""
+    if training.fp16 or training.bf16:
+        return torch.float16 if training.fp16 else torch.bfloat16
+    weights: torch.dtype = getattr(torch, dtype)
+    return weights
+
+
 def position_bytes(layout: Layout) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
 

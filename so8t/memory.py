@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from so8t.config import Config, InputError, load_config
-from so8t.logits_record import position_bytes, position_layout
 from so8t.logits_writer import BUFFERS
-from so8t.memory_trace import Shape, Trace, trace_step
-from so8t.model import load_model_config
+from so8t.memory_trace import Shape, Trace, host_bytes, trace_step
+from so8t.model import ALL_LAYERS, load_model_config
 
 MIB, GIB = 2**20, 2**30
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
@@ -53,10 +52,13 @@ class Plan:
     trace: Trace
 
     @property
+    def fragmentation(self) -> int:
+        return int(FRAGMENTATION * self.trace.peak)
+
+    @property
     def room(self) -> int | None:
         """What is left on the device by this plan, its assumptions included."""
-        assumed = CONTEXT_BYTES + int(FRAGMENTATION * self.trace.peak)
-        return None if self.capacity is None else self.capacity - assumed - self.trace.peak
+        return None if self.capacity is None else self.capacity - CONTEXT_BYTES - self.fragmentation - self.trace.peak
 
     @property
     def accumulates(self) -> bool:
@@ -78,13 +80,13 @@ class Plan:
         lines.append(_line("peak of all tensors", trace.peak, f"in the {peak_moment(trace)}"))
         if self.device_type != "cpu":
             lines.append(_line("CUDA context", CONTEXT_BYTES, "assumed"))
-            fragments = int(FRAGMENTATION * trace.peak)
-            lines.append(_line("fragmentation", fragments, f"assumed, {100 * FRAGMENTATION:.0f} % of the peak"))
+            assumed = f"assumed, {100 * FRAGMENTATION:.0f} % of the peak"
+            lines.append(_line("fragmentation", self.fragmentation, assumed))
         if self.room is not None and self.capacity is not None:
             verdict = "left" if self.room >= 0 else "too much"
             lines.append(_line(f"room on {self.capacity / GIB:.1f} GiB", abs(self.room), verdict))
         if self.config.training.save_logits:
-            on_host = host_bytes(self.config, self.model_config, self.shape)
+            on_host = host_bytes(self.config, self.model_config.vocab_size, self.shape)
             where = "host memory" if self.device_type == "cpu" else "pinned host memory"
             lines.append(_line("logits buffers", on_host, f"{where}, {BUFFERS} of them; what is kept is on the disk"))
         return "\n".join(lines)
@@ -103,7 +105,7 @@ class Plan:
             "moments": {name: moment.peak for name, moment in self.trace.moments.items()},
             "peak_bytes": self.trace.peak,
             "peak_moment": peak_moment(self.trace),
-            "assumed_bytes": {"CUDA context": CONTEXT_BYTES, "fragmentation": int(FRAGMENTATION * self.trace.peak)},
+            "assumed_bytes": {"CUDA context": CONTEXT_BYTES, "fragmentation": self.fragmentation},
             "capacity_bytes": self.capacity,
             "room_bytes": self.room,
         }
@@ -129,11 +131,9 @@ class Plan:
         best_first = sorted(savings, key=lambda knob: -savings[knob])
         return "\n".join(_line(knob, savings[knob], "saved") for knob in best_first if savings[knob] > 0)
 
-    def largest_length(self) -> int:
+    def largest_length(self, capacity: int) -> int:
         """The longest micro-batch of one row that fits with all layers checkpointed, in steps of 256 tokens."""
-        if self.capacity is None:
-            raise ValueError("the capacity is not known")
-        limit = budget_of(self.capacity - CONTEXT_BYTES)
+        limit = budget_of(capacity - CONTEXT_BYTES)
 
         @lru_cache
         def peak(blocks: int) -> int:
@@ -167,23 +167,22 @@ def plan_memory(
         return trace_step(config, model_config, shape, device_type, layers, probe)
 
     setting, budget = config.training.gradient_checkpointing, int(config.training.memory_budget_gib * GIB)
-    every = trace(10**6)  # more than any model has: all of them
     if not budget and free is not None:
         budget = budget_of(free)
-    if setting is not True and setting is not False and setting != "auto":
-        layers, reason = min(int(setting), every.num_layers), "training.gradient_checkpointing says so"
-    elif setting != "auto":
-        layers, reason = every.num_layers if setting else 0, "training.gradient_checkpointing says so"
+    if setting != "auto":
+        layers, reason = ALL_LAYERS if setting is True else int(setting), "training.gradient_checkpointing says so"
     elif not budget:
-        layers, reason = every.num_layers, "auto: without training.memory_budget_gib a CPU has no limit to keep to"
-    elif every.peak > budget:
-        layers, reason = every.num_layers, f"auto: with all of them it is still more than {size_of(budget)}"
+        layers, reason = ALL_LAYERS, "auto: without training.memory_budget_gib a CPU has no limit to keep to"
+    elif (every := trace(ALL_LAYERS)).peak > budget:
+        layers, reason = ALL_LAYERS, f"auto: with all of them it is still more than {size_of(budget)}"
     elif trace(0).peak <= budget:
         layers, reason = 0, f"auto: none is needed for {size_of(budget)}"
     else:
+        # of the layers that keep their activations; with none of them, all are checkpointed
         kept = _largest_that_fits(lambda n: trace(every.num_layers - n).peak, 0, every.num_layers, budget)
         layers, reason = every.num_layers - kept, f"auto: one fewer needs more than {size_of(budget)}"
-    chosen = every if layers == every.num_layers else trace(layers)
+    chosen = trace(layers)
+    layers = min(layers, chosen.num_layers)
     return Plan(config, model_config, shape, device_type, capacity, tuple(probe), layers, reason, chosen)
 
 
@@ -228,14 +227,6 @@ def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:
 
 def peak_moment(trace: Trace) -> str:
     return max(trace.moments, key=lambda name: trace.moments[name].peak)
-
-
-def host_bytes(config: Config, model_config: Any, shape: Shape) -> int:
-    """Of the buffers that logits wait in."""
-    training = config.training
-    autocast_dtype = torch.float16 if training.fp16 else torch.bfloat16
-    computed_in = autocast_dtype if training.fp16 or training.bf16 else getattr(torch, config.model.dtype)
-    return BUFFERS * shape.tokens * position_bytes(position_layout(training, model_config.vocab_size, computed_in))
 
 
 def _knobs(config: Config, shape: Shape) -> list[tuple[str, Config, Shape]]:
@@ -299,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"so8t.memory: {error}", file=sys.stderr)
         return 2
-    longest = plan.largest_length() if plan.capacity is not None else None
+    longest = None if plan.capacity is None else plan.largest_length(plan.capacity)
     if options.json:
         print(json.dumps(plan.as_dict() | {"largest_length": longest}, indent=1))
         return 0

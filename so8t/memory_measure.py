@@ -38,11 +38,10 @@ class MemoryLedger:
         self._is_counting = False
         self._snapshot_step = plan.config.training.memory_snapshot_step if device.type == "cuda" else 0
         self._step = 0
-        self._held: dict[str, int] = {}
         self._moments: dict[str, Moment] = {}
         self._largest = Shape(0, 0, is_padded=False)
         self._last_mark = "start of the run"
-        self._peak = self._reserved = 0
+        self._reserved = 0
 
     def __enter__(self) -> "MemoryLedger":
         return self
@@ -63,7 +62,6 @@ class MemoryLedger:
         saves = [step for step in steps if training.save_logits and step % training.save_logits_steps == 0]
         evaluations = [step for step in steps if training.eval_steps and step % training.eval_steps == 0]
         self._counted_steps = {first_step, first_step + 1, *saves[:2], *evaluations[:1]}
-        self._held = held_bytes(model, optimizer.state.values())
         self.mark("load")
 
     def start(self, step: int, micro_batches: Sequence[Batch]) -> None:
@@ -112,10 +110,9 @@ class MemoryLedger:
         if not self._largest.tokens:
             return "memory: no step was measured"
         plan = self._plan
-        self._held = held_bytes(self._model, self._optimizer.state.values())
-        measured = Trace(self._held, self._moments, plan.trace.num_parameters, plan.trace.num_layers)
-        same_shape = self._largest == plan.shape
-        predicted = plan.trace if same_shape else plan.traced_for(self._largest)
+        held = held_bytes(self._model, self._optimizer.state.values())
+        measured = Trace(held, self._moments, plan.trace.num_parameters, plan.trace.num_layers)
+        predicted = plan.trace if self._largest == plan.shape else plan.traced_for(self._largest)
         rows = _side_by_side(*(ledger_rows(trace, plan.accumulates) for trace in (predicted, measured)))
         peaks = [{name: moment.peak for name, moment in trace.moments.items()} for trace in (predicted, measured)]
         moments = _side_by_side(*peaks)

@@ -26,10 +26,10 @@ from so8t.config import Config
 from so8t.data import Batch
 from so8t.evaluate import score
 from so8t.gates import SO8Gate
-from so8t.logits_record import position_bytes, position_layout
+from so8t.logits_record import head_computes_in, position_bytes, position_layout
 from so8t.logits_score import score_rows
 from so8t.logits_writer import BUFFERS
-from so8t.losses import ce_sum, head_dtype, pet_sum
+from so8t.losses import ce_sum, pet_sum
 from so8t.model import (
     Model,
     adapt,
@@ -41,6 +41,7 @@ from so8t.model import (
     num_parameters,
     trainable_parameters,
 )
+from so8t.optim import make_autocast
 
 CUDA_BLOCK_BYTES = 512  # CUDA's allocator rounds up to it
 BLOCKWISE_FROM = 4096  # bitsandbytes keeps the states of smaller tensors in 32 bits
@@ -87,8 +88,7 @@ class Shape:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operations make, for as long as they live; real tensors or fake ones.
 
-    With `fake`, what only data or a kernel know is filled in: `nonzero` finds every element, the most there can be, and
-    some operations need memory of their own inside, see `_scratch`.
+    With `fake`, what only data know (`_result_by_shape`) or only a kernel knows (`_scratch`) is filled in.
     """
 
     def __init__(self, block_bytes: int = 1, fake: bool = False) -> None:
@@ -104,24 +104,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._fake and func is torch.ops.aten.nonzero.default:
-            return torch.arange(args[0].numel()).view(-1, 1).expand(-1, args[0].ndim)
-        if (
-            self._fake and func is torch.ops.bitsandbytes.int8_vectorwise_quant.default
-        ):  # data has outliers, shapes none
-            quantised = (
-                torch.empty_like(args[0], dtype=torch.int8),
-                args[0].new_empty(len(args[0]), dtype=torch.float32),
-            )
-            self.hold(quantised)
-            return *quantised, None
-        if self._fake and func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
-            product = args[0].new_empty(len(args[0]), len(args[2]))
-            self.hold([product, torch.empty_like(product, dtype=torch.int32)])
-            return product, None
         scratch = _scratch(func, args) if self._fake else []
         self.hold(scratch)
-        result = func(*args, **(kwargs or {}))
+        result = _result_by_shape(func, args) if self._fake else None
+        if result is None:
+            result = func(*args, **(kwargs or {}))
         self.hold(tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
         return result
 
@@ -149,10 +136,23 @@ def shape_of(batch: Batch) -> Shape:
     return Shape(rows, length, is_padded=batch.attention_mask is not None)
 
 
+def _result_by_shape(func: Any, args: Any) -> Any:
+    """The result of an operation whose shape depends on data, at its usual size; None for all others."""
+    if func is torch.ops.aten.nonzero.default:  # every element, the most there can be
+        return torch.arange(args[0].numel()).view(-1, 1).expand(-1, args[0].ndim)
+    if func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:  # no outliers
+        return torch.empty_like(args[0], dtype=torch.int8), args[0].new_empty(len(args[0]), dtype=torch.float32), None
+    if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
+        return args[0].new_empty(len(args[0]), len(args[2])), None
+    return None
+
+
 def _scratch(func: Any, args: Any) -> list[Tensor]:
     """What these operations hold while they compute; the others' is small, or shows as operations of its own."""
     if func is torch.ops.bitsandbytes.gemm_4bit.default:  # the whole weight, unpacked
         return [args[0].new_empty(tuple(args[2]))]
+    if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:  # the product in int32
+        return [args[0].new_empty((len(args[0]), len(args[2])), dtype=torch.int32)]
     if func is torch.ops.aten.logsumexp.default:  # the exponentials
         return [torch.empty_like(args[0])]
     return []
@@ -196,7 +196,10 @@ def trace_step(
         live.hold(all_tensors(held_tensors(model, [])))
         mark("load")
         states = optimizer_states(trainable_parameters(model), config.training.optim)
-        live.hold(all_tensors(held_tensors(model, states)))
+        # beside a GPU the buffers are pinned memory of another kind
+        vocab_size = len(head_weight(model))
+        buffers = torch.empty(host_bytes(config, vocab_size, shape) if device_type == "cpu" else 0, dtype=torch.uint8)
+        live.hold([*all_tensors(held_tensors(model, states)), buffers])
         with live:
             _run_step(config, model, shape, probe, device_type, mark)
         return Trace(held_bytes(model, states), moments, num_parameters(model), len(checkpointable_layers(model)))
@@ -224,14 +227,9 @@ def fake_model(
 def _run_step(config: Config, model: Model, shape: Shape, probe: Sequence[Shape], device_type: str, mark: Mark) -> None:
     """The lines of train.py that need memory, with its marks."""
     training, weight = config.training, head_weight(model)
-    autocast_dtype = torch.float16 if training.fp16 else torch.bfloat16
-    autocast = torch.autocast("cpu", autocast_dtype, enabled=training.fp16 or training.bf16)
-    with autocast:
-        layout = position_layout(training, len(weight), head_dtype(weight))
+    autocast = make_autocast(training, "cpu")
+    layout = position_layout(training, len(weight), head_computes_in(training, config.model.dtype))
     batch = fake_batch(shape)
-    host = torch.empty(BUFFERS, shape.tokens * position_bytes(layout) if training.save_logits else 0, dtype=torch.uint8)
-    if device_type != "cpu":
-        del host  # pinned memory of another kind
 
     def observe(positions: Tensor, logits: Tensor) -> None:
         small = {name: logits.new_empty((len(logits), *size), dtype=dtype) for name, (dtype, size) in layout.items()}
@@ -270,6 +268,13 @@ def _run_step(config: Config, model: Model, shape: Shape, probe: Sequence[Shape]
         for _, hidden, _ in score(model, [batch], autocast):
             del hidden
         mark("evaluation")
+
+
+def host_bytes(config: Config, vocab_size: int, shape: Shape) -> int:
+    """Of the buffers that logits wait in."""
+    training = config.training
+    layout = position_layout(training, vocab_size, head_computes_in(training, config.model.dtype))
+    return BUFFERS * shape.tokens * position_bytes(layout) if training.save_logits else 0
 
 
 def fake_batch(shape: Shape) -> Batch:

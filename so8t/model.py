@@ -18,6 +18,7 @@ from so8t.config import InputError, ModelConfig, QloraConfig, QuantizationConfig
 from so8t.data import Batch, derive_seed
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates
 
+ALL_LAYERS = 10**6  # for `checkpointed_layers`: more than any model has
 GATES_FILE = "so8t_gates.safetensors"
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -68,8 +69,8 @@ def load_model(
     torch.manual_seed(derive_seed(seed, "initial weights"))
     model = _load_base(config, quantization, device, None if qlora.enabled else checkpoint)
     _check_head(model, config.base_model)
-    options: dict[str, Any] = {"seed": seed, "checkpointed_layers": checkpointed_layers, "checkpoint": checkpoint}
-    return adapt(model, quantization, qlora, so8t, **options).train()
+    tables = quantization, qlora, so8t
+    return adapt(model, *tables, seed=seed, checkpointed_layers=checkpointed_layers, checkpoint=checkpoint).train()
 
 
 def adapt(

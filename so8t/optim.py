@@ -48,11 +48,14 @@ def make_amp(config: TrainingConfig, device: torch.device) -> tuple[torch.autoca
             "amp: this CPU has no 16-bit arithmetic and emulates it, many times slower than float32; "
             'set training.bf16 and fp16 to false and model.dtype to "float32"'
         )
-    dtype = torch.float16 if config.fp16 else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=config.fp16 or config.bf16)
     scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
     scaler.scale(torch.zeros((), device=device))  # makes its state: a rank may have no rows in its first step
-    return autocast, scaler
+    return make_autocast(config, device.type), scaler
+
+
+def make_autocast(config: TrainingConfig, device_type: str) -> torch.autocast:
+    dtype = torch.float16 if config.fp16 else torch.bfloat16
+    return torch.autocast(device_type, dtype, enabled=config.fp16 or config.bf16)
 
 
 def _has_16_bit_arithmetic() -> bool:

@@ -1,7 +1,6 @@
 """What the tests of saved logits share: small batches, and a small training loop around a LogitsSaver."""
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from so8t.config import TrainingConfig
 from so8t.data import Batch
@@ -111,32 +108,3 @@ def saved_steps(folder: Path, kind: str = "logits") -> list[int]:
     contents = [torch.load(path) for path in folder.glob(f"{kind}_step_*.pt")]
     assert all(record["verified"] for record in contents)
     return sorted(record["step"] for record in contents)
-
-
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors made while it is on, at their most; what lies in the memory of `known` does not count."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-        self._known = [range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in known]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._seen or any(storage.data_ptr() in memory for memory in self._known):
-            return
-        self._seen.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-
-    def _freed(self, identity: int, size: int) -> None:
-        self._seen.discard(identity)
-        self.now -= size

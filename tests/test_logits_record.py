@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from logits_cases import HIDDEN, NO_AUTOCAST, VOCAB, PeakBytes, capture, make_batch, make_case, save_one, settings
+from logits_cases import HIDDEN, NO_AUTOCAST, VOCAB, capture, make_batch, make_case, save_one, settings
+from memory_cases import PeakBytes
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from memory_cases import take_step
 from model_cases import CPU, PHI3_LINEAR
-from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
@@ -21,7 +21,7 @@ from so8t.logits_writer import BUFFERS
 from so8t.memory import CONTEXT_BYTES, GIB, Plan, main, plan_memory
 from so8t.memory_measure import MemoryLedger, OutOfMemory, is_out_of_memory
 from so8t.memory_trace import Shape, held_bytes, trace_step
-from so8t.model import head_weight, load_model, load_model_config, trainable_parameters
+from so8t.model import load_model, load_model_config
 from so8t.optim import make_amp, make_optimizer
 
 LAYERS = 4
@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# so that the cost of a trace's second is not paid for every test: `Phi-3.5-mini` as its config.json has it
+# as the config.json of Phi-3.5-mini has it
 PHI35 = Phi3Config(
     vocab_size=32064,
     hidden_size=3072,
@@ -103,18 +103,7 @@ def real_peak(config: Config, shape: Shape, checkpointed_layers: int, folder: Pa
     saver = LogitsSaver(training, folder, autocast, shape.tokens)
 
     def step(number: int) -> None:
-        for index in range(training.gradient_accumulation_steps):
-            is_last = index == training.gradient_accumulation_steps - 1
-            observe = saver.observer(number, 0, batch, head_weight(model), is_last=is_last)
-            hidden, ce, pet = train.forward(model, batch, autocast, 0.1, 0.0, observe)
-            saver.capture(number, 0, batch, hidden, head_weight(model), ce, is_last=is_last)
-            del hidden
-            torch.autograd.backward(ce + pet)
-            del ce, pet
-        clip_grad_norm_(trainable_parameters(model), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        saver.after_step(number)
+        take_step(model, [batch] * training.gradient_accumulation_steps, optimizer, saver, number, autocast)
         saver.flush()
 
     for number in (1, 2):

@@ -11,12 +11,11 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from saving_cost import CONFIG, WARM_UP, write_rows  # noqa: E402
+from saving_cost import WARM_UP, job  # noqa: E402
 
 import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
@@ -34,11 +33,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_rows(folder)
-        path = folder / "config.toml"
-        path.write_text(CONFIG.format(model=options.model, folder=folder))
+    with job(options.model) as path:
+        folder = path.parent
         keys = ["training.save_logits=false", f"training.max_steps={STEPS}", 'training.gradient_checkpointing="auto"']
         config = load_config(path, keys)
         model_config = load_model_config(config.model)

@@ -30,7 +30,7 @@ from so8t.memory_trace import (
     optimizer_states,
     trace_step,
 )
-from so8t.model import causal_lm, load_model_config, trainable_parameters
+from so8t.model import ALL_LAYERS, causal_lm, load_model_config, trainable_parameters
 
 CONFIG = Path(__file__).parents[2] / "configs" / "train_borea_phi35_so8t_thinking_rtx3060.toml"
 BASES = {
@@ -38,7 +38,6 @@ BASES = {
     "8-bit": ("quantization.load_in_4bit=false", "quantization.load_in_8bit=true"),
     "bf16": ("quantization.load_in_4bit=false",),
 }
-ALL_LAYERS = 10**6
 
 
 def trainer_peak(config: Config, shape: Shape) -> int:

@@ -14,13 +14,15 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from logits_cases import PeakBytes  # noqa: E402
+from memory_cases import PeakBytes  # noqa: E402
 
 import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
@@ -29,7 +31,7 @@ from so8t.logits import LogitsSaver  # noqa: E402
 from so8t.logits_score import HostBuffer  # noqa: E402
 from so8t.losses import CHUNK_ROWS  # noqa: E402
 from so8t.metrics import read_metrics  # noqa: E402
-from so8t.model import head_weight, load_model  # noqa: E402
+from so8t.model import ALL_LAYERS, head_weight, load_model  # noqa: E402
 
 CONFIG = """
 [model]
@@ -67,6 +69,22 @@ def write_rows(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(rows))
 
 
+def half_answered(length: int) -> Row:
+    """A row whose second half is the answer."""
+    answer = torch.arange(length) >= length // 2
+    return Row(torch.arange(length, dtype=torch.int32) + 100, answer, answer.to(torch.uint8), 0, was_cut=False)
+
+
+@contextmanager
+def job(model: Path) -> Iterator[Path]:
+    """The config of a job on `model`, in a temporary folder of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        write_rows(Path(name))
+        config = Path(name) / "config.toml"
+        config.write_text(CONFIG.format(model=model, folder=name))
+        yield config
+
+
 def time_runs(config: Path, folder: Path, rounds: int) -> None:
     steps: dict[str, list[float]] = {mode: [] for mode in MODES}  # mean seconds a step, one number a run
     waits: list[float] = []
@@ -98,13 +116,11 @@ def measure_memory(config_path: Path, folder: Path) -> None:
     """Peak tensor bytes of a step's forward and backward, without and with a capture at its usual place."""
     config = load_config(config_path)
     tables = config.model, config.quantization, config.qlora, config.so8t
-    model = load_model(*tables, torch.device("cpu"), seed=0, checkpointed_layers=99)
+    model = load_model(*tables, torch.device("cpu"), seed=0, checkpointed_layers=ALL_LAYERS)
     no_autocast = torch.autocast("cpu", enabled=False)
     chunk = CHUNK_ROWS * len(head_weight(model)) * 4
     for length in (512, 1024, 2048):
-        half = torch.arange(length) >= length // 2
-        row = Row(torch.arange(length, dtype=torch.int32) + 100, half, half.to(torch.uint8), 0, was_cut=False)
-        batch = collate([row])
+        batch = collate([half_answered(length)])
         peaks = []
         for saves in ("false", "true"):
             training = load_config(
@@ -136,14 +152,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=5, help="0 = memory only")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_rows(folder)
-        config = folder / "config.toml"
-        config.write_text(CONFIG.format(model=options.model, folder=folder))
-        measure_memory(config, folder)
+    with job(options.model) as config:
+        measure_memory(config, config.parent)
         if options.rounds:
-            time_runs(config, folder, options.rounds)
+            time_runs(config, config.parent, options.rounds)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import train
-from so8t.config import load_config
-from so8t.data import Row, collate
-from so8t.logits import LogitsSaver
-from so8t.memory_trace import LiveBytes, all_tensors, held_tensors
-from so8t.model import head_weight, load_model, trainable_parameters
-from so8t.optim import make_optimizer
+from memory_cases import take_step  # noqa: E402
+from saving_cost import half_answered  # noqa: E402
+
+from so8t.config import load_config  # noqa: E402
+from so8t.data import collate  # noqa: E402
+from so8t.logits import LogitsSaver  # noqa: E402
+from so8t.memory_trace import LiveBytes, all_tensors, held_tensors  # noqa: E402
+from so8t.model import ALL_LAYERS, load_model  # noqa: E402
+from so8t.optim import make_optimizer  # noqa: E402
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = """
@@ -63,33 +64,24 @@ class SavingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def row(length: int) -> Row:
-    answer = torch.arange(length) >= length // 2
-    return Row(torch.arange(length, dtype=torch.int32) + 100, answer, answer.to(torch.uint8), 0, was_cut=False)
-
-
 def our_peak(model_folder: Path, folder: Path, length: int) -> tuple[int, int]:
     """The peak, and how much of it are the two host buffers that logits wait in."""
     path = folder / "config.toml"
     path.write_text(CONFIG.format(model=model_folder, folder=folder, linear=LINEAR))
     config = load_config(path)
     tables = config.model, config.quantization, config.qlora, config.so8t
-    model = load_model(*tables, torch.device("cpu"), seed=0, checkpointed_layers=10**6)
+    model = load_model(*tables, torch.device("cpu"), seed=0, checkpointed_layers=ALL_LAYERS)
     optimizer = make_optimizer(model, config.training)
     no_autocast = torch.autocast("cpu", enabled=False)
-    saver, batch, live = LogitsSaver(config.training, folder, no_autocast, length), collate([row(length)]), LiveBytes()
+    saver, batch, live = (
+        LogitsSaver(config.training, folder, no_autocast, length),
+        collate([half_answered(length)]),
+        LiveBytes(),
+    )
     live.hold(all_tensors(held_tensors(model, [])))
     for step in range(1, STEPS + 1):
         with live:
-            observe = saver.observer(step, 0, batch, head_weight(model), is_last=True)
-            hidden, ce, pet = train.forward(model, batch, no_autocast, 0.0, 0.0, observe)
-            saver.capture(step, 0, batch, hidden, head_weight(model), ce)
-            del hidden
-            torch.autograd.backward(ce + pet)
-            clip_grad_norm_(trainable_parameters(model), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        saver.after_step(step)
+            take_step(model, [batch], optimizer, saver, step, no_autocast, pet_weight=0.0)
     saver.close()
     (logits, *_) = sorted((folder / "logits").iterdir())
     return live.peak, 2 * torch.load(logits)["logits"].nbytes
@@ -98,7 +90,7 @@ def our_peak(model_folder: Path, folder: Path, length: int) -> tuple[int, int]:
 def trainer_peak(model_folder: Path, folder: Path, length: int) -> int:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM"))
-    batch = collate([row(length)])
+    batch = collate([half_answered(length)])
     rows = [{"input_ids": batch.input_ids[0], "labels": batch.labels[0]} for _ in range(STEPS)]
     arguments = TrainingArguments(
         output_dir=str(folder),
