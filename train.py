@@ -68,6 +68,7 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     fingerprint = dataset.fingerprint()
     state = load_training_state(checkpoint, fingerprint, data.micro_batches_per_step)
     output_dir = make_output_dir(config, ranks.is_main)
+    dataset.policy.write(output_dir, ranks.is_main)
     shape, *probe_shapes = Shape(rows_per_batch, dataset.longest, rows_per_batch > 1), *map(shape_of, probe_batches)
     sizes = model_config.vocab_size, shape.tokens, sum(probe_shape.tokens for probe_shape in probe_shapes)
     print(plan_logits(training, *sizes, total_steps, output_dir, config.model.dtype))

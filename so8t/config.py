@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
@@ -87,6 +87,25 @@ class QloraConfig:
 
 
 @dataclass(frozen=True)
+class PolicyConfig:
+    """[data.policy]: what may be trained on. A rule is on unless the config says otherwise; policy.py explains each."""
+
+    mode: Literal["exclude", "error"] = "exclude"  # drop and count a row that breaks a rule, or stop
+    provenance: bool = True
+    nsfw: bool = True
+    private_key: bool = True
+    api_token: bool = True
+    payment_card: bool = True
+    my_number: bool = True
+    email: bool = True
+    phone: bool = True
+    ip_address: bool = True
+    mac_address: bool = True
+    trusted_sources: tuple[Name, ...] = ()  # values of a row's "source"
+    trusted_weight: Positive = 1  # how often an epoch shows their rows
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """[data]: JSONL rows; a file, a glob, or a list of them (one string stands for a list of one)."""
 
@@ -94,6 +113,7 @@ class DataConfig:
     eval_data: tuple[Name, ...] = ()  # empty = no validation
     max_seq_length: Length = 1024  # tokens a row
     on_bad_row: Literal["error", "skip"] = "error"  # skipped rows are counted
+    policy: PolicyConfig = PolicyConfig()
 
 
 @dataclass(frozen=True)
@@ -193,8 +213,21 @@ class Config:
                 raise InputError(sentence)
 
 
-TABLES: dict[str, Any] = get_type_hints(Config)
-FIELDS = {f"{table}.{field.name}": field for table, section in TABLES.items() for field in fields(section)}
+def _tables(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every table inside of `section` by its dotted name, each followed by those inside of it."""
+    for key, annotation in get_type_hints(section).items():
+        if is_dataclass(annotation):
+            yield prefix + key, annotation
+            yield from _tables(annotation, f"{prefix}{key}.")
+
+
+TABLES: dict[str, Any] = dict(_tables(Config))
+FIELDS = {
+    name: field
+    for table, section in TABLES.items()
+    for field in fields(section)
+    if (name := f"{table}.{field.name}") not in TABLES
+}
 ANNOTATIONS = {
     f"{table}.{key}": annotation
     for table, section in TABLES.items()
@@ -225,19 +258,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for name, value in values.items():
         if value is MISSING:
             raise InputError(f"{path}: {name} is missing; it must be {_words(ANNOTATIONS[name])}")
-    sections = {
-        table: section(**{field.name: values[f"{table}.{field.name}"] for field in fields(section)})
-        for table, section in TABLES.items()
-    }
-    return Config(**sections)
+    config: Config = _build(Config, "", values)
+    return config
 
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as a TOML file that loads back to an equal Config."""
     lines = []
     for table in TABLES:
-        section = getattr(config, table)
-        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in vars(section).items()), ""]
+        keys = [(key, value) for key, value in vars(attrgetter(table)(config)).items() if f"{table}.{key}" in FIELDS]
+        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in keys), ""]
     return "\n".join(lines)
 
 
@@ -246,6 +276,17 @@ def changed_keys(saved: Config, current: Config) -> list[str]:
     return [
         name for name in FIELDS if name not in FREE_ON_RESUME and attrgetter(name)(saved) != attrgetter(name)(current)
     ]
+
+
+def _build(section: Any, prefix: str, values: dict[str, Any]) -> Any:
+    """A `section` of the values of its keys, whose dotted names begin with `prefix`, and of the tables inside of it."""
+    names = {field.name: prefix + field.name for field in fields(section)}
+    return section(
+        **{
+            key: _build(TABLES[name], f"{name}.", values) if name in TABLES else values[name]
+            for key, name in names.items()
+        }
+    )
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, object]]:
@@ -258,15 +299,20 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {error}; text needs quotes, true and false do not") from error
-    for table, section in document.items():
-        if not isinstance(section, dict):
-            yield table, section  # stands outside of every table, so it is no known name
-        elif table not in TABLES:
-            near = get_close_matches(table, TABLES, n=1, cutoff=0)[0]
-            every = ", ".join(f"[{name}]" for name in TABLES)
-            raise InputError(f"{path}: there is no table {_shown(table)}; the nearest of {every} is [{near}]")
+    yield from _read_table(path, document, "")
+
+
+def _read_table(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
+    for key, value in table.items():
+        name = prefix + key
+        if not isinstance(value, dict) or name in FIELDS:
+            yield name, value
+        elif name in TABLES:
+            yield from _read_table(path, value, f"{name}.")
         else:
-            yield from ((f"{table}.{key}", value) for key, value in section.items())
+            near = get_close_matches(name, TABLES, n=1, cutoff=0)[0]
+            every = ", ".join(f"[{known}]" for known in TABLES)
+            raise InputError(f"{path}: there is no table {_shown(name)}; the nearest of {every} is [{near}]")
 
 
 def _read_override(override: str) -> tuple[str, list[object]]:

@@ -5,8 +5,8 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from so8t.config import DataConfig, InputError
 from so8t.losses import NO_TARGET
+from so8t.policy import RULES, PolicyReport, broken_rule, make_report
 from so8t.thinking import SECTIONS, ThinkingError, has_tags, parse, render
 
 Message = dict[str, str]
@@ -34,6 +35,7 @@ class Row:
     sections: Tensor  # uint8 codes of thinking.SECTIONS
     sample_id: int  # its place among all rows of the files, counted from 0, bad ones included
     was_cut: bool  # the start of its prompt was dropped to fit max_seq_length
+    times_an_epoch: int = 1  # how often training sees it: data.policy.trusted_weight if its source is trusted
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Dataset:
 
     rows: list[Row]
     bad_rows: list[str]  # one sentence each, beginning with file:line
-    places: list[str]  # file:line of every row, bad ones included, so that a sample_id is an index
+    places: list[str]  # file:line of every row, unusable ones included, so that a sample_id is an index
+    policy: PolicyReport
 
     @property
     def longest(self) -> int:
@@ -79,17 +82,21 @@ class Dataset:
         """A hash of every token and label: equal fingerprints train alike."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(row.input_ids.numpy().tobytes())
-            digest.update(row.is_answer.numpy().tobytes())
+            for _ in range(row.times_an_epoch):
+                digest.update(row.input_ids.numpy().tobytes())
+                digest.update(row.is_answer.numpy().tobytes())
         return digest.hexdigest()
 
     def summary(self) -> str:
         tokens = sum(len(row.input_ids) for row in self.rows)
         answers = sum(int(row.is_answer.sum()) for row in self.rows)
         cut = sum(row.was_cut for row in self.rows)
+        repeated = [row.times_an_epoch for row in self.rows if row.times_an_epoch > 1]
         return (
             f"{len(self.rows)} rows, {tokens} tokens ({answers} of them answers), longest row {self.longest}"
             + (f"; {cut} lost the start of their prompt to max_seq_length" if cut else "")
+            + (f"; {len(repeated)} of trusted sources, {repeated[0]} times an epoch" if repeated else "")
+            + f"; {self.policy.summary()}"
             + (f"; {len(self.bad_rows)} bad rows skipped, the first is {self.bad_rows[0]}" if self.bad_rows else "")
         )
 
@@ -97,27 +104,44 @@ class Dataset:
 def load_dataset(key: str, patterns: Sequence[str], tokenizer: Any, config: DataConfig) -> Dataset:
     """Read the JSONL files that `patterns` name; `key` is the config key they came from, for messages.
 
-    Raises InputError if a file is missing, no row is left, or a row is bad while data.on_bad_row is "error".
+    Raises InputError if a file is missing, no row is left, a row is bad while data.on_bad_row is "error", or one breaks
+    a rule while data.policy.mode is "error".
     """
     if tokenizer.chat_template is None:
         raise InputError(
             f"model.base_model: the tokenizer of {tokenizer.name_or_path} has no chat template; "
             "put one into its folder as chat_template.jinja"
         )
+    policy = config.policy
     rows: list[Row] = []
     bad_rows: list[str] = []
+    dropped: list[tuple[str, str]] = []
     lines = list(_read_lines(key, patterns))
     for sample_id, (place, line) in enumerate(tqdm(lines, desc=f"{key}: tokenizing", leave=False, delay=2)):
         try:
-            rows.append(encode_row(read_messages(line), tokenizer, config.max_seq_length, sample_id))
+            fields = read_fields(line)
+            messages = read_messages(fields)
+            rule = broken_rule(fields, messages, policy)
+            if rule is not None:
+                dropped.append((place, rule))
+                continue
+            row = encode_row(messages, tokenizer, config.max_seq_length, sample_id)
+            is_trusted = fields.get("source") in policy.trusted_sources
+            rows.append(replace(row, times_an_epoch=policy.trusted_weight) if is_trusted else row)
         except BadRow as error:
             bad_rows.append(f"{place}: {error}")
     if bad_rows and config.on_bad_row == "error":
         more = f" ({len(bad_rows) - 1} more bad rows follow)" if len(bad_rows) > 1 else ""
         raise InputError(f'{bad_rows[0]}{more}; correct it, or set data.on_bad_row = "skip"')
+    report = make_report(policy, len(lines), len(rows), dropped)
+    first = "".join(f"{place}: breaks data.policy.{rule}, {RULES[rule]}" for place, rule in dropped[:1])
+    if dropped and policy.mode == "error":
+        more = f" ({len(dropped) - 1} more rows break the policy)" if len(dropped) > 1 else ""
+        raise InputError(f'{first}{more}; correct it, or set data.policy.mode = "exclude"')
     if not rows:
-        raise InputError(f"{key}: no usable row in {', '.join(patterns)}")
-    return Dataset(rows, bad_rows, [place for place, _ in lines])
+        reason = f"; {report.summary()}; {first}" if dropped else ""
+        raise InputError(f"{key}: no usable row in {', '.join(patterns)}{reason}")
+    return Dataset(rows, bad_rows, [place for place, _ in lines], report)
 
 
 def _read_lines(key: str, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]]:
@@ -132,14 +156,19 @@ def _read_lines(key: str, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]
                     yield f"{name}:{number}", line
 
 
-def read_messages(line: bytes) -> list[Message]:
-    """One line of JSON in any of the three formats -> chat messages that end with the assistant's turn, or BadRow."""
+def read_fields(line: bytes) -> dict[str, Any]:
+    """One line of JSON as an object, or BadRow."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadRow(f"not JSON in UTF-8 ({error})") from error
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
+    return row
+
+
+def read_messages(row: dict[str, Any]) -> list[Message]:
+    """A row in any of the three formats -> chat messages that end with the assistant's turn, or BadRow."""
     if "messages" in row:
         messages = _chat_messages(row["messages"])
     elif "query" in row:
@@ -288,6 +317,8 @@ def fixed_batches(
     if not patterns:
         return []
     dataset = load_dataset(key, patterns, tokenizer, config)
+    if dataset.policy.dropped:  # training's own rows are told in the `data:` line and in policy.json
+        print(f"{key}: {dataset.summary()}")
     return split(dataset.rows, rows_per_batch, dataset.longest if one_length else 0)
 
 
@@ -305,24 +336,31 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """Which rows a step trains on: every row once an epoch, in an order of (seed, epoch); the last step has less."""
+    """Which rows a step trains on, in an order of (seed, epoch): every row once an epoch, or its times_an_epoch.
+
+    The last step of an epoch has less.
+    """
 
     rows: Sequence[Row]
     rows_per_micro_batch: int
     micro_batches_per_step: int  # over all ranks
     seed: int
 
+    @cached_property
+    def _epoch_rows(self) -> list[Row]:
+        return [row for row in self.rows for _ in range(row.times_an_epoch)]
+
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // (self.rows_per_micro_batch * self.micro_batches_per_step))
+        return -(-len(self._epoch_rows) // (self.rows_per_micro_batch * self.micro_batches_per_step))
 
     def epoch(self, step: int) -> int:
         """The epoch, counted from 0, that `step`, counted from 1, belongs to."""
         return (step - 1) // self.steps_per_epoch
 
     def micro_batches(self, step: int) -> list[Batch]:
-        order = _epoch_order(len(self.rows), self.seed, self.epoch(step))
+        order = _epoch_order(len(self._epoch_rows), self.seed, self.epoch(step))
         rows_per_step = self.rows_per_micro_batch * self.micro_batches_per_step
         start = (step - 1) % self.steps_per_epoch * rows_per_step
-        rows = [self.rows[index] for index in order[start : start + rows_per_step]]
+        rows = [self._epoch_rows[index] for index in order[start : start + rows_per_step]]
         return split(rows, self.rows_per_micro_batch)

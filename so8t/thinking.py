@@ -155,6 +155,11 @@ def neutralise(text: str) -> str:
     return "".join([*pieces, text[end:]])
 
 
+def repeats(text: str, source: str, longest_echo: int) -> bool:
+    """Say whether `text` is `source`, or quotes it whole or in a run of more than `longest_echo` letters."""
+    return _repeats(_fold(text), _fold(source), longest_echo)
+
+
 def _repeats(folded_final: str, folded_thought: str, longest_echo: int) -> bool:
     if folded_final.split() == folded_thought.split():
         return True

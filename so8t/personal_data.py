@@ -1,0 +1,253 @@
+"""Personal data and secrets in a text, English or Japanese.
+
+Each finder is one predicate on a text that `plain` prepared. What is reserved for documentation or belongs to nobody
+in particular does not count: example.com and its like (RFC 2606; example.jp by JPRS), 192.0.2.0/24 and 2001:db8::/32,
+loopback and private addresses, public resolvers such as 8.8.8.8, version numbers, toll-free and emergency numbers,
+555-0100 to 555-0199 (fiction), the card networks' published test numbers, tokens that are visibly placeholders.
+"""
+
+import ipaddress
+import re
+import unicodedata
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+
+_DASHES = "‐‑‒–—―−⁃﹘﹣－─━"
+
+
+class _Plain(dict[int, str]):
+    """Character by character, because unicodedata.normalize is quadratic in a run of combining marks."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        folded = "-" if character in _DASHES else unicodedata.normalize("NFKC", character)
+        self[code] = "" if unicodedata.category(character) == "Cf" else folded  # zero-width characters
+        return self[code]
+
+
+_PLAIN = _Plain()
+_LONG_VOWEL_AS_DASH = re.compile(r"(?<=\d)ー(?=\d)")  # how ０９０ー１２３４ is typed
+
+
+def plain(text: str) -> str:
+    """Full-width letters and digits as ASCII, every dash a hyphen, nothing invisible."""
+    return _LONG_VOWEL_AS_DASH.sub("-", text.translate(_PLAIN))
+
+
+# ---- secrets
+
+_PRIVATE_KEY = re.compile(
+    # a header alone is talk about keys; some hundred characters of other headers may stand before the key
+    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?!-----).){0,200}?[A-Za-z0-9+/]{40}",
+    re.DOTALL,
+)
+
+
+def has_private_key(text: str) -> bool:
+    return bool(_PRIVATE_KEY.search(text))
+
+
+# formats as their issuers document them; the group is what varies
+_KNOWN_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?:AKIA|ASIA)([A-Z2-7]{16})(?![A-Z0-9])"  # Amazon
+    r"|gh[oprsu]_([A-Za-z0-9]{36})|github_pat_([A-Za-z0-9_]{60,})|glpat-([\w-]{20,})"  # GitHub, GitLab
+    r"|xox[abeoprs]-([A-Za-z0-9-]{20,})|hooks\.slack\.com/services/(T\w+/B\w+/\w{20,})"  # Slack
+    r"|AIza([\w-]{35})|ya29\.([\w-]{30,})"  # Google
+    r"|sk-(?:proj-|ant-|svcacct-)?([\w-]{32,})|hf_([A-Za-z0-9]{30,})"  # OpenAI, Anthropic and their like; Hugging Face
+    r"|[rs]k_(?:live|test)_([A-Za-z0-9]{20,})"  # Stripe
+    r"|SG\.([\w-]{20,24}\.[\w-]{40,})|npm_([A-Za-z0-9]{36})|pypi-([\w-]{60,})"  # SendGrid, npm, PyPI
+    r"|d[op][ort]_v1_([a-f0-9]{64})|dapi([a-f0-9]{32})|key-([a-f0-9]{32})"  # DigitalOcean, Databricks, Mailgun
+    r"|\d{8,10}:(AA[\w-]{33})"  # Telegram
+    r"|eyJ([\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{20,})"  # JSON web tokens
+    r"|\w+://[^\s:/@]+:([^\s:/@]{8,})@(?!localhost\b|example\.)"  # a password in a URL
+    r"|-u \w+:(\S{12,})"  # and in a call of curl
+    r")",
+    re.ASCII,
+)
+_NAMED_TOKEN = re.compile(  # whatever with a digit is assigned to a name that means one
+    r"(?:bearer\s|(?:(?:api|access|account|private)[ _-]?key|secret(?:[ _-]?(?:access[ _-]?)?key)?|token|passw(?:or)?d"
+    r"|APIキー|トークン|パスワード|シークレット)[\"']?\s{0,3}(?:=>|[:=は])\s{0,3}[\"'「]?)"
+    r"(?=[A-Za-z+/=._-]{0,80}\d)([\w+/=.-]{20,})",
+    re.ASCII | re.IGNORECASE,
+)
+_FEWEST_DISTINCT = 10  # characters of what is random and not a placeholder
+
+
+def has_api_token(text: str) -> bool:
+    bodies = [match[match.lastindex or 0] for match in _KNOWN_TOKEN.finditer(text)]
+    bodies += [match[1] for match in _NAMED_TOKEN.finditer(text)]
+    return any(
+        len(set(body)) >= _FEWEST_DISTINCT and re.search("[A-Z0-9]", body) and "example" not in body.lower()
+        for body in bodies
+    )
+
+
+# ---- numbers with a check digit
+
+_CARD = re.compile(
+    r"(?<![\w-])(?<!\d\.)(?:\d{13,19}|\d{4}([ .-])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ .-])\d{6}\2\d{4,5})(?![\w-]|\.\d)",
+    re.ASCII,
+)
+_CARD_NETWORK = re.compile(
+    # Visa, but with 13 digits from 45 or 49 on it is a Japanese article number; Mastercard
+    r"4(?:(?![59])\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}"
+    r"|3[47]\d{13}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}"  # American Express, JCB, Diners
+    r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|62\d{14,17}"  # Discover, UnionPay
+)
+_TEST_CARDS = {
+    *("4111111111111111", "4012888888881881", "4242424242424242", "4000056655665556", "4222222222222"),
+    *("5555555555554444", "5105105105105100", "2223003122003222", "5200828282828210"),
+    *("378282246310005", "371449635398431", "3530111333300000", "3566002020360505"),
+    *("6011111111111117", "6011000990139424", "30569309025904", "38520000023237"),
+}
+
+
+def has_payment_card(text: str) -> bool:
+    for match in _CARD.finditer(text):
+        number = re.sub(r"\D", "", match[0])
+        if _CARD_NETWORK.fullmatch(number) and _passes_luhn(number) and number not in _TEST_CARDS:
+            return True
+    return False
+
+
+def _passes_luhn(number: str) -> bool:
+    """ISO/IEC 7812-1, annex B."""
+    digits = [int(digit) for digit in reversed(number)]
+    return (sum(digits[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[1::2])) % 10 == 0
+
+
+_TWELVE_DIGITS = re.compile(r"(?<![\w-])(?<!\d\.)(?:\d{12}|\d{4}([ -])\d{4}\1\d{4})(?![\w-]|\.\d)", re.ASCII)
+# what orders, parcels and the like are called by, directly before their number
+_OTHER_NUMBER = re.compile(
+    r"(?:(?:注文|伝票|追跡|受付|問い?合わ?せ|荷物|請求書?|管理|会員|予約|参照)番号|ロット|シリアル|arn:\S*"
+    r"|\b(?:order|tracking|invoice|parcel|lot|serial|account|ticket)(?:\s(?:number|no|id))?)[^\d\n。]{0,4}$",
+    re.IGNORECASE,
+)
+
+
+def has_my_number(text: str) -> bool:
+    for match in _TWELVE_DIGITS.finditer(text):
+        number = re.sub(r"\D", "", match[0])
+        is_other = _is_timestamp(number) or _OTHER_NUMBER.search(text[max(0, match.start() - 40) : match.start()])
+        if _passes_my_number_check(number) and len(set(number)) > 1 and not is_other:
+            return True
+    return False
+
+
+def _passes_my_number_check(number: str) -> bool:
+    """Ordinance 85 of the Ministry of Internal Affairs and Communications (2014), article 5."""
+    total = sum(int(digit) * weight for digit, weight in zip(number, (6, 5, 4, 3, 2, 7, 6, 5, 4, 3, 2), strict=False))
+    return int(number[-1]) == -total % 11 % 10
+
+
+def _is_timestamp(number: str) -> bool:
+    with suppress(ValueError):
+        return 1900 < datetime.strptime(number, "%Y%m%d%H%M").year < 2100
+    return False
+
+
+# ---- ways to reach somebody
+
+# as written, and as it is hidden from machines
+_AT = r"(?:@|%40|&#0*64;|(?<=\w)★|\s?[\[({<]\s?(?:at|a|@|アット(?:マーク)?|あっと)\s?[\])}>]\s?)"
+_DOT = r"(?:\.|\s?[\[({<]\s?(?:dot|\.|ドット|どっと)\s?[\])}>]\s?)"
+_SPOKEN_AT, _SPOKEN_DOT = r"\s(?:at|アット(?:マーク)?|あっと)\s", r"\s(?:dot|ドット|どっと)\s"
+_EMAIL = re.compile(
+    r"(?<![\w.+%-])([a-z0-9][\w.+-]{0,63})"
+    rf"(?:{_AT}((?:[a-z0-9-]{{1,63}}{_DOT}){{1,8}})|{_SPOKEN_AT}((?:[a-z0-9-]{{1,63}}{_SPOKEN_DOT}){{1,8}}))"
+    r"([a-z]{2,18})(?![\w-])",
+    re.ASCII | re.IGNORECASE,
+)
+# the countries' and the common others: `a @ b.transpose` is no address
+_TOP_LEVEL_DOMAIN = re.compile(
+    r"[a-z]{2}|com|net|org|edu|gov|mil|int|info|biz|name|pro|mobi|asia|app|dev|page|cloud|email|mail|online|site|shop"
+    r"|store|tech|xyz|top|club|blog|work|life|live|world|news|media|art|design|studio|agency|company|link|website|icu"
+    r"|tokyo|osaka|kyoto|nagoya|yokohama|okinawa|moe"
+)
+_RESERVED_DOMAIN = re.compile(r"(?:.*\.)?(?:example\d?(?:\.[a-z]{2,3}){1,2}|example|test|invalid|localhost|local)")
+
+
+def has_email(text: str) -> bool:
+    for match in _EMAIL.finditer(text):
+        user, ending = match[1].lower(), match[4].lower()
+        domain = re.sub(f"{_DOT}|{_SPOKEN_DOT}", ".", (match[2] or match[3]).lower()) + ending
+        is_domain = _TOP_LEVEL_DOMAIN.fullmatch(ending) and not _RESERVED_DOMAIN.fullmatch(domain)
+        is_nobody = user == "git" or len(set(user)) == 1 or user.startswith("your")
+        if is_domain and not is_nobody:
+            return True
+    return False
+
+
+_KANJI_DIGITS = str.maketrans("〇零一二三四五六七八九", "00123456789")
+_GAP = r"[ .()の-]{1,2}"
+_PHONE = re.compile(
+    r"(?<![\w.-])(?:"
+    r"\+(?!800|1[ .(-]{0,2}8(?:00|33|44|55|66|77|88))\d(?:[ .()-]{0,2}\d){8,14}"  # any country
+    # Japan: mobile and internet telephony with 11 digits, others with 10
+    rf"|\(?0[5-9]0\)?(?:{_GAP})?[1-9]\d{{3}}(?:{_GAP})?\d{{4}}"
+    rf"|\(?(?!0120|0570|0800|0990)0[1-9](?=(?:\D{{0,2}}\d){{8}}(?!\d))\d{{0,3}}{_GAP}\d{{1,4}}{_GAP}\d{{4}}"
+    # North America
+    r"|(?!\(?8(?:00|33|44|55|66|77|88))(?:\([2-9]\d\d\) ?|[2-9]\d\d(?:(?P<gap>[.-])|[ ]))"
+    r"(?!555.01)[2-9]\d\d(?(gap)(?P=gap)|[ -])\d{4}"
+    r")(?!\w|[.-]\d)"
+    # without gaps only where the text says so
+    r"|(?:電話|連絡先|携帯|\b(?:tel|phone|mobile|cell|call|fax)\b)[^\d\n]{0,8}(?:0[1-9]\d{8}|[2-9]\d\d[2-9]\d{6})(?!\d)",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def has_phone(text: str) -> bool:
+    text = text.translate(_KANJI_DIGITS)
+    starts = (match.start() for match in _PHONE.finditer(text))
+    return any(not _OTHER_NUMBER.search(text[max(0, start - 40) : start]) for start in starts)
+
+
+# ---- machines of somebody
+
+_IPV4 = re.compile(r"(?<![\w.-])(?<![^/]/)(?<![=<>~!]=)(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)", re.ASCII)
+_IPV6 = re.compile(  # only 2000::/3 is given to anybody
+    r"(?<![\w.])(?<!::)(?<!\b[0-9a-f]{4}:)[23][0-9a-f]{3}:[0-9a-f:]*[0-9a-f](?!\w)", re.ASCII | re.IGNORECASE
+)
+_VERSION = re.compile(
+    r"(?:\bv|ver\.?|version|build|release|firmware|section|chapter|第|バージョン|ファームウェア|版|§)[\s:]*$",
+    re.IGNORECASE,
+)
+
+
+def has_ip_address(text: str) -> bool:
+    for match in (*_IPV4.finditer(text), *_IPV6.finditer(text)):
+        with suppress(ValueError):
+            address = ipaddress.ip_address(match[0])
+            # with four such small numbers it is a version, a section or a public resolver
+            is_small = address.version == 4 and max(address.packed) < 10
+            is_version = _VERSION.search(text[max(0, match.start() - 20) : match.start()])
+            if address.is_global and not address.is_multicast and not is_small and not is_version:
+                return True
+    return False
+
+
+_MAC = re.compile(
+    r"(?<![\w.-])(?<!\b[0-9a-f]{2}:)(?:[0-9a-f]{2}([:-])(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}|[0-9a-f]{4}\.[0-9a-f]{4}\.[0-9a-f]{4})(?!\w|[:.-]\w)",
+    re.ASCII | re.IGNORECASE,
+)
+_NO_DEVICE = re.compile("f{12}|aabbccddeeff|00005e0053..|01005e9010..")  # broadcast, placeholder, RFC 9542
+
+
+def has_mac_address(text: str) -> bool:
+    numbers = (re.sub("[:.-]", "", match[0].lower()) for match in _MAC.finditer(text))
+    # without a letter it is a row of ordinary numbers far more often than one of the 0.35 % of devices
+    return any(re.search("[a-f]", number) and not _NO_DEVICE.fullmatch(number) for number in numbers)
+
+
+FINDERS: dict[str, Callable[[str], bool]] = {
+    "private_key": has_private_key,
+    "api_token": has_api_token,
+    "payment_card": has_payment_card,
+    "my_number": has_my_number,
+    "email": has_email,
+    "phone": has_phone,
+    "ip_address": has_ip_address,
+    "mac_address": has_mac_address,
+}
