@@ -91,8 +91,7 @@ _CARD = re.compile(
     re.ASCII,
 )
 _CARD_NETWORK = re.compile(
-    # Visa, but with 13 digits from 45 or 49 on it is a Japanese article number; Mastercard
-    r"4(?:(?![59])\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}"
+    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}"  # Visa, Mastercard
     r"|3[47]\d{13}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}"  # American Express, JCB, Diners
     r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|62\d{14,17}"  # Discover, UnionPay
 )
@@ -107,7 +106,8 @@ _TEST_CARDS = {
 def has_payment_card(text: str) -> bool:
     for match in _CARD.finditer(text):
         number = re.sub(r"\D", "", match[0])
-        if _CARD_NETWORK.fullmatch(number) and _passes_luhn(number) and number not in _TEST_CARDS:
+        is_other = number in _TEST_CARDS or _is_article(number)
+        if _CARD_NETWORK.fullmatch(number) and _passes_luhn(number) and not is_other:
             return True
     return False
 
@@ -116,6 +116,12 @@ def _passes_luhn(number: str) -> bool:
     """ISO/IEC 7812-1, annex B."""
     digits = [int(digit) for digit in reversed(number)]
     return (sum(digits[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[1::2])) % 10 == 0
+
+
+def _is_article(number: str) -> bool:
+    """An EAN-13 or JAN code, which is what 13 digits mostly are today."""
+    digits = [int(digit) for digit in reversed(number)]
+    return len(number) == 13 and (sum(digits[::2]) + 3 * sum(digits[1::2])) % 10 == 0
 
 
 _TWELVE_DIGITS = re.compile(r"(?<![\w-])(?<!\d\.)(?:\d{12}|\d{4}([ -])\d{4}\1\d{4})(?![\w-]|\.\d)", re.ASCII)
@@ -189,9 +195,9 @@ _PHONE = re.compile(
     rf"|\(?0[5-9]0\)?(?:{_GAP})?[1-9]\d{{3}}(?:{_GAP})?\d{{4}}"
     rf"|\(?(?!0120|0570|0800|0990)0[1-9](?=(?:\D{{0,2}}\d){{8}}(?!\d))\d{{0,3}}{_GAP}\d{{1,4}}{_GAP}\d{{4}}"
     # North America
-    r"|(?!\(?8(?:00|33|44|55|66|77|88))(?:\([2-9]\d\d\) ?|[2-9]\d\d(?:(?P<gap>[.-])|[ ]))"
+    r"|(?:0{0,2}1[ .-])?(?!\(?8(?:00|33|44|55|66|77|88))(?:\([2-9]\d\d\) ?|[2-9]\d\d(?:(?P<gap>[.-])|[ ]))"
     r"(?!555.01)[2-9]\d\d(?(gap)(?P=gap)|[ -])\d{4}"
-    r")(?!\w|[.-]\d)"
+    r")(?!(?!x\d)\w|[.-]\d)"
     # without gaps only where the text says so
     r"|(?:電話|連絡先|携帯|\b(?:tel|phone|mobile|cell|call|fax)\b)[^\d\n]{0,8}(?:0[1-9]\d{8}|[2-9]\d\d[2-9]\d{6})(?!\d)",
     re.ASCII | re.IGNORECASE,
@@ -211,7 +217,7 @@ _IPV6 = re.compile(  # only 2000::/3 is given to anybody
     r"(?<![\w.])(?<!::)(?<!\b[0-9a-f]{4}:)[23][0-9a-f]{3}:[0-9a-f:]*[0-9a-f](?!\w)", re.ASCII | re.IGNORECASE
 )
 _VERSION = re.compile(
-    r"(?:\bv|ver\.?|version|build|release|firmware|section|chapter|第|バージョン|ファームウェア|版|§)[\s:]*$",
+    r"(?:\br?v|ver\.?|version|build|release|firmware|section|chapter|第|バージョン|ファームウェア|版|§)[\s:]*$",
     re.IGNORECASE,
 )
 
@@ -232,13 +238,17 @@ _MAC = re.compile(
     r"(?<![\w.-])(?<!\b[0-9a-f]{2}:)(?:[0-9a-f]{2}([:-])(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}|[0-9a-f]{4}\.[0-9a-f]{4}\.[0-9a-f]{4})(?!\w|[:.-]\w)",
     re.ASCII | re.IGNORECASE,
 )
-_NO_DEVICE = re.compile("f{12}|aabbccddeeff|00005e0053..|01005e9010..")  # broadcast, placeholder, RFC 9542
+# broadcast, placeholders, RFC 9542
+_NO_DEVICE = re.compile("0{12}|f{12}|aabbccddeeff|001122334455|00005e0053..|01005e9010..")
 
 
 def has_mac_address(text: str) -> bool:
-    numbers = (re.sub("[:.-]", "", match[0].lower()) for match in _MAC.finditer(text))
-    # without a letter it is a row of ordinary numbers far more often than one of the 0.35 % of devices
-    return any(re.search("[a-f]", number) and not _NO_DEVICE.fullmatch(number) for number in numbers)
+    for match in _MAC.finditer(text):
+        number = re.sub("[:.-]", "", match[0].lower())
+        is_number = match[1] != ":" and number.isdecimal()  # draws and codes, far more often than a device
+        if not is_number and not _NO_DEVICE.fullmatch(number):
+            return True
+    return False
 
 
 FINDERS: dict[str, Callable[[str], bool]] = {

@@ -48,12 +48,20 @@ def sentence(load: Load, text: str, *overrides: str) -> str:
 
 def with_key(dotted: str, value: str) -> str:
     """The required keys and one more."""
-    table, key = dotted.split(".")
+    table, _, key = dotted.rpartition(".")
     kept = [line for line in REQUIRED.splitlines() if not line.startswith(f"{key} =")]
     if f"[{table}]" not in kept:
         kept.append(f"[{table}]")
     kept.insert(kept.index(f"[{table}]") + 1, f"{key} = {value}")
     return "\n".join(kept)
+
+
+def names_in(table: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of the keys in a table and in those inside of it."""
+    names = []
+    for key, value in table.items():
+        names += names_in(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return names
 
 
 def test_three_keys_are_enough(load: Load) -> None:
@@ -74,7 +82,7 @@ def test_a_required_key_that_is_missing_is_named(load: Load, name: str) -> None:
 
 def test_the_default_job_sets_every_key_once_and_nothing_else() -> None:
     document = tomli.loads(DEFAULT_JOB.read_text(encoding="utf-8"))
-    assert [f"{table}.{key}" for table, section in document.items() for key in section] == list(FIELDS)
+    assert names_in(document) == list(FIELDS)
 
 
 def test_the_default_job_comments_every_key() -> None:
@@ -152,6 +160,7 @@ def test_a_value_of_the_wrong_type_is_refused(load: Load, name: str, value: str,
         ("training.save_logits_form", '"top"', '"topk"'),
         ("training.save_logits_positions", '"targets"', '"labels"'),
         ("training.save_logits_dtype", '"float16"', '"fp16"'),
+        ("data.policy.mode", '"drop"', '"exclude" or "error", not "drop"'),
     ],
 )
 def test_a_value_that_is_no_choice_is_answered_with_the_choices(load: Load, name: str, value: str, words: str) -> None:
@@ -173,6 +182,8 @@ def test_a_value_that_is_no_choice_is_answered_with_the_choices(load: Load, name
         ("data.train_data", "[]", "at least one file"),
         ("data.train_data", '["a", ""]', "not empty"),
         ("data.max_seq_length", "1", "at least 2"),
+        ("data.policy.trusted_weight", "0", "a whole number of at least 1, not 0"),
+        ("data.policy.trusted_weight", "1.5", "a whole number of at least 1, not 1.5"),
         ("pet.lambda_transition", "-1.0", "at least 0"),
         ("pet.transition_ratio", "1.1", "from 0 to 1"),
         ("pet.huber_delta", "-1e-9", "at least 0"),
@@ -239,6 +250,8 @@ def test_the_edges_of_the_ranges_are_inside(load: Load) -> None:
         ("model.warmup_ration", "training.warmup_ratio"),
         ("pet.enable", "pet.enabled"),  # its own table first, although others have that key
         ("model.enabled", "so8t.enabled or qlora.enabled or pet.enabled"),
+        ("data.policy.e_mail", "data.policy.email"),  # in a table inside of a table
+        ("data.mode", "data.policy.mode"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_known_one(load: Load, name: str, near: str) -> None:
@@ -255,6 +268,14 @@ def test_an_unknown_table_is_answered_with_the_nearest_known_one(load: Load) -> 
     said = sentence(load, f"{REQUIRED}\n[lora]")
     assert 'there is no table "lora"' in said
     assert said.endswith("[training] is [qlora]")
+
+
+def test_an_unknown_table_inside_of_a_table_is_answered_with_its_full_name(load: Load) -> None:
+    said = sentence(load, f"{REQUIRED}\n[data.polcy]\nmode = 3")
+    assert 'there is no table "data.polcy"' in said
+    assert said.endswith("is [data.policy]")
+    assert 'there is no key "data.policy"' in sentence(load, with_key("data.policy", "3"))
+    assert 'there is no key "data.policy"' in sentence(load, REQUIRED, "data.policy=3")
 
 
 def test_a_key_outside_of_every_table_is_told_where_it_belongs(load: Load) -> None:
@@ -317,6 +338,8 @@ def test_absurd_numbers_and_nesting_are_input_errors(load: Load) -> None:
         ('data.train_data=["a.jsonl", "b.jsonl"]', "data.train_data", ("a.jsonl", "b.jsonl")),
         ("training.save_logits_probe=", "training.save_logits_probe", ()),
         ("so8t.layer_indices=[4, 5]", "so8t.layer_indices", (4, 5)),
+        ("data.policy.mode=error", "data.policy.mode", "error"),
+        ("data.policy.trusted_sources=press", "data.policy.trusted_sources", ("press",)),
     ],
 )
 def test_an_override_replaces_the_files_value(load: Load, override: str, name: str, value: object) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from so8t.config import DataConfig, InputError
+from so8t.config import DataConfig, InputError, PolicyConfig
 from so8t.data import (
     BadRow,
     Batch,
@@ -35,6 +35,7 @@ from so8t.data import (
     split,
 )
 from so8t.losses import NO_TARGET
+from so8t.policy import make_report
 from so8t.thinking import SECTIONS, final_only, has_tags
 
 DEMO = Path(__file__).parents[1] / "so8t" / "demo"
@@ -66,7 +67,8 @@ PLAIN = {"instruction": "Translate.", "input": "猫", "output": "Cat."}
 
 
 def settings_of(max_seq_length: int = 1024, **keys: Any) -> DataConfig:
-    return DataConfig(train_data=("unused",), max_seq_length=max_seq_length, **keys)
+    policy = {"policy": PolicyConfig(provenance=False)}
+    return DataConfig(train_data=("unused",), max_seq_length=max_seq_length, **policy | keys)
 
 
 def write(path: Path, rows: Sequence[object]) -> str:
@@ -81,7 +83,7 @@ def load(*patterns: str, tokenizer: Any = TOKENIZER, **keys: Any) -> Dataset:
 
 
 def encode(row: dict[str, Any], tokenizer: Any = TOKENIZER, max_seq_length: int = 1024) -> Row:
-    return encode_row(read_messages(json.dumps(row).encode()), tokenizer, max_seq_length, 0)
+    return encode_row(read_messages(row), tokenizer, max_seq_length, 0)
 
 
 def text_of(ids: Tensor, tokenizer: Any = TOKENIZER) -> str:
@@ -163,16 +165,16 @@ def test_a_chat_has_targets_in_every_turn_of_the_assistant() -> None:
 
 
 def test_an_instruction_is_the_prompt_with_its_input_below_and_the_output_the_answer() -> None:
-    assert read_messages(json.dumps(PLAIN).encode())[0] == {"role": "user", "content": "Translate.\n\n猫"}
+    assert read_messages(PLAIN)[0] == {"role": "user", "content": "Translate.\n\n猫"}
     assert answers(encode(PLAIN)) == ["Cat.<|end|>"]
     for row in (PLAIN | {"input": ""}, {key: PLAIN[key] for key in ("instruction", "output")}):
-        assert read_messages(json.dumps(row).encode())[0]["content"] == "Translate."
+        assert read_messages(row)[0]["content"] == "Translate."
         assert answers(encode(row)) == ["Cat.<|end|>"]
 
 
 @pytest.mark.parametrize("row", [THINKING, CHAT, PLAIN])
 def test_the_tokens_are_those_of_the_chat_template(row: dict[str, Any]) -> None:
-    messages = read_messages(json.dumps(row).encode())
+    messages = read_messages(row)
     theirs = TOKENIZER.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert encode(row).input_ids.tolist() == theirs
 
@@ -497,12 +499,11 @@ def test_the_summary_counts_rows_tokens_answers_and_cuts(tmp_path: Path) -> None
     tokens = sum(len(row.input_ids) for row in rows)
     targets = sum(int(row.is_answer.sum()) for row in rows)
     longest = len(rows[0].input_ids)
-    assert load(name).summary() == f"2 rows, {tokens} tokens ({targets} of them answers), longest row {longest}"
-    assert (
-        load(name, max_seq_length=longest - 1)
-        .summary()
-        .endswith(f"longest row {longest - 1}; 1 lost the start of their prompt to max_seq_length")
-    )
+    policy = "; data.policy left out 0 rows, with provenance switched off"
+    expected = f"2 rows, {tokens} tokens ({targets} of them answers), longest row {longest}{policy}"
+    assert load(name).summary() == expected
+    cut = f"longest row {longest - 1}; 1 lost the start of their prompt to max_seq_length{policy}"
+    assert load(name, max_seq_length=longest - 1).summary().endswith(cut)
 
 
 def test_the_fingerprint_changes_with_any_token_or_label_or_the_order(tmp_path: Path) -> None:
@@ -511,7 +512,7 @@ def test_the_fingerprint_changes_with_any_token_or_label_or_the_order(tmp_path: 
     first, second = dataset.rows
 
     def fingerprint(*rows: Row) -> str:
-        return Dataset(list(rows), [], []).fingerprint()
+        return Dataset(list(rows), [], [], make_report(PolicyConfig(), 2, 2, [])).fingerprint()
 
     token, label = second.input_ids.clone(), second.is_answer.clone()
     token[-1] += 1
@@ -521,9 +522,72 @@ def test_the_fingerprint_changes_with_any_token_or_label_or_the_order(tmp_path: 
         fingerprint(first, replace(second, is_answer=label)),
         fingerprint(second, first),
         fingerprint(first),
+        fingerprint(first, replace(second, times_an_epoch=2)),
     ]
     assert load(name).fingerprint() == dataset.fingerprint() == fingerprint(first, second)
-    assert len({dataset.fingerprint(), *others}) == 5
+    assert len({dataset.fingerprint(), *others}) == 6
+
+
+# ---- the policy
+
+PROVENANCE = {"source": "own", "license": "CC0-1.0"}
+FILE_OF_FOUR = [
+    PLAIN | PROVENANCE,
+    PLAIN | PROVENANCE | {"output": "Ask wren@brindlewick-mail.com."},
+    PLAIN,
+    CHAT | PROVENANCE | {"source": "press"},
+]
+
+
+def test_rows_that_break_the_policy_are_left_out_and_reported_by_line(tmp_path: Path) -> None:
+    name = write(tmp_path / "rows.jsonl", [b"{", *FILE_OF_FOUR])
+    dataset = load(name, policy=PolicyConfig(), on_bad_row="skip")
+    assert [row.sample_id for row in dataset.rows] == [1, 4]
+    assert dataset.places[4] == f"{name}:5"
+    assert (dataset.policy.rows_read, dataset.policy.rows_used) == (5, 2)
+    assert dataset.policy.dropped == [
+        {"file": name, "line": 3, "rule": "email"},
+        {"file": name, "line": 4, "rule": "provenance"},
+    ]
+    assert "; data.policy left out 2 rows (provenance 1, email 1); 1 bad rows skipped" in dataset.summary()
+
+
+def test_in_error_mode_the_first_such_row_stops_the_run_and_is_not_quoted(tmp_path: Path) -> None:
+    name = write(tmp_path / "rows.jsonl", FILE_OF_FOUR)
+    with pytest.raises(InputError) as error:
+        load(name, policy=PolicyConfig(mode="error"))
+    assert str(error.value) == (
+        f"{name}:2: breaks data.policy.email, a row must not hold an e-mail address (1 more rows break the policy); "
+        'correct it, or set data.policy.mode = "exclude"'
+    )
+    assert len(load(name, policy=PolicyConfig(mode="error", provenance=False, email=False)).rows) == 4
+
+
+def test_where_the_policy_leaves_no_row_the_error_says_what_rows_lack(tmp_path: Path) -> None:
+    name = write(tmp_path / "rows.jsonl", [PLAIN, CHAT])
+    expected = rf'no usable row in .*; data\.policy left out 2 rows \(provenance 2\); {re.escape(name)}:1: .*"license"'
+    with pytest.raises(InputError, match=expected):
+        load(name, policy=PolicyConfig())
+
+
+def test_fixed_batches_say_what_the_policy_left_out_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = write(tmp_path / "rows.jsonl", FILE_OF_FOUR)
+    batches = fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(policy=PolicyConfig()), 8)
+    assert ids_of(batches) == [0, 3]
+    assert capsys.readouterr().out.startswith("data.eval_data: 2 rows, ")
+    assert len(ids_of(fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(), 8))) == 3
+
+
+def test_rows_of_a_trusted_source_are_shown_more_often_in_training_only(tmp_path: Path) -> None:
+    name = write(tmp_path / "rows.jsonl", FILE_OF_FOUR)
+    trusting = PolicyConfig(trusted_sources=("press", "unseen"), trusted_weight=3)
+    dataset = load(name, policy=trusting)
+    assert [row.times_an_epoch for row in dataset.rows] == [1, 3]
+    assert "; 1 of trusted sources, 3 times an epoch; " in dataset.summary()
+    data = TrainingBatches(dataset.rows, 1, 2, seed=1)
+    assert data.steps_per_epoch == 2
+    assert sorted(ids_of([*data.micro_batches(1), *data.micro_batches(2)])) == [0, 3, 3, 3]
+    assert ids_of(fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(policy=trusting), 8)) == [0, 3]
 
 
 # ---- batches
@@ -595,6 +659,15 @@ def test_fixed_batches_keep_the_order_and_pad_all_to_the_longest_row(tmp_path: P
     assert fixed_batches("data.eval_data", [], TOKENIZER, settings_of(), 2) == []
     with pytest.raises(InputError, match=r"^data\.eval_data: there is no file none$"):
         fixed_batches("data.eval_data", ["none"], TOKENIZER, settings_of(), 2)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 3))
+def test_an_epoch_holds_every_row_as_often_as_it_is_to_be_seen(times: list[int], per_step: int, epoch: int) -> None:
+    rows = [replace(row, times_an_epoch=number) for row, number in zip(make_rows(len(times)), times, strict=True)]
+    data = TrainingBatches(rows, 1, per_step, seed=3)
+    steps = range(epoch * data.steps_per_epoch + 1, (epoch + 1) * data.steps_per_epoch + 1)
+    ids = ids_of([batch for step in steps for batch in data.micro_batches(step)])
+    assert [ids.count(index) for index in range(len(rows))] == times
 
 
 sizes = {"num_rows": st.integers(1, 40), "rows_per_batch": st.integers(1, 7), "accumulation": st.integers(1, 5)}

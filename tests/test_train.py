@@ -140,7 +140,7 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     adapter |= {"config.toml", "so8t_gates.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.pt"}
     expected = {f"checkpoints/step_{step:06d}/{name}" for step in (8, 9) for name in adapter}
     expected |= {f"logits/logits_step_{step}_epoch_{(step - 1) // 3}_TIME.pt" for step in (6, 8)}
-    assert files == sorted(expected | {"config.toml", "memory.json", "metrics.jsonl"})
+    assert files == sorted(expected | {"config.toml", "memory.json", "metrics.jsonl", "policy.json"})
     records = read_metrics(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     documented = {"step", "epoch", "loss", "ce", "pet", "pet_weight", "lr", "grad_norm", "num_targets", "seconds"}
@@ -438,10 +438,38 @@ def test_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     assert "1 bad rows skipped" in capsys.readouterr().out
 
 
+def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = run("clean", "training.max_steps=2")
+    origin = '"source": "own", "license": "MIT"'
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(f'{{"instruction": "Who?", "output": "wren@brindlewick-mail.com", {origin}}}\n')
+        file.write('{"instruction": "Who?", "output": "Wren."}\n')
+    folder = run("run", "training.max_steps=2")
+    assert series(folder) == series(expected)
+    output = capsys.readouterr().out
+    assert "data: 10 rows, " in output
+    assert "data.policy left out 2 rows (provenance 1, email 1); 3 steps an epoch" in output
+    report = json.loads((folder / "policy.json").read_text())
+    assert (report["mode"], report["rows_read"], report["rows_used"]) == ("exclude", 12, 10)
+    assert {rule: number for rule, number in report["counts"].items() if number} == {"provenance": 1, "email": 1}
+    places = [(Path(row["file"]).name, row["line"], row["rule"]) for row in report["dropped"]]
+    assert places == [("rows.jsonl", 11, "email"), ("rows.jsonl", 12, "provenance")]
+
+    run("strict", "data.policy.mode=error", exit_code=2)
+    error = capsys.readouterr().err
+    assert "rows.jsonl:11: breaks data.policy.email" in error
+    for told in (output, error, (folder / "policy.json").read_text()):
+        assert "wren" not in told.lower()
+    assert not (tmp_path / "strict").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ("training.learning_rate=0.02", "training.learning_rate"),
+        ("data.policy.trusted_weight=2", "data.policy.trusted_weight"),
         ("training.resume=never", 'training.resume is "never"'),
         ("data.train_data=so8t/demo/sample.jsonl", "data.train_data"),
     ],
