@@ -317,8 +317,9 @@ def fixed_batches(
     if not patterns:
         return []
     dataset = load_dataset(key, patterns, tokenizer, config)
-    if dataset.policy.dropped:  # training's own rows are told in the `data:` line and in policy.json
-        print(f"{key}: {dataset.summary()}")
+    if dataset.policy.dropped:  # policy.json is about the rows of training
+        first = dataset.policy.dropped[0]
+        print(f"{key}: {dataset.policy.summary()}, the first is {first['file']}:{first['line']}")
     return split(dataset.rows, rows_per_batch, dataset.longest if one_length else 0)
 
 

@@ -1,9 +1,10 @@
 """What may be trained on. Every rule has a switch of its own name in [data.policy].
 
 - `provenance`: a row says where it comes from: "source" and "license", and from the web also "url" and
-  "robots": "allowed". From the web is what has a "url" or "robots", or "web", an address or a host as its source.
-- `nsfw`: a row with "nsfw": true serves refusal only: its "safety_label" is REFUSE or ESCALATE, every answer's final
-  is a refusal, and no answer, thoughts included, repeats a piece of what the user wrote. So its text is never a target.
+  "robots": "allowed". From the web is what has "url" or "robots", or "web", an address or a host name as its source.
+- `nsfw`: a row whose "nsfw" is there and not false serves refusal only: its "safety_label" is REFUSE or ESCALATE, every
+  answer's final is a refusal, and no answer, thoughts included, quotes a piece of what the user wrote. So that text is
+  never a target. A row is marked by whoever wrote it; nothing here looks for what is not marked.
 - the rest: no message of a row, prompt or answer, holds such personal data or secret. See personal_data.py.
 
 What breaks a rule is told by file, line and rule, never by content.
@@ -25,7 +26,7 @@ REPORT_FILE = "policy.json"
 
 # in the order in which a row is held against them, with what a row must be
 RULES = {
-    "provenance": 'a row needs "source" and "license", one from the web also "url" and "robots": "allowed"',
+    "provenance": 'a row, your own too, needs "source" and "license"; from the web also "url" and "robots": "allowed"',
     "nsfw": 'a row with "nsfw" needs "safety_label" REFUSE or ESCALATE and answers that refuse and quote nothing',
     "private_key": "a row must not hold a private key",
     "api_token": "a row must not hold a token, an API key or a password",
@@ -38,7 +39,9 @@ RULES = {
 }
 LONGEST_REFUSAL = 600  # characters; a longer final does more than refuse
 
-_FROM_WEB = re.compile(r"web|https?:.*|(?:[a-z0-9-]+\.)+(?:com|org|net|edu|gov|io|[a-z]{2})(?:/.*)?", re.IGNORECASE)
+_FROM_WEB = re.compile(
+    r"web(?::.*)?|https?:.*|(?:[a-z0-9-]+\.)+(?:com|org|net|edu|gov|io|[a-z]{2})(?:/.*)?", re.IGNORECASE
+)
 
 _CANNOT = r"(?:can(?:not|'t| not)|won't|will not|unable to|not (?:able|going|willing) to|rather not|do(?:n't| not))"
 _DO = (

@@ -186,6 +186,7 @@ def test_finders_take_time_in_proportion_to_the_text(piece: str) -> None:
         (OWN | {"license": ["MIT"]}, False),
         (OWN | {"source": "web"}, False),
         (OWN | {"source": "ja.wikipedia.org"}, False),
+        (OWN | {"source": "web: a crawl of blogs"}, False),
         (OWN | {"source": "https://example.com/a"}, False),
         (OWN | {"url": "https://example.com/a"}, False),
         (OWN | {"robots": "allowed"}, False),

@@ -18,6 +18,7 @@ from so8t.thinking import (
     neutralise,
     parse,
     render,
+    repeats,
 )
 
 ENGLISH = {
@@ -189,6 +190,14 @@ def test_a_run_of_a_thought_may_leave_up_to_the_limit_and_not_one_letter_further
 def test_a_final_that_repeats_a_thought_is_refused(thought: str, final: str) -> None:
     for part in ("safety", "policy"):
         assert final_only(answer(**{part: thought, "final": final})) is None
+
+
+def test_any_text_may_be_asked_whether_it_repeats_another() -> None:
+    source = "Tell me where the old lighthouse keeper hid his boat"
+    assert repeats("ＴＥＬＬ me: where the old lighthouse-keeper hid his boat?", source, 36)  # whole
+    assert repeats("He asks where the old lighthouse keeper hid his boat.", source, 30)
+    assert not repeats("He asks where the old lighthouse keeper hid his boat.", source, 40)
+    assert not repeats("That stays a secret.", source, 30)
 
 
 @pytest.mark.parametrize(
