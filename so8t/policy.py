@@ -63,13 +63,13 @@ _REFUSES_WITHIN = 160  # characters from the start: a refusal says so first
 
 def broken_rule(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]], config: PolicyConfig) -> str | None:
     """The first rule that is on and that the row breaks. `messages` are the row's, as data.read_messages gives them."""
-    is_on = vars(config)
-    if is_on["provenance"] and not _has_provenance(row):
+    switches = vars(config)
+    if switches["provenance"] and not _has_provenance(row):
         return "provenance"
-    if is_on["nsfw"] and row.get("nsfw") not in (None, False) and not _only_refuses(row, messages):
+    if switches["nsfw"] and row.get("nsfw") not in (None, False) and not _only_refuses(row, messages):
         return "nsfw"
     texts = [plain(message["content"]) for message in messages]
-    return next((rule for rule, finds in FINDERS.items() if is_on[rule] and any(map(finds, texts))), None)
+    return next((rule for rule, finds in FINDERS.items() if switches[rule] and any(map(finds, texts))), None)
 
 
 def _has_provenance(row: Mapping[str, Any]) -> bool:

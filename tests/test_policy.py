@@ -2,7 +2,7 @@
 
 policy_cases.jsonl was written before any finder: made-up data only, near misses included. The finders were tuned on one
 half; the other half was scored once, afterwards, and nothing was changed because of it. Both came from one hand, so
-they flatter the finders. Measured, rows with a finding as positives:
+they flatter the finders. Measured, lines with a finding as positives:
 
     tuning    precision 81/82, recall 81/81    refusals 35/35
     held out  precision 81/82, recall 81/81    refusals 35/35
@@ -12,6 +12,7 @@ The secrets among them are spelled with JSON's \\u escapes, so that no scanner o
 
 import json
 import string
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,8 +163,6 @@ LONG = [
 
 @pytest.mark.parametrize("piece", [*LONG, "-----BEGIN PRIVATE KEY-----", "hooks.slack.com/services/T", "e\u0301\u0323"])
 def test_finders_take_time_in_proportion_to_the_text(piece: str) -> None:
-    import time
-
     started = time.process_time()
     found_in(piece * (100_000 // len(piece)))
     assert time.process_time() - started < 2  # where it grew with the square it took over a minute
