@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,26 @@ class LogitsRecord:
         if self.form == "topk":
             return self._on_grid(self.contents["topk_logprobs"][..., 0].float())
         return self._on_grid(self.contents["top1_logprob"])
+
+    @cached_property
+    def target_positions(self) -> Tensor:
+        """[N, 2] int64: (row, t) of the positions that have a target, row by row."""
+        return (self.targets != NO_TARGET).nonzero()
+
+    @cached_property
+    def target_ids(self) -> Tensor:
+        """[N] int64: those targets."""
+        return self.targets[self.targets != NO_TARGET]
+
+    def at_targets(self, name: str, which: Tensor | slice = slice(None)) -> Tensor:
+        """[N, ...]: what the file holds under `name` at `target_positions`, or at those of them that `which` selects.
+
+        Only these positions are read from the disk.
+        """
+        if "positions" in self.contents:
+            return self.contents[name][which]
+        row, t = self.target_positions[which].unbind(1)
+        return self.contents[name][row, t]
 
     def logprobs(self, position: tuple[int, int]) -> Tensor:
         """[V] float32: the log-probabilities at (row, t) as far as the file knows them, NaN = unknown.

@@ -1,0 +1,166 @@
+"""What a file of saved logits says of its step: means over the target tokens, and how far its confidence can be trusted.
+
+Negative log-likelihood, entropy, rank and likeliest token are exact in every form. The second likeliest token, which the
+margin needs, is missing in "stats" and rounded to float16 in "topk"; so is the confidence in "topk", which the
+calibration needs. There a number comes as bounds that hold for sure. "full" answers from the logits as they are stored.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from so8t.logits_reader import LogitsRecord
+from so8t.losses import CHUNK_ROWS
+from so8t.thinking import SECTIONS
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A number that lies from `low` to `high`: exact if the two are equal; inf = nothing is known on that side."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """A point of a reliability diagram: tokens of like confidence."""
+
+    tokens: int
+    confidence: float  # mean probability of the likeliest token
+    accuracy: float  # share of the tokens whose label it is
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The bins by growing confidence, from the values as they are stored, and the error that they come to."""
+
+    error: Bounds
+    bins: tuple[CalibrationBin, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over target tokens; NaN where there are none, or where one of them is not finite."""
+
+    tokens: int
+    nll: float  # negative log-likelihood of the label, in nats
+    perplexity: float  # exp(nll)
+    entropy: float  # in nats, over the whole vocabulary
+    top1_accuracy: float  # share of the tokens whose label is the likeliest token
+    top5_accuracy: float  # share of the tokens whose label has fewer than five likelier ones
+    margin: Bounds  # probability of the label less that of the likeliest other token, from -1 to 1
+    calibration: Calibration
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """One file."""
+
+    step: int
+    epoch: int
+    kind: str  # "logits" = a batch that was trained on, "probe" = the fixed rows of save_logits_probe
+    form: str  # "full", "topk" or "stats"
+    verified: bool  # what the file stores gives the loss that training saw
+    total: Scores
+    sections: dict[str, Scores]  # by thinking.SECTIONS, those that have target tokens
+
+
+def score_step(record: LogitsRecord) -> StepScores:
+    """Scores over all target tokens of a file, and over those of each section."""
+    label_logprob, top1_id = record.at_targets("label_logprob"), record.at_targets("top1_id")
+    is_top1 = top1_id == record.target_ids
+    confidence, rounding = _confidence(record, is_top1)
+    other_low, other_high = _likeliest_other(record, is_top1, confidence, rounding)
+    rank = record.at_targets("label_rank")
+    columns = {
+        "nll": -label_logprob,
+        "entropy": record.at_targets("entropy"),
+        "top1_accuracy": is_top1,
+        "top5_accuracy": (rank >= 0) & (rank < 5),
+        "margin_low": label_logprob.exp() - other_high,
+        "margin_high": label_logprob.exp() - other_low,
+    }
+
+    def scores(mask: Tensor) -> Scores:
+        means = {name: float(values[mask].double().mean()) for name, values in columns.items()}
+        margin = Bounds(means.pop("margin_low"), means.pop("margin_high"))
+        perplexity = float(torch.tensor(means["nll"], dtype=torch.float64).exp())
+        reliability = calibration(confidence[mask], is_top1[mask], rounding[mask])
+        return Scores(int(mask.sum()), perplexity=perplexity, margin=margin, calibration=reliability, **means)
+
+    row, t = record.target_positions.unbind(1)
+    codes = record.sections[row, t + 1]
+    sections = {name: scores(codes == code) for code, name in enumerate(SECTIONS) if bool((codes == code).any())}
+    total = scores(torch.ones_like(is_top1))
+    return StepScores(record.step, record.epoch, record.kind, record.form, record.verified, total, sections)
+
+
+def calibration(confidence: Tensor, correct: Tensor, rounding: Tensor) -> Calibration:
+    """Expected calibration error in 15 bins of equal mass.
+
+    The tokens, sorted by confidence, are cut into 15 runs of as many tokens, one more or less. The error is the sum over
+    bins of tokens / N * |accuracy - mean confidence|: Naeini et al., AAAI 2015, with the bins of equal mass that Roelofs
+    et al., AISTATS 2022, find less biased than those of equal width.
+
+    confidence, correct, rounding: [N], the last one by how much each confidence may be off. The error may be off by the
+    mean of that, and by 2 / N * (1 + 2 * largest rounding) for every pair of tokens that may have to change places
+    across the edge of a bin.
+    """
+    if not len(confidence):
+        return Calibration(Bounds(math.nan, math.nan), ())
+    order = confidence.argsort(stable=True)
+    confidence, correct, rounding = (values[order].double() for values in (confidence, correct, rounding))
+    runs = zip(confidence.tensor_split(BINS), correct.tensor_split(BINS), strict=True)
+    bins = tuple(CalibrationBin(len(run), float(run.mean()), float(hits.mean())) for run, hits in runs if len(run))
+    error = sum(bin.tokens * abs(bin.accuracy - bin.confidence) for bin in bins) / len(confidence)
+    low, high = confidence - rounding, confidence + rounding
+    swaps, edge = 0, 0
+    for bin in bins[:-1]:
+        edge += bin.tokens
+        swaps += int(min((high[:edge] > low[edge:].min()).sum(), (low[edge:] < high[:edge].max()).sum()))
+    slack = float(rounding.mean()) + swaps * 2 * (1 + 2 * float(rounding.max())) / len(confidence)
+    return Calibration(Bounds(max(error - slack, 0.0), min(error + slack, 1.0)), bins)
+
+
+def rounded(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest log-probability that may stand behind values that were rounded to float16."""
+    # half a unit in the last place of a normal and of a subnormal number; what is beyond float16 stays -inf
+    slack = logprobs.abs().clamp_max(torch.finfo(torch.float16).max) * 2**-11 + 2**-25
+    return logprobs - slack, (logprobs + slack).clamp_max(0)
+
+
+def _confidence(record: LogitsRecord, is_top1: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] probability of the likeliest token, and by how much it may be off."""
+    label_prob = record.at_targets("label_logprob").exp()  # exact in every form
+    if record.form != "topk":
+        confidence = record.at_targets("top1_logprob").exp()
+        return confidence, torch.zeros_like(confidence)
+    low, high = rounded(record.at_targets("topk_logprobs")[:, 0].float())
+    low, high = torch.where(is_top1, label_prob, low.exp()), torch.where(is_top1, label_prob, high.exp())
+    return (low + high) / 2, (high - low) / 2
+
+
+def _likeliest_other(
+    record: LogitsRecord, is_top1: Tensor, confidence: Tensor, rounding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[N] the lowest and the highest that the probability of the likeliest token beside the label may be."""
+    low, high = confidence - rounding, confidence + rounding  # which is that of the likeliest of all, except in
+    rows = is_top1.nonzero().squeeze(1)
+    if record.form == "full":
+        logsumexp = record.at_targets("logsumexp")
+        for chunk in rows.split(CHUNK_ROWS):
+            others = record.at_targets("logits", chunk).float()
+            others.scatter_(1, record.target_ids[chunk, None], -math.inf)
+            low[chunk] = high[chunk] = (others.amax(dim=1) - logsumexp[chunk]).exp()
+    elif record.form == "topk" and record.contents["topk_ids"].shape[-1] > 1:
+        low_logprob, high_logprob = rounded(record.at_targets("topk_logprobs", rows)[:, 1].float())
+        low[rows], high[rows] = low_logprob.exp(), high_logprob.exp()
+    else:  # one of V - 1 tokens that share the rest of the mass, and none of them the likeliest
+        rest = 1 - confidence[rows]
+        low[rows], high[rows] = rest / (record.contents["vocab_size"] - 1), torch.minimum(rest, confidence[rows])
+    return low, high
