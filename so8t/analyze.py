@@ -1,28 +1,32 @@
-"""Analyse the saved logits of a run.
+"""Analyse the saved logits of a run: scores a step, changes between steps, what became of each row; or export them.
 
-python -m so8t.analyze runs/default
+    python -m so8t.analyze runs/default
+    python -m so8t.analyze runs/default --json > analysis.json         # inf and NaN become null
+    python -m so8t.analyze runs/default --compare 20 100               # in the layout of llama.cpp's KL report
+    python -m so8t.analyze runs/default --export safetensors exported  # or cartography, or kd-jsonl
+
+A number in the tables is exact; a range (0.19..0.21, or >=0.19) is all that the form of the file lets anyone know.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from so8t.analyze_changes import Changes, Comparison, Key, changes, compare, row_keys
+from so8t.analyze_changes import Changes, Comparison, Key, changes, compare, llama_report, row_keys
 from so8t.analyze_dynamics import SampleDynamics, training_dynamics
-from so8t.analyze_scores import (
-    Bounds,
-    Calibration,
-    CalibrationBin,
-    Scores,
-    StepScores,
-    calibration,
-    score_step,
-)
+from so8t.analyze_export import EXPORTS
+from so8t.analyze_scores import Bounds, Calibration, CalibrationBin, Scores, StepScores, calibration, score_step
 from so8t.checkpoint import CONFIG_FILE
 from so8t.config import InputError, load_config
-from so8t.logits_reader import LogitsRecord, read_logits
+from so8t.logits_files import list_files
+from so8t.logits_reader import read_file, read_logits
 
 __all__ = [
     "Analysis",
@@ -31,6 +35,7 @@ __all__ = [
     "CalibrationBin",
     "Changes",
     "Comparison",
+    "Key",
     "SampleDynamics",
     "Scores",
     "StepScores",
@@ -39,9 +44,13 @@ __all__ = [
     "changes",
     "compare",
     "logits_folder",
+    "row_keys",
     "score_step",
     "training_dynamics",
 ]
+
+TITLES = {"logits": "batches trained on", "probe": "probe"}
+SHOWN_ROWS = 10  # of the training dynamics; --json has all
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,17 @@ class Analysis:
     """All that the saved logits of a run tell."""
 
     steps: list[StepScores]  # one a file, oldest step first
-    comparisons: list[Comparison]  # of every step with the last one before it that holds some of its rows
-    dynamics: list[SampleDynamics]  # of every row; those seen once have no variability
+    comparisons: list[Comparison]  # of every step with the last ones before it that hold some of its rows
+    dynamics: list[SampleDynamics]  # of every row; one that was seen once has no variability
 
 
 def logits_folder(run: Path) -> Path:
-    """Where a run keeps its saved logits; a folder without a config.toml is taken to be that place itself."""
+    """Where a run keeps its saved logits; a folder without a config.toml is taken to be that place itself.
+
+    Raises InputError if there is no such folder.
+    """
     if not run.is_dir():
-        raise InputError(f"{run}: there is no such folder; write the output_dir of a run")
+        raise InputError(f"{run}: there is no such folder; write the training.output_dir of a run")
     config = run / CONFIG_FILE
     folder = run / load_config(config).training.save_logits_dir if config.is_file() else run
     if not folder.is_dir():
@@ -65,38 +77,185 @@ def logits_folder(run: Path) -> Path:
 
 
 def analyze(run: Path) -> Analysis:
-    """Read the saved logits of a run three times over, a chunk of them in memory at once.
+    """Score, compare and follow the rows of all files, a chunk of one or two of them in memory at once.
 
     Raises InputError if there is no such run, or none of its files are saved logits.
     """
-    folder = logits_folder(run)
-    paths: list[Path] = []
-    steps: list[StepScores] = []
-    for record in read_logits(folder):
+    paths, steps = [], []
+    for record in _records(logits_folder(run)):
         paths.append(record.path)
         steps.append(score_step(record))
-    if not paths:
+    pairs = tqdm(_pairs(paths), desc="comparing steps", unit="pair", leave=False, delay=2)
+    comparisons = [compare(changes(read_file(earlier), read_file(later))) for earlier, later in pairs]
+    return Analysis(steps, comparisons, training_dynamics(map(read_file, paths)))
+
+
+def _records(folder: Path) -> Iterator[Any]:
+    """The records of a folder, with a progress bar; InputError if there is none."""
+    found = False
+    total = sum(1 for _ in folder.glob("*.pt"))
+    for record in tqdm(read_logits(folder), total=total, desc="reading files", unit="file", leave=False, delay=2):
+        found = True
+        yield record
+    if not found:
         raise InputError(f"{folder} holds no file of saved logits; train with training.save_logits = true")
-    comparisons = [
-        compare(changes(_read(earlier), _read(later)))
-        for earlier, later in tqdm(_pairs(paths), desc="comparing steps", leave=False, delay=2)
-    ]
-    return Analysis(steps, comparisons, training_dynamics(map(_read, paths)))
 
 
-def _read(path: Path) -> LogitsRecord:
-    (record,) = read_logits(path)
-    return record
-
-
-def _pairs(paths: list[Path]) -> list[tuple[Path, Path]]:
+def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     """Every file with each of the last ones before it that hold some of its rows."""
     last_seen: dict[tuple[str, Key], Path] = {}
     pairs: dict[tuple[Path, Path], None] = {}
-    for record in map(_read, paths):
+    for record in map(read_file, paths):
         for key in row_keys(record):
             earlier = last_seen.get((record.kind, key))
             if earlier is not None:
                 pairs[earlier, record.path] = None
             last_seen[record.kind, key] = record.path
     return list(pairs)
+
+
+def compare_steps(run: Path, earlier: int, later: int) -> Changes:
+    """The changes between two steps, at the rows of the probe if both have one, else of the batches.
+
+    Raises InputError if a step was not saved, or if they have no row in common.
+    """
+    folder = logits_folder(run)
+    paths = {(file.kind, file.step): file.path for file in list_files(folder)}
+    for step in (earlier, later):
+        if not paths.keys() & {("probe", step), ("logits", step)}:
+            steps = ", ".join(map(str, sorted({step for _, step in paths}))) or "none"
+            raise InputError(f"--compare: {folder} holds nothing of step {step}; its steps are {steps}")
+    for kind in ("probe", "logits"):
+        if (kind, earlier) in paths and (kind, later) in paths:
+            result = changes(read_file(paths[kind, earlier]), read_file(paths[kind, later]))
+            if len(result.t):
+                return result
+    raise InputError(
+        f"--compare: steps {earlier} and {later} have no row in common; "
+        "save the same rows at every step with training.save_logits_probe"
+    )
+
+
+def tables(analysis: Analysis) -> str:
+    """The analysis as text."""
+    blocks = []
+    for kind, title in TITLES.items():
+        steps = [step for step in analysis.steps if step.kind == kind]
+        comparisons = [comparison for comparison in analysis.comparisons if comparison.kind == kind]
+        samples = [sample for sample in analysis.dynamics if sample.kind == kind]
+        if steps:
+            blocks += [f"{title}: {len(steps)} steps", _scores_table(steps)]
+            blocks += [
+                f"step {step.step} is not verified: what its file stores does not give the loss that training saw"
+                for step in steps
+                if not step.verified
+            ]
+        if comparisons:
+            blocks += [f"{title}: changes between steps, at the rows that both hold", _changes_table(comparisons)]
+        seen_again = sorted((one for one in samples if len(one.steps) > 1), key=lambda one: one.confidence)
+        if samples:
+            seen = f"training dynamics of the {len(seen_again)} of {len(samples)} rows that were seen at several steps"
+            least = f", the {SHOWN_ROWS} least confident" if len(seen_again) > SHOWN_ROWS else ""
+            blocks.append(f"{title}: {seen}{least}")
+        if seen_again:
+            blocks.append(_dynamics_table(seen_again[:SHOWN_ROWS]))
+    return "\n\n".join(blocks)
+
+
+def _scores_table(steps: Iterable[StepScores]) -> str:
+    header = "step", "epoch", "form", "section", "tokens", "nll", "perplexity", "entropy", "top-1", "top-5", "margin"
+    lines: list[tuple[object, ...]] = [(*header, "ece")]
+    for step in steps:
+        for section, scores in ({"all": step.total} | step.sections).items():
+            numbers = scores.nll, scores.perplexity, scores.entropy, scores.top1_accuracy, scores.top5_accuracy
+            bounds = _shown(scores.margin), _shown(scores.calibration.error)
+            lines.append((step.step, step.epoch, step.form, section, scores.tokens, *map(_number, numbers), *bounds))
+    return _aligned(lines)
+
+
+def _changes_table(comparisons: Iterable[Comparison]) -> str:
+    header = "earlier", "later", "rows", "tokens", "KL mean", "KL p50", "KL p95", "KL p99", "same top-1"
+    lines: list[tuple[object, ...]] = [(*header, "mean |change of p|")]
+    for one in comparisons:
+        bounds = map(_shown, (one.kl_mean, one.kl_p50, one.kl_p95, one.kl_p99))
+        numbers = map(_number, (one.same_top1, one.prob_change_abs_mean))
+        lines.append((one.earlier_step, one.later_step, one.rows, one.tokens, *bounds, *numbers))
+    return _aligned(lines)
+
+
+def _dynamics_table(samples: Iterable[SampleDynamics]) -> str:
+    header = "sample", "tokens", "seen", "confidence", "variability", "correctness", "forgotten", "never right"
+    lines: list[tuple[object, ...]] = [header]
+    for one in samples:
+        numbers = map(_number, (one.confidence, one.variability, one.correctness))
+        lines.append((one.sample_id, one.tokens, len(one.steps), *numbers, one.forgetting_events, one.never_correct))
+    return _aligned(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if not abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _shown(bounds: Bounds) -> str:
+    if bounds.low == bounds.high or math.isnan(bounds.low):
+        return _number(bounds.low)
+    low = _number(math.floor(bounds.low * 10_000) / 10_000)  # outwards, to stay bounds
+    return f">={low}" if math.isinf(bounds.high) else f"{low}..{_number(math.ceil(bounds.high * 10_000) / 10_000)}"
+
+
+def _aligned(lines: Sequence[Sequence[object]]) -> str:
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(str(cell).rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The same with None in the place of inf and NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m so8t.analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run, or a folder of saved logits")
+    parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
+    parser.add_argument("--compare", nargs=2, type=int, metavar=("EARLIER", "LATER"), help="two saved steps")
+    parser.add_argument("--export", nargs=2, metavar=("FORMAT", "OUT"), help=f"FORMAT is one of {', '.join(EXPORTS)}")
+    options = parser.parse_args(arguments)
+    try:
+        if options.export:
+            print(_export(options.run, *options.export))
+        elif options.compare:
+            result = compare_steps(options.run, *options.compare)
+            print(json.dumps(_finite(asdict(compare(result)))) if options.json else llama_report(result))
+        else:
+            analysis = analyze(options.run)
+            print(json.dumps(_finite(asdict(analysis))) if options.json else tables(analysis))
+    except InputError as error:
+        print(f"so8t.analyze: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"so8t.analyze: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _export(run: Path, name: str, out: str) -> str:
+    if name not in EXPORTS:
+        raise InputError(f"--export: there is no format {name}; write one of {', '.join(EXPORTS)}")
+    path = Path(out)
+    if path.exists():
+        raise InputError(f"--export: {path} exists already; write a name that is free")
+    if not path.parent.is_dir():
+        raise InputError(f"--export: there is no folder {path.parent} to write {path.name} into")
+    return EXPORTS[name]([record.path for record in _records(logits_folder(run))], path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

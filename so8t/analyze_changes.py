@@ -1,20 +1,23 @@
 """How belief changed between two steps, at the rows that both of them hold.
 
-The divergence is KL(earlier || later) = sum over the vocabulary of p log(p / q), p the earlier step's distribution and q
-the later one's. Two "full" files give it exactly. "topk" and "stats" know some tokens one by one and the mass of all
-others together; with the others as one cell the sum can only become smaller (the data-processing inequality), so it is a
-lower bound. There is no upper one: among the unknown tokens q may be as small as it likes. Everything else is exact in
-every form.
+The divergence is KL(earlier || later) = sum over the vocabulary of p log(p / q), p the earlier step's distribution and
+q the later one's. Two "full" files give it exactly, of the logits as stored. "topk" and "stats" know some tokens one by
+one and the mass of all others together. With these as one cell the sum can only become smaller (the data-processing
+inequality), so it is a lower bound. There is no upper one: among the unknown tokens q may be as small as it likes.
+Everything else is exact in every form.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from so8t.analyze_scores import Bounds, rounded
+from so8t.analyze_scores import Bounds, float16_bounds
 from so8t.logits_reader import LogitsRecord
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
@@ -26,8 +29,9 @@ KL_ROWS = CHUNK_ROWS // 4  # rows of two distributions held in float32 at once
 class Changes:
     """Every target token of the rows that two steps share, [N] each, row by row in the earlier file's order."""
 
-    earlier: LogitsRecord
-    later: LogitsRecord
+    kind: str
+    earlier_step: int
+    later_step: int
     earlier_rows: Tensor  # int64: the token's row in the earlier file ..
     later_rows: Tensor  # .. and in the later one
     t: Tensor  # int64: its position, which predicts token t + 1
@@ -68,10 +72,12 @@ Key = tuple[int, bytes]
 
 
 def row_keys(record: LogitsRecord) -> list[Key]:
-    """What is equal for equal rows: the sample_id, and the tokens, as a file of data may change between two runs."""
+    """What is equal for equal rows: the sample_id, and a hash of the tokens, as a file of data may change."""
     lengths = (record.sections != SECTIONS.index("padding")).sum(dim=1).tolist()
     rows = zip(record.sample_ids.tolist(), record.input_ids, lengths, strict=True)
-    return [(sample_id, tokens[:length].numpy().tobytes()) for sample_id, tokens, length in rows]
+    return [
+        (sample_id, hashlib.sha256(tokens[:length].numpy().tobytes()).digest()) for sample_id, tokens, length in rows
+    ]
 
 
 def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
@@ -86,8 +92,9 @@ def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
     theirs = grid[later_rows, t]
     kl_low, kl_high = _divergence(earlier, ours, later, theirs)
     return Changes(
-        earlier,
-        later,
+        earlier.kind,
+        earlier.step,
+        later.step,
         rows,
         later_rows,
         t,
@@ -102,13 +109,13 @@ def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
 def compare(changes: Changes) -> Comparison:
     """Sum the changes up. Percentiles interpolate linearly, as those of numpy and of llama.cpp do."""
     low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
-    p50, p95, p99 = (Bounds(percentile(low, q), percentile(high, q)) for q in (50, 95, 99))
+    p50, p95, p99 = (Bounds(_percentile(low, q), _percentile(high, q)) for q in (50, 95, 99))
     prob_change = changes.prob_change.double()
     return Comparison(
-        kind=changes.earlier.kind,
-        earlier_step=changes.earlier.step,
-        later_step=changes.later.step,
-        rows=len(changes.earlier_rows.unique()),
+        kind=changes.kind,
+        earlier_step=changes.earlier_step,
+        later_step=changes.later_step,
+        rows=len(set(changes.earlier_rows.tolist())),
         tokens=len(changes.t),
         earlier_perplexity=float(changes.earlier_nll.double().mean().exp()),
         later_perplexity=float(changes.later_nll.double().mean().exp()),
@@ -139,8 +146,8 @@ def _exact(earlier: LogitsRecord, ours: Tensor, later: LogitsRecord, theirs: Ten
     log_p = earlier.at_targets("logits", ours).float().log_softmax(dim=-1)
     log_q = later.at_targets("logits", theirs).float().log_softmax(dim=-1)
     p = log_p.exp()
-    terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0)  # 0 log 0 = 0
-    return terms.sum(dim=-1).clamp_min_(0)
+    log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0)  # 0 log 0 = 0
+    return log_p.sum(dim=-1).clamp_min(0)
 
 
 def _lower_bound(earlier: LogitsRecord, ours: Tensor, later: LogitsRecord, theirs: Tensor) -> Tensor:
@@ -158,7 +165,8 @@ def _lower_bound(earlier: LogitsRecord, ours: Tensor, later: LogitsRecord, their
 
     (p_least, p_most), (_, q_most) = rest(p_low, p_high), rest(q_low, q_high)
     p = torch.clamp(q_most / math.e, p_least, p_most)  # where p log(p / q) is least
-    return (cells.sum(dim=-1) + torch.special.xlogy(p, p / q_most).where(p > 0, 0.0)).clamp_min(0)
+    bound: Tensor = cells.sum(dim=-1) + torch.special.xlogy(p, p / q_most).where(p > 0, 0.0)
+    return bound.clamp_min(0)
 
 
 def _known_ids(record: LogitsRecord, which: Tensor) -> Tensor:
@@ -178,7 +186,7 @@ def _logprob_bounds(record: LogitsRecord, which: Tensor, ids: Tensor) -> tuple[T
         return values, values, (ids >= 0) & values.isfinite()
     label_logprob = record.at_targets("label_logprob", which)[:, None]
     if record.form == "topk":
-        low, high = rounded(record.at_targets("topk_logprobs", which).float())
+        low, high = float16_bounds(record.at_targets("topk_logprobs", which).float())
     else:
         low = high = record.at_targets("top1_logprob", which)[:, None]
     low, high = torch.cat((label_logprob, low), dim=1), torch.cat((label_logprob, high), dim=1)
@@ -188,7 +196,68 @@ def _logprob_bounds(record: LogitsRecord, which: Tensor, ids: Tensor) -> tuple[T
     return low, high, matches.any(dim=-1) & low.isfinite()
 
 
-def percentile(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", percent: float) -> float:
-    if np.isinf(values).any():
-        return math.inf  # numpy would interpolate between infinities to NaN
+def _percentile(values: NDArray[np.float64], percent: float) -> float:
+    if np.isinf(values).any():  # all are: interpolating between them would give NaN
+        return math.inf
     return float(np.percentile(values, percent))
+
+
+def llama_report(changes: Changes) -> str:
+    """The changes in the layout of llama.cpp's `llama-perplexity --kl-divergence`, base = earlier and Q = later step.
+
+    What follows a ± is the standard error of the mean before it; that of a quotient or difference is propagated.
+    """
+    n = len(changes.t)
+
+    def mean(values: NDArray[np.float64]) -> tuple[float, float]:
+        return float(values.mean()), float(values.std()) / math.sqrt(max(n - 1, 1))
+
+    later, base = changes.later_nll.double().numpy(), changes.earlier_nll.double().numpy()
+    (log_q, log_q_error), (log_base, log_base_error) = mean(later), mean(base)
+    (log_ratio, log_ratio_error) = mean(later - base)
+    covariance = float(((later - log_q) * (base - log_base)).mean()) / max(n - 1, 1)
+    correlation = covariance / (log_q_error * log_base_error) if log_q_error * log_base_error else math.nan
+    ppl, ppl_base, ratio = math.exp(log_q), math.exp(log_base), math.exp(log_ratio)
+    ppl_error, base_error = ppl * log_q_error, ppl_base * log_base_error
+    difference_error = math.sqrt(max(ppl_error**2 + base_error**2 - 2 * ppl * ppl_base * covariance, 0))
+    low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
+    is_exact = bool((low == high).all())
+    kl_mean, kl_error = mean(low)
+    change = 100 * changes.prob_change.double().numpy()
+    (change_mean, change_error), (square, square_error) = mean(change), mean(change**2)
+    rms = math.sqrt(square)
+    same, same_error = mean(100 * changes.same_top1.double().numpy())
+
+    def kl(value: float) -> str:
+        return f"{value:10.6f}" if is_exact else f"at least {value:.6f}"
+
+    def percentiles(unit: str, values: NDArray[np.float64], percents: Sequence[float]) -> list[tuple[str, float]]:
+        names: dict[float, str] = {100: "Maximum", 50: "Median ", 0: "Minimum"}
+        return [(f"{names.get(p, f'{p:4.1f}%  ')} {unit}", float(np.percentile(values, p))) for p in percents]
+
+    tails = (99.9, 99, 95, 90)
+    others = tuple(100 - percent for percent in reversed(tails))
+    return "\n".join(
+        [
+            "====== Perplexity statistics ======",
+            f"Mean PPL(Q)                   : {ppl:10.6f} ± {ppl_error:10.6f}",
+            f"Mean PPL(base)                : {ppl_base:10.6f} ± {base_error:10.6f}",
+            f"Cor(ln(PPL(Q)), ln(PPL(base))): {100 * correlation:6.2f}%",
+            f"Mean ln(PPL(Q)/PPL(base))     : {log_ratio:10.6f} ± {log_ratio_error:10.6f}",
+            f"Mean PPL(Q)/PPL(base)         : {ratio:10.6f} ± {ratio * log_ratio_error:10.6f}",
+            f"Mean PPL(Q)-PPL(base)         : {ppl - ppl_base:10.6f} ± {difference_error:10.6f}",
+            "",
+            "====== KL divergence statistics ======",
+            f"Mean    KLD: {kl(kl_mean)}" + (f" ± {kl_error:10.6f}" if is_exact else ""),
+            *(f"{name}: {kl(value)}" for name, value in percentiles("KLD", low, (100, *tails, 50, *others, 0))),
+            "",
+            "====== Token probability statistics ======",
+            f"Mean    Δp: {change_mean:6.3f} ± {change_error:5.3f} %",
+            *(
+                f"{name}: {value:6.3f}%"
+                for name, value in percentiles("Δp", change, (100, *tails, 75, 50, 25, *others, 0))
+            ),
+            f"RMS Δp    : {rms:6.3f} ± {0.5 / rms * square_error if rms else 0:5.3f} %",
+            f"Same top p: {same:6.3f} ± {same_error:5.3f} %",
+        ]
+    )

@@ -1,7 +1,8 @@
 """Training dynamics: what became of each row over the steps that hold it.
 
 Swayamdipta et al., EMNLP 2020 (confidence, variability, correctness), and Toneva et al., ICLR 2019 (forgetting), take
-an example to be one prediction. A row is many, one a target token: its numbers are means, and its events sums, over them.
+an example to be one prediction. A row is many, one a target token: here its numbers are means, and its events sums,
+over them.
 """
 
 from collections.abc import Iterable
@@ -39,7 +40,7 @@ def training_dynamics(records: Iterable[LogitsRecord]) -> list[SampleDynamics]:
         label_prob = record.at_targets("label_logprob").exp()
         is_top1 = record.at_targets("top1_id") == record.target_ids
         counts = torch.bincount(record.target_positions[:, 0], minlength=len(record.sample_ids)).tolist()
-        rows = zip(row_keys(record), label_prob.split(counts), is_top1.split(counts), strict=True)
+        rows = zip(row_keys(record), torch.split(label_prob, counts), torch.split(is_top1, counts), strict=True)
         for key, probs, hits in rows:
             seen = (record.step, record.epoch, probs.double().mean(), hits)
             histories.setdefault((record.kind, key), []).append(seen)

@@ -1,8 +1,8 @@
-"""What a file of saved logits says of its step: means over the target tokens, and how far its confidence can be trusted.
+"""What a file of saved logits says of its step: means over the target tokens, how far its confidence can be trusted.
 
-Negative log-likelihood, entropy, rank and likeliest token are exact in every form. The second likeliest token, which the
-margin needs, is missing in "stats" and rounded to float16 in "topk"; so is the confidence in "topk", which the
-calibration needs. There a number comes as bounds that hold for sure. "full" answers from the logits as they are stored.
+Negative log-likelihood, entropy, rank and likeliest token are exact in every form. The margin needs the second
+likeliest token, which "stats" lacks and "topk" rounds to float16; the calibration needs the confidence, which "topk"
+rounds where it is wrong. There a number comes as bounds that hold for sure. "full" answers from the logits as stored.
 """
 
 import math
@@ -103,13 +103,13 @@ def score_step(record: LogitsRecord) -> StepScores:
 def calibration(confidence: Tensor, correct: Tensor, rounding: Tensor) -> Calibration:
     """Expected calibration error in 15 bins of equal mass.
 
-    The tokens, sorted by confidence, are cut into 15 runs of as many tokens, one more or less. The error is the sum over
-    bins of tokens / N * |accuracy - mean confidence|: Naeini et al., AAAI 2015, with the bins of equal mass that Roelofs
-    et al., AISTATS 2022, find less biased than those of equal width.
+    The tokens, sorted by confidence, are cut into 15 runs of as many tokens, one more or less. The error is the sum
+    over bins of tokens / N * |accuracy - mean confidence|: Naeini et al., AAAI 2015, with the bins of equal mass that
+    Roelofs et al., AISTATS 2022, find less biased than those of equal width.
 
-    confidence, correct, rounding: [N], the last one by how much each confidence may be off. The error may be off by the
-    mean of that, and by 2 / N * (1 + 2 * largest rounding) for every pair of tokens that may have to change places
-    across the edge of a bin.
+    confidence, correct, rounding: [N], the last one by how much each confidence may be off. Within its bins the error
+    may then be off by the mean of that. Besides, pairs of tokens may have to change places across the edge of a bin:
+    each moves two bins by at most 1 / N if one of the two is correct, and by twice the largest rounding / N anyway.
     """
     if not len(confidence):
         return Calibration(Bounds(math.nan, math.nan), ())
@@ -118,16 +118,19 @@ def calibration(confidence: Tensor, correct: Tensor, rounding: Tensor) -> Calibr
     runs = zip(confidence.tensor_split(BINS), correct.tensor_split(BINS), strict=True)
     bins = tuple(CalibrationBin(len(run), float(run.mean()), float(hits.mean())) for run, hits in runs if len(run))
     error = sum(bin.tokens * abs(bin.accuracy - bin.confidence) for bin in bins) / len(confidence)
-    low, high = confidence - rounding, confidence + rounding
-    swaps, edge = 0, 0
+    low, high, widest = confidence - rounding, confidence + rounding, float(rounding.max())
+    slack, edge = float(rounding.sum()), 0
     for bin in bins[:-1]:
         edge += bin.tokens
-        swaps += int(min((high[:edge] > low[edge:].min()).sum(), (low[edge:] < high[:edge].max()).sum()))
-    slack = float(rounding.mean()) + swaps * 2 * (1 + 2 * float(rounding.max())) / len(confidence)
+        below, above = high[:edge] > low[edge:].min(), low[edge:] < high[:edge].max()  # may belong beyond the edge
+        pairs = float(min(below.sum(), above.sum()))
+        hits = float(max(correct[:edge][below].sum(), correct[edge:][above].sum()))
+        slack += 2 * (min(pairs, hits) + pairs * 2 * widest)
+    slack /= len(confidence)
     return Calibration(Bounds(max(error - slack, 0.0), min(error + slack, 1.0)), bins)
 
 
-def rounded(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+def float16_bounds(logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest and the highest log-probability that may stand behind values that were rounded to float16."""
     # half a unit in the last place of a normal and of a subnormal number; what is beyond float16 stays -inf
     slack = logprobs.abs().clamp_max(torch.finfo(torch.float16).max) * 2**-11 + 2**-25
@@ -140,7 +143,7 @@ def _confidence(record: LogitsRecord, is_top1: Tensor) -> tuple[Tensor, Tensor]:
     if record.form != "topk":
         confidence = record.at_targets("top1_logprob").exp()
         return confidence, torch.zeros_like(confidence)
-    low, high = rounded(record.at_targets("topk_logprobs")[:, 0].float())
+    low, high = float16_bounds(record.at_targets("topk_logprobs")[:, 0].float())
     low, high = torch.where(is_top1, label_prob, low.exp()), torch.where(is_top1, label_prob, high.exp())
     return (low + high) / 2, (high - low) / 2
 
@@ -153,12 +156,13 @@ def _likeliest_other(
     rows = is_top1.nonzero().squeeze(1)
     if record.form == "full":
         logsumexp = record.at_targets("logsumexp")
-        for chunk in rows.split(CHUNK_ROWS):
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = rows[start : start + CHUNK_ROWS]
             others = record.at_targets("logits", chunk).float()
             others.scatter_(1, record.target_ids[chunk, None], -math.inf)
             low[chunk] = high[chunk] = (others.amax(dim=1) - logsumexp[chunk]).exp()
     elif record.form == "topk" and record.contents["topk_ids"].shape[-1] > 1:
-        low_logprob, high_logprob = rounded(record.at_targets("topk_logprobs", rows)[:, 1].float())
+        low_logprob, high_logprob = float16_bounds(record.at_targets("topk_logprobs", rows)[:, 1].float())
         low[rows], high[rows] = low_logprob.exp(), high_logprob.exp()
     else:  # one of V - 1 tokens that share the rest of the mass, and none of them the likeliest
         rest = 1 - confidence[rows]

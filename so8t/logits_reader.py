@@ -85,10 +85,11 @@ class LogitsRecord:
 
         Only these positions are read from the disk.
         """
+        values: Tensor = self.contents[name]
         if "positions" in self.contents:
-            return self.contents[name][which]
+            return values[which]
         row, t = self.target_positions[which].unbind(1)
-        return self.contents[name][row, t]
+        return values[row, t]
 
     def logprobs(self, position: tuple[int, int]) -> Tensor:
         """[V] float32: the log-probabilities at (row, t) as far as the file knows them, NaN = unknown.
@@ -162,13 +163,18 @@ def read_logits(path: str | Path) -> Iterator[LogitsRecord]:
         paths += sorted(set(path.glob("*.pt")) - set(paths))
     for file in paths:
         try:
-            contents = torch.load(file, mmap=True, weights_only=True)
-            if contents["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format_version is {contents['format_version']}, not {FORMAT_VERSION}")
-            names = ("step", "epoch", "kind", "form", "loss", "verified", "labels", "sections", "sample_ids")
-            known = {name: contents[name] for name in names}
-            record = LogitsRecord(file, input_ids=contents["input_ids"].long(), contents=contents, **known)
+            record = read_file(file)
         except Exception as error:  # whatever torch.load makes of bytes that are not its own
             log.warning("%s: skipped, it is no file of saved logits (%s: %s)", file, type(error).__name__, error)
             continue
         yield record
+
+
+def read_file(path: Path) -> LogitsRecord:
+    """The record of one file, memory-mapped. Raises ValueError or what torch.load raises if it holds none."""
+    contents = torch.load(path, mmap=True, weights_only=True)
+    if contents["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version is {contents['format_version']}, not {FORMAT_VERSION}")
+    names = ("step", "epoch", "kind", "form", "loss", "verified", "labels", "sections", "sample_ids")
+    known = {name: contents[name] for name in names}
+    return LogitsRecord(path, input_ids=contents["input_ids"].long(), contents=contents, **known)
