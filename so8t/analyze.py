@@ -87,6 +87,7 @@ def analyze(run: Path) -> Analysis:
         steps.append(score_step(record))
     pairs = tqdm(_pairs(paths), desc="comparing steps", unit="pair", leave=False, delay=2)
     comparisons = [compare(changes(read_file(earlier), read_file(later))) for earlier, later in pairs]
+    comparisons = [comparison for comparison in comparisons if comparison.tokens]
     return Analysis(steps, comparisons, training_dynamics(map(read_file, paths)))
 
 

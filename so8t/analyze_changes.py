@@ -23,6 +23,7 @@ from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 
 KL_ROWS = CHUNK_ROWS // 4  # rows of two distributions held in float32 at once
+FLOAT32_SLACK = 1e-5  # by how much a sum of probabilities in float32 may be off, with logits up to about 100
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
 
 
 def compare(changes: Changes) -> Comparison:
-    """Sum the changes up. Percentiles interpolate linearly, as those of numpy and of llama.cpp do."""
+    """Sum the changes up, NaN if there are none. Percentiles interpolate linearly, as in numpy and llama.cpp."""
     low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
     p50, p95, p99 = (Bounds(_percentile(low, q), _percentile(high, q)) for q in (50, 95, 99))
     prob_change = changes.prob_change.double()
@@ -119,7 +120,7 @@ def compare(changes: Changes) -> Comparison:
         tokens=len(changes.t),
         earlier_perplexity=float(changes.earlier_nll.double().mean().exp()),
         later_perplexity=float(changes.later_nll.double().mean().exp()),
-        kl_mean=Bounds(float(low.mean()), float(high.mean())),
+        kl_mean=Bounds(float(changes.kl_low.double().mean()), float(changes.kl_high.double().mean())),
         kl_p50=p50,
         kl_p95=p95,
         kl_p99=p99,
@@ -161,11 +162,11 @@ def _lower_bound(earlier: LogitsRecord, ours: Tensor, later: LogitsRecord, their
 
     def rest(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         least, most = (1 - bound.exp().where(known, 0.0).sum(dim=-1) for bound in (high, low))
-        return least.clamp(0, 1), most.clamp(0, 1)
+        return (least - FLOAT32_SLACK).clamp(0, 1), (most + FLOAT32_SLACK).clamp(0, 1)
 
     (p_least, p_most), (_, q_most) = rest(p_low, p_high), rest(q_low, q_high)
     p = torch.clamp(q_most / math.e, p_least, p_most)  # where p log(p / q) is least
-    bound: Tensor = cells.sum(dim=-1) + torch.special.xlogy(p, p / q_most).where(p > 0, 0.0)
+    bound: Tensor = cells.sum(dim=-1) + torch.special.xlogy(p, p / q_most)
     return bound.clamp_min(0)
 
 
@@ -199,7 +200,7 @@ def _logprob_bounds(record: LogitsRecord, which: Tensor, ids: Tensor) -> tuple[T
 def _percentile(values: NDArray[np.float64], percent: float) -> float:
     if np.isinf(values).any():  # all are: interpolating between them would give NaN
         return math.inf
-    return float(np.percentile(values, percent))
+    return float(np.percentile(values, percent)) if len(values) else math.nan
 
 
 def llama_report(changes: Changes) -> str:

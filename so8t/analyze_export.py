@@ -3,7 +3,7 @@
 | format | OUT | read by |
 |---|---|---|
 | cartography | folder with training_dynamics/dynamics_epoch_{E}.jsonl | allenai/cartography, `--model_dir OUT` |
-| safetensors | folder with one .safetensors a file, what is no tensor as text in its metadata | whatever is to avoid pickle |
+| safetensors | folder with one .safetensors a file, what is no tensor as text in its metadata | any language |
 | kd-jsonl | JSONL file of tokenized rows with the teacher's top-k | axolotl's KD plugin, with `type:` left empty |
 """
 
@@ -79,7 +79,7 @@ def export_safetensors(paths: Sequence[Path], out: Path) -> str:
     with atomic_folder(out) as folder:
         for path in tqdm(paths, desc="writing", unit="file", leave=False, delay=2):
             contents = read_file(path).contents
-            tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
+            tensors = {name: value.contiguous() for name, value in contents.items() if isinstance(value, Tensor)}
             metadata = {name: str(value) for name, value in contents.items() if not isinstance(value, Tensor)}
             try:
                 save_file(tensors, folder / f"{path.stem}.safetensors", metadata)

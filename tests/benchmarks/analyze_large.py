@@ -1,0 +1,106 @@
+"""Analyse gigabytes of saved logits: peak resident memory and time, beside a plain numpy pass over the same files.
+
+    python tests/benchmarks/analyze_large.py --gib 2 --folder /somewhere/with/room
+
+Writes files as a run of Phi-3.5 does that saves its logits in bfloat16 (vocabulary 32064, one row of 2048 tokens a
+file, two thirds of them labels), the same probe row at every step. The analysis and the numpy pass then run in
+processes of their own. The numpy pass does the least that can be done: from every stored logit the log-sum-exp and the
+largest, in chunks of the same memory-mapped files. Exits with 1 if the analysis holds more than 1 GiB.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from analyze_cases import make_rows  # noqa: E402
+from logits_cases import NO_AUTOCAST, settings  # noqa: E402
+
+from so8t.analyze import analyze  # noqa: E402
+from so8t.logits import LogitsSaver, read_logits  # noqa: E402
+from so8t.losses import ce_sum  # noqa: E402
+
+VOCAB, LENGTH, HIDDEN = 32064, 2048, 64
+LIMIT_BYTES = 2**30
+CHUNK_ROWS = 64
+
+
+def generate(run: Path, size: int) -> None:
+    """Half of the files are batches, every one of another row, and half the probe's."""
+    torch.manual_seed(0)
+    head_weight = torch.randn(VOCAB, HIDDEN).bfloat16()
+    saver = LogitsSaver(settings(max_files=0, max_wait=60), run, NO_AUTOCAST, LENGTH, LENGTH)
+    for step in range(1, round(size / (2 * LENGTH * VOCAB * 2)) + 1):
+        rows: tuple[tuple[Literal["logits", "probe"], int], ...] = ("logits", step), ("probe", 0)
+        for kind, sample_id in rows:
+            batch = make_rows([LENGTH], [sample_id], VOCAB)
+            batch.targets[0, : LENGTH // 3] = -100
+            wanted = head_weight[batch.targets[0].clamp_min(0)].float()  # towards the labels, more with every step
+            hidden = (torch.randn(1, LENGTH, HIDDEN) * 0.3 + wanted * 0.02 * step).bfloat16()
+            ce = ce_sum(hidden, head_weight, batch.targets)
+            saver.capture(step, 0, batch, hidden, head_weight, ce, kind=kind)
+        saver.after_step(step)
+        saver.flush(600)
+    saver.close()
+
+
+def numpy_pass(folder: Path) -> None:
+    for record in read_logits(folder):
+        logits = record.contents["logits"].view(torch.uint16).flatten(0, 1).numpy()  # numpy has no bfloat16
+        for start in range(0, len(logits), CHUNK_ROWS):
+            values = (logits[start : start + CHUNK_ROWS].astype(np.uint32) << 16).view(np.float32)
+            top = values.max(axis=1)
+            np.log(np.exp(values - top[:, None]).sum(axis=1))
+
+
+def measure(what: str, run: Path) -> None:
+    """Run one of the two and print its seconds and the bytes that the process held at most, as JSON."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    if what == "analyze":
+        analyze(run)
+    else:
+        numpy_pass(run / "logits")
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "peak": peak * 1024, "before": before * 1024}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=2.0)
+    parser.add_argument("--folder", type=Path, help="where to write them; a temporary one by default")
+    parser.add_argument("--measure", choices=("analyze", "numpy"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options.folder)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        run = Path(name)
+        generate(run, int(options.gib * 2**30))
+        files = list((run / "logits").iterdir())
+        size = sum(path.stat().st_size for path in files)
+        print(f"{len(files)} files, {size / 2**30:.2f} GiB")
+        results = {}
+        for what in ("numpy", "analyze", "numpy", "analyze"):  # the second time with the files in the page cache
+            command = [sys.executable, __file__, "--measure", what, "--folder", name]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ).stdout
+            results[what] = result = json.loads(output)
+            print(
+                f"{what}: {result['seconds']:.1f} s, {size / result['seconds'] / 2**30:.2f} GiB/s, peak resident "
+                f"{result['peak'] / 2**20:.0f} MiB ({result['before'] / 2**20:.0f} MiB after the imports)"
+            )
+    sys.exit(0 if results["analyze"]["peak"] <= LIMIT_BYTES else 1)
+
+
+if __name__ == "__main__":
+    main()
