@@ -23,10 +23,9 @@ from so8t.analyze_changes import Changes, Comparison, Key, changes, compare, lla
 from so8t.analyze_dynamics import SampleDynamics, training_dynamics
 from so8t.analyze_export import EXPORTS
 from so8t.analyze_scores import Bounds, Calibration, CalibrationBin, Scores, StepScores, calibration, score_step
-from so8t.checkpoint import CONFIG_FILE
-from so8t.config import InputError, load_config
+from so8t.config import InputError, TrainingConfig, load_config
 from so8t.logits_files import list_files
-from so8t.logits_reader import read_file, read_logits
+from so8t.logits_reader import LogitsRecord, read_file, read_logits
 
 __all__ = [
     "Analysis",
@@ -49,6 +48,7 @@ __all__ = [
     "training_dynamics",
 ]
 
+CONFIG_FILE = "config.toml"  # as in checkpoint.py, whose imports take five seconds
 TITLES = {"logits": "batches trained on", "probe": "probe"}
 SHOWN_ROWS = 10  # of the training dynamics; --json has all
 
@@ -63,17 +63,15 @@ class Analysis:
 
 
 def logits_folder(run: Path) -> Path:
-    """Where a run keeps its saved logits; a folder without a config.toml is taken to be that place itself.
+    """Where a run keeps its saved logits: the folder that its config.toml names, or else the run's own folder.
 
-    Raises InputError if there is no such folder.
+    Raises InputError if there is no such run.
     """
     if not run.is_dir():
         raise InputError(f"{run}: there is no such folder; write the training.output_dir of a run")
     config = run / CONFIG_FILE
-    folder = run / load_config(config).training.save_logits_dir if config.is_file() else run
-    if not folder.is_dir():
-        raise InputError(f"{run} has no saved logits; train with training.save_logits = true")
-    return folder
+    name = load_config(config).training.save_logits_dir if config.is_file() else TrainingConfig.save_logits_dir
+    return run / name if (run / name).is_dir() else run
 
 
 def analyze(run: Path) -> Analysis:
@@ -91,7 +89,7 @@ def analyze(run: Path) -> Analysis:
     return Analysis(steps, comparisons, training_dynamics(map(read_file, paths)))
 
 
-def _records(folder: Path) -> Iterator[Any]:
+def _records(folder: Path) -> Iterator[LogitsRecord]:
     """The records of a folder, with a progress bar; InputError if there is none."""
     found = False
     total = sum(1 for _ in folder.glob("*.pt"))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from so8t.analyze_scores import Bounds, float16_bounds
+from so8t.config import InputError
 from so8t.logits_reader import LogitsRecord
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
@@ -82,7 +83,16 @@ def row_keys(record: LogitsRecord) -> list[Key]:
 
 
 def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
-    """Compare two files of one kind token by token; without a row that both hold, all tensors are empty."""
+    """Compare two files of one kind token by token; without a row that both hold, all tensors are empty.
+
+    Raises InputError if they are of models with other vocabularies.
+    """
+    sizes = [record.contents["vocab_size"] for record in (earlier, later)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{later.path} is of a model with {sizes[1]} tokens, {earlier.path} of one with {sizes[0]}; "
+            "keep the files of one run in one folder"
+        )
     later_row = {key: row for row, key in enumerate(row_keys(later))}
     partner = torch.tensor([later_row.get(key, -1) for key in row_keys(earlier)])
     row, t = earlier.target_positions.unbind(1)
@@ -222,7 +232,7 @@ def llama_report(changes: Changes) -> str:
     ppl_error, base_error = ppl * log_q_error, ppl_base * log_base_error
     difference_error = math.sqrt(max(ppl_error**2 + base_error**2 - 2 * ppl * ppl_base * covariance, 0))
     low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
-    is_exact = bool((low == high).all())
+    is_exact = not np.isinf(high).any()
     kl_mean, kl_error = mean(low)
     change = 100 * changes.prob_change.double().numpy()
     (change_mean, change_error), (square, square_error) = mean(change), mean(change**2)

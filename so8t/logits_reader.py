@@ -83,9 +83,12 @@ class LogitsRecord:
     def at_targets(self, name: str, which: Tensor | slice = slice(None)) -> Tensor:
         """[N, ...]: what the file holds under `name` at `target_positions`, or at those of them that `which` selects.
 
-        Only these positions are read from the disk.
+        Of the logits only these positions are read, and nothing of them stays in memory: ask for a few at a time.
         """
-        values: Tensor = self.contents[name]
+        contents = self.contents
+        if name == "logits":  # through a mapping of their own: pages of the file's would stay resident once read
+            contents = torch.load(self.path, mmap=True, weights_only=True)
+        values: Tensor = contents[name]
         if "positions" in self.contents:
             return values[which]
         row, t = self.target_positions[which].unbind(1)

@@ -551,17 +551,25 @@ def steps_without_a_common_row(run: Path) -> list[str]:
     return [str(run), "--compare", "1", "2"]
 
 
+def files_of_two_models(run: Path) -> list[str]:
+    batch = make_rows([10], [1])
+    save_steps(run, {1: (batch, random_logits(batch))})
+    save_steps(run, {2: (batch, random_logits(batch, VOCAB + 1))})
+    return [str(run)]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (no_such_run, ("nowhere", "no such folder")),
-        (run_that_saved_no_logits, ("no saved logits", "training.save_logits = true")),
+        (run_that_saved_no_logits, ("no file of saved logits", "training.save_logits = true")),
         (folder_without_a_file, ("no file of saved logits", "training.save_logits = true")),
         (foreign_files, ("no file of saved logits",)),
         (unknown_format, ("no format parquet", "cartography, safetensors, kd-jsonl")),
         (occupied_name, ("exists already",)),
         (no_folder_to_write_into, ("no folder", "nowhere")),
         (step_that_was_not_saved, ("step 3", "1, 2")),
+        (files_of_two_models, (f"{VOCAB + 1} tokens", f"one with {VOCAB}", "one folder")),
         (steps_without_a_common_row, ("no row in common", "training.save_logits_probe")),
     ],
 )
