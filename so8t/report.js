@@ -1,0 +1,256 @@
+// The token map: rows of text whose tokens are coloured by what the model believed at the chosen step. Its data come
+// from report_tokens.py. Every text of theirs goes in as text, never as markup.
+"use strict";
+
+const map = JSON.parse(document.getElementById("token-map").textContent);
+const $ = (id) => document.getElementById(id);
+const rows = map.rows.map((data) => ({data, element: null, tokens: []}));
+const targetOf = new Map(); // token element -> {row, index}, its place among the row's targets
+let chosen = null; // the token element that was last focused
+
+// ---- what the data say
+
+const nats = (thousandths) => (thousandths ?? NaN) / 1000;
+const shownStep = () => map.steps[$("step").value];
+const selected = (name) => document.querySelector(`input[name=${name}]:checked`).value;
+const saveAt = (row, step) => row.data.saves.find((save) => save.step === step);
+
+/** The save that the chosen step is compared with; undefined if the row has none that is earlier. */
+function earlierSave(row) {
+  const since = $("since").value;
+  return row.data.saves.find((save) => save.step < shownStep() && (since === "first" || save.step === Number(since)));
+}
+
+/** In nats, NaN = unknown: what the colour of a target shows. A change is that of its negative log-likelihood. */
+function shownValue(row, index) {
+  const save = saveAt(row, shownStep());
+  switch (selected("colour")) {
+    case "nll": return -nats(save.logprob[index]);
+    case "entropy": return nats(save.entropy[index]);
+    case "change": return nats(earlierSave(row)?.logprob[index]) - nats(save.logprob[index]);
+  }
+}
+
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+const meanNll = (save) => -mean(save.logprob.map(nats).filter(Number.isFinite));
+
+// ---- how numbers and tokens are written
+
+const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
+const plain = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits).replace("-", "−") : "unknown");
+const visible = (text) => text.replace(/^ /, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
+
+function percent(logprob) {
+  if (!Number.isFinite(logprob)) return "unknown";
+  const value = 100 * Math.exp(logprob);
+  return value < 0.01 ? "< 0.01 %" : `${value.toPrecision(3).slice(0, 5).replace(/\.$/, "")} %`;
+}
+
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+// ---- the rows
+
+/** The row's element: one part for each section, tags included. Made once, when it is first shown. */
+function build(row) {
+  const {kind, sample_id, tokens, sections, targets} = row.data;
+  const title = make("h3", {}, `${kind === "probe" ? "probe row" : "row"} ${sample_id}`, make("small"));
+  row.element = make("article", {className: "row"}, title);
+  row.element.setAttribute("role", "group");
+  row.element.setAttribute("aria-label", title.firstChild.data);
+  const indexAt = new Map(targets.map((place, index) => [place, index]));
+  let section = "", text;
+  const isBlank = (place) => !indexAt.has(place) && !map.strings[tokens[place]].trim();
+  const length = tokens.findLastIndex((_, place) => !isBlank(place)) + 1; // without what ends the template
+  tokens.slice(0, length).forEach((string, place) => {
+    const own = map.sections[sections[place]];
+    // what stands between two parts, and the end of the turn, follow the part before them
+    if (own !== section && !(own === "answer" && section && section !== "prompt")) {
+      section = own;
+      text = make("p");
+      const part = make("div", {className: "part"}, make("b", {}, section), text);
+      part.dataset.section = section;
+      row.element.append(part);
+    }
+    text.append(tokenElement(row, map.strings[string], indexAt.get(place)));
+  });
+}
+
+function tokenElement(row, text, index) {
+  if (index === undefined) return make("span", {className: "no-target"}, text);
+  const element = make("span", {className: text ? "token" : "token piece", tabIndex: -1}, text.replaceAll("\n", "↵\n"));
+  element.setAttribute("role", "option");
+  targetOf.set(element, {row, index});
+  row.tokens.push(element);
+  return element;
+}
+
+/** Show the rows that the chosen step saved, in the colours of that step. */
+function draw() {
+  const step = shownStep(), colour = selected("colour");
+  const end = map.scale[colour];
+  $("step-shown").textContent = `step ${step}`;
+  $("step").setAttribute("aria-valuetext", `step ${step}`);
+  for (const row of rows) {
+    const save = row.data.kind === selected("kind") ? saveAt(row, step) : undefined;
+    if (save && !row.element) build(row);
+    if (row.element) row.element.hidden = !save;
+    if (!save) continue;
+    if (!row.element.parentNode) place(row);
+    row.element.querySelector("small").textContent = remark(row, save);
+    row.tokens.forEach((element, index) => {
+      const value = shownValue(row, index);
+      element.classList.toggle("unknown", Number.isNaN(value));
+      element.classList.toggle("likelier", value < 0);
+      element.style.setProperty("--strength", `${100 * Math.min(1, Math.abs(value || 0) / end)}%`);
+    });
+  }
+  drawLegend(colour, end);
+  if (!chosen || chosen.closest(".row").hidden) choose(visibleTokens()[0]);
+  else describe(chosen);
+}
+
+/** Rows stand in the order of the data, whenever they were first shown. */
+function place(row) {
+  const later = rows.slice(rows.indexOf(row) + 1).find((other) => other.element?.parentNode);
+  $("rows").insertBefore(row.element, later?.element ?? null);
+}
+
+function remark(row, save) {
+  const texts = [`mean NLL ${plain(meanNll(save), 2)} nats`];
+  if (selected("colour") === "change") {
+    const before = earlierSave(row);
+    if (before) texts.push(`${signed(meanNll(save) - meanNll(before), 2)} since step ${before.step}`);
+    else texts.push($("since").value === "first" ? "not saved before" : `not saved at step ${$("since").value}`);
+  } else if (row.data.saves.length > 1) {
+    texts.push(`saved ${row.data.saves.length} times`);
+  }
+  return texts.join(" · ");
+}
+
+function drawLegend(colour, end) {
+  const [least, , most] = $("legend").children;
+  $("legend").classList.toggle("two-sided", colour === "change");
+  [least.textContent, most.textContent] = {
+    nll: ["0", `${end} nats (${percent(-end)}) or more`],
+    entropy: ["0", `${end} nats or more`],
+    change: [`−${end} (likelier)`, `+${end} nats (less likely)`],
+  }[colour];
+}
+
+// ---- what the model believed about one token
+
+function describe(element) {
+  const {row, index} = targetOf.get(element);
+  const save = saveAt(row, shownStep());
+  const before = earlierSave(row);
+  const logprob = nats(save.logprob[index]), rank = save.rank[index];
+  const facts = [
+    ["probability", percent(logprob)],
+    ["NLL", `${plain(-logprob, 2)} nats`],
+    ["rank", rank === 0 ? "0 (likeliest)" : rank > 0 ? `${rank} of ${map.vocab_size}` : "unknown"],
+    ["entropy", `${plain(nats(save.entropy[index]), 2)} nats`],
+  ];
+  if (before) facts.push([`at step ${before.step}`, percent(nats(before.logprob[index]))]);
+  const list = make("dl");
+  for (const [name, value] of facts) list.append(make("dt", {}, name), make("dd", {}, value));
+  const part = map.sections[row.data.sections[row.data.targets[index]]];
+  $("belief").replaceChildren(
+    make("h3", {}, visible(map.strings[row.data.labels[index]])),
+    make("small", {className: "soft"}, `token ${row.data.targets[index]} of row ${row.data.sample_id}, ${part}, step ${save.step}`),
+    list,
+    alternatives(row, save, index),
+    ...history(row, save, index),
+  );
+}
+
+/** The likeliest tokens there, the one that stands in the text, and what is left for all others. */
+function alternatives(row, save, index) {
+  const label = row.data.labels[index];
+  const likeliest = save.top[index].map((string, nth) => [string, nats(save.top_logprob[index][nth])]);
+  if (!save.top[index].includes(label)) likeliest.push([label, nats(save.logprob[index])]);
+  const table = make("table", {}, make("caption", {className: "soft"}, "What it expected here"));
+  const add = (text, logprob, className) => {
+    const bar = make("td", {className: "bar"});
+    bar.style.setProperty("--width", `${100 * Math.exp(logprob)}%`);
+    table.append(make("tr", {className}, make("td", {}, text), make("td", {className: "number"}, percent(logprob)), bar));
+  };
+  for (const [string, logprob] of likeliest) add(visible(map.strings[string]), logprob, string === label ? "label" : "");
+  const rest = 1 - likeliest.reduce((sum, [, logprob]) => sum + Math.exp(logprob), 0);
+  add("all others", Math.log(Math.max(rest, 0)), "soft");
+  return table;
+}
+
+/** Its probability at every saved step, as bars. */
+function history(row, save, index) {
+  if (row.data.saves.length < 2) return [];
+  const bars = make("div", {id: "history"});
+  for (const other of row.data.saves) {
+    const bar = make("i", {title: `step ${other.step}: ${percent(nats(other.logprob[index]))}`});
+    bar.classList.toggle("now", other === save);
+    bar.style.setProperty("--height", `${100 * Math.exp(nats(other.logprob[index]))}%`);
+    bars.append(bar);
+  }
+  const [first, last] = [row.data.saves[0].step, row.data.saves.at(-1).step];
+  return [make("p", {className: "soft caption"}, `Its probability, steps ${first} to ${last}`), bars];
+}
+
+// ---- choosing: pointer, keyboard, controls
+
+const visibleTokens = () => rows.filter((row) => row.element && !row.element.hidden).flatMap((row) => row.tokens);
+
+/** Make this the one token that Tab reaches, and describe it. */
+function choose(element) {
+  chosen?.setAttribute("aria-selected", "false");
+  if (chosen) chosen.tabIndex = -1;
+  chosen = element ?? null;
+  if (!chosen) return $("belief").replaceChildren("No row was saved at this step.");
+  chosen.setAttribute("aria-selected", "true");
+  chosen.tabIndex = 0;
+  describe(chosen);
+}
+
+/** The token that a key leads to from the chosen one; undefined for any other key. */
+function tokenFor(key) {
+  const tokens = visibleTokens(), {row, index} = targetOf.get(chosen);
+  const shown = rows.filter((other) => other.element && !other.element.hidden);
+  const inRow = (other) => other?.tokens[Math.min(index, other.tokens.length - 1)];
+  switch (key) {
+    case "ArrowLeft": return tokens[tokens.indexOf(chosen) - 1];
+    case "ArrowRight": return tokens[tokens.indexOf(chosen) + 1];
+    case "ArrowUp": return inRow(shown[shown.indexOf(row) - 1]);
+    case "ArrowDown": return inRow(shown[shown.indexOf(row) + 1]);
+    case "Home": return row.tokens[0];
+    case "End": return row.tokens.at(-1);
+  }
+}
+
+$("rows").addEventListener("mouseover", (event) => targetOf.has(event.target) && describe(event.target));
+$("rows").addEventListener("mouseleave", () => chosen && describe(chosen));
+$("rows").addEventListener("focusin", (event) => targetOf.has(event.target) && choose(event.target));
+$("rows").addEventListener("keydown", (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey) return;
+  if (["PageUp", "PageDown"].includes(event.key)) {
+    $("step")[event.key === "PageUp" ? "stepUp" : "stepDown"]();
+    draw();
+  } else if (!tokenFor(event.key)) {
+    return;
+  } else {
+    tokenFor(event.key).focus();
+  }
+  event.preventDefault();
+});
+$("controls").addEventListener("input", draw);
+$("controls").addEventListener("submit", (event) => event.preventDefault());
+
+const kinds = {probe: "probe", logits: "trained batches"};
+for (const [kind, text] of Object.entries(kinds).filter(([kind]) => rows.some((row) => row.data.kind === kind))) {
+  const input = make("input", {type: "radio", name: "kind", value: kind, checked: !$("kinds").querySelector("input")});
+  $("kinds").append(make("label", {}, input, text));
+}
+$("since").append(make("option", {value: "first"}, "its first save"));
+for (const step of map.steps.slice(0, -1)) $("since").append(make("option", {value: step}, `step ${step}`));
+draw();
