@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from so8t.analyze import Analysis, Bounds, analyze
 from so8t.checkpoint import CONFIG_FILE, checkpoint_folders
-from so8t.config import Config, InputError, load_config
+from so8t.config import Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
 from so8t.logits import read_logits
 from so8t.metrics import read_metrics
@@ -58,7 +58,7 @@ def write_report(run: Path) -> Path:
         name=run.resolve().name,
         subtitle=_subtitle(config),
         tiles=_tiles(metrics, len(analysis.steps)),
-        config={table: vars(section) for table, section in vars(config).items()},
+        config=to_toml(config),
         policy=_read_json(run / "policy.json"),
         memory=_read_json(run / "memory.json"),
         training=draw_training(metrics, config.pet),
@@ -104,7 +104,11 @@ def _tiles(metrics: Sequence[dict[str, Any]], num_files: int) -> list[tuple[str,
         ("steps", f"{last['step']}", f"epoch {last['epoch'] + 1}, after {duration}"),
         ("tokens", f"{total('num_tokens'):,}", f"{total('num_targets'):,} of them targets"),
         ("tokens per second", f"{speed:,.0f}", "at the median step"),
-        ("peak memory", f"{max(record['peak_memory_bytes'] for record in metrics) / 2**30:.2f} GiB", "of the accelerator, or of the process"),
+        (
+            "peak memory",
+            f"{max(record['peak_memory_bytes'] for record in metrics) / 2**30:.2f} GiB",
+            "of the accelerator, or of the process",
+        ),
         ("saved logits", f"{num_files} files", f"{lost[0]} dropped, {lost[1]} failed since the last start"),
     ]
     evaluated = [record["eval_loss"] for record in metrics if "eval_loss" in record]
