@@ -43,7 +43,7 @@ const visible = (text) => text.replace(/^ /, "␣").replace(/\n/g, "↵").replac
 function percent(logprob) {
   if (!Number.isFinite(logprob)) return "unknown";
   const value = 100 * Math.exp(logprob);
-  return value < 0.01 ? "< 0.01 %" : `${value.toPrecision(3).slice(0, 5).replace(/\.$/, "")} %`;
+  return value < 0.01 ? "< 0.01 %" : `${value.toPrecision(3)} %`;
 }
 
 function make(tag, properties = {}, ...children) {
@@ -57,7 +57,7 @@ function make(tag, properties = {}, ...children) {
 /** The row's element: one part for each section, tags included. Made once, when it is first shown. */
 function build(row) {
   const {kind, sample_id, tokens, sections, targets} = row.data;
-  const title = make("h3", {}, `${kind === "probe" ? "probe row" : "row"} ${sample_id}`, make("small"));
+  const title = make("h3", {}, `${kind === "probe" ? "probe row" : "row"} ${sample_id}`, " ", make("small"));
   row.element = make("article", {className: "row"}, title);
   row.element.setAttribute("role", "group");
   row.element.setAttribute("aria-label", title.firstChild.data);

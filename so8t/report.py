@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from so8t.analyze import Analysis, Bounds, analyze
+from so8t.analyze import Analysis, SampleDynamics, StepScores, analyze, tables
 from so8t.checkpoint import CONFIG_FILE, checkpoint_folders
 from so8t.config import Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
@@ -51,7 +51,6 @@ def write_report(run: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"bounds": _bounds}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     html = environment.get_template("report.html").render(
         nonce=secrets.token_urlsafe(),
@@ -63,7 +62,8 @@ def write_report(run: Path) -> Path:
         memory=_read_json(run / "memory.json"),
         training=draw_training(metrics, config.pet),
         beliefs=draw_beliefs(_comparable(analysis)) if has_logits else [],
-        steps=analysis.steps,
+        has_probe=any(scores.kind == "probe" for scores in analysis.steps),
+        numbers=tables(analysis),
         map=token_map(logits, _tokenizer(run, config, logits)) if has_logits else {"rows": []},
     )
     with atomic_write(run / REPORT_FILE) as file:
@@ -118,13 +118,19 @@ def _tiles(metrics: Sequence[dict[str, Any]], num_files: int) -> list[tuple[str,
 
 
 def _comparable(analysis: Analysis) -> Analysis:
-    """What curves over the steps are drawn of: the probe's rows, which are always the same, if there is a probe."""
-    kind = "probe" if any(scores.kind == "probe" for scores in analysis.steps) else "logits"
-    return Analysis(
-        [scores for scores in analysis.steps if scores.kind == kind],
-        [comparison for comparison in analysis.comparisons if comparison.kind == kind],
-        [sample for sample in analysis.dynamics if sample.kind == kind and len(sample.steps) > 1],
-    )
+    """What is drawn: the probe's rows over the steps, as they are always the same, else what each step trained on.
+
+    The rows of the data map are those trained on, if any of them was saved twice.
+    """
+    steps: dict[str, list[StepScores]] = {"probe": [], "logits": []}
+    samples: dict[str, list[SampleDynamics]] = {"logits": [], "probe": []}
+    for scores in analysis.steps:
+        steps[scores.kind].append(scores)
+    for sample in analysis.dynamics:
+        if len(sample.steps) > 1:
+            samples[sample.kind].append(sample)
+    changes = [comparison for comparison in analysis.comparisons if comparison.kind == "probe"]
+    return Analysis(steps["probe"] or steps["logits"], changes, samples["logits"] or samples["probe"])
 
 
 def _tokenizer(run: Path, config: Config, logits: Path) -> Any:
@@ -144,11 +150,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise InputError(f"{path} is no JSON object; delete it to leave it out")
     return content
-
-
-def _bounds(bounds: Bounds) -> str:
-    low, high = f"{bounds.low:.3f}", f"{bounds.high:.3f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

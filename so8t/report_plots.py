@@ -25,7 +25,7 @@ SERIES = [f"#00001{number}" for number in range(1, 6)]
 PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)
 }
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 8,
     "text.color": INK,
@@ -61,7 +61,6 @@ def draw_training(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> list[Dra
     drawings: list[Drawing] = []
     with _added(drawings, "Loss", f"{_ends(metrics, 'loss')}; loss = cross-entropy + weight × PET") as axes:
         _curves(axes, metrics, loss="loss", ce="cross-entropy", eval_loss="validation")
-        _legend(axes)
     with _added(drawings, "PET and its phases", _ends(metrics, "pet")) as axes:
         _phases(axes, metrics, pet)
         _curves(axes, metrics, pet="PET")
@@ -71,13 +70,13 @@ def draw_training(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> list[Dra
         _curves(axes, metrics, lr="learning rate")
     with _added(drawings, "Gradient norm", f"{_ends(metrics, 'grad_norm')}, before clipping") as axes:
         _curves(axes, metrics, grad_norm="gradient norm")
-    with _added(drawings, "Tokens per second", f"{_ends(metrics, 'tokens_per_sec')}, padding not counted") as axes:
+    with _added(drawings, "Tokens per second", "padding not counted") as axes:
         _curves(axes, metrics, tokens_per_sec="tokens per second")
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
     gib = [record | {"gib": record["peak_memory_bytes"] / 2**30} for record in metrics]
     with _added(drawings, "Peak memory", f"{_ends(gib, 'gib')} GiB, the most since the last start") as axes:
         _curves(axes, gib, gib="GiB")
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
     return drawings
 
 
@@ -85,51 +84,42 @@ def draw_beliefs(analysis: Analysis) -> list[Drawing]:
     """What saved logits of one kind say over the steps that saved them, and of rows that were saved more than once."""
     drawings: list[Drawing] = []
     steps, comparisons, samples = analysis.steps, analysis.comparisons, analysis.dynamics
-    first, last = steps[0], steps[-1]
-    at = [scores.step for scores in steps]
+    last = steps[-1].total
     caption = "mean over tokens, in nats; equal where the model is as sure as it is right"
     with _added(drawings, "Entropy and negative log-likelihood", caption) as axes:
-        axes.plot(at, [scores.total.entropy for scores in steps], marker="o", label="entropy")
-        axes.plot(at, [scores.total.nll for scores in steps], marker="o", label="negative log-likelihood")
-        _legend(axes)
+        _saves(axes, "entropy", [(scores.step, scores.total.entropy) for scores in steps])
+        _saves(axes, "negative log-likelihood", [(scores.step, scores.total.nll) for scores in steps])
     with _added(drawings, "Negative log-likelihood of each section", "mean over its tokens, in nats") as axes:
         for name in dict.fromkeys(name for scores in steps for name in scores.sections):
-            known = [(scores.step, scores.sections[name].nll) for scores in steps if name in scores.sections]
-            axes.plot(*zip(*known, strict=True), marker="o", label=name)
-        _legend(axes)
-    caption = f"step {last.step}: {last.total.top1_accuracy:.0%} of the tokens were the likeliest, "
-    caption += f"{last.total.top5_accuracy:.0%} among the five likeliest"
+            having = (scores for scores in steps if name in scores.sections)
+            _saves(axes, name, [(scores.step, scores.sections[name].nll) for scores in having])
+    caption = f"in the end {last.top1_accuracy:.0%} of the tokens were the likeliest, "
+    caption += f"{last.top5_accuracy:.0%} among the five likeliest"
     with _added(drawings, "Accuracy", caption) as axes:
-        axes.plot(at, [scores.total.top1_accuracy for scores in steps], marker="o", label="top 1")
-        axes.plot(at, [scores.total.top5_accuracy for scores in steps], marker="o", label="top 5")
+        _saves(axes, "top 1", [(scores.step, scores.total.top1_accuracy) for scores in steps])
+        _saves(axes, "top 5", [(scores.step, scores.total.top5_accuracy) for scores in steps])
         axes.set_ylim(0, 1)
-        _legend(axes)
-    errors = [scores.total.calibration.error for scores in steps]
-    with _added(
-        drawings, "Expected calibration error", "15 bins of equal mass; 0 = right as often as it is sure"
-    ) as axes:
-        axes.plot(at, [(error.low + error.high) / 2 for error in errors], marker="o")
-        axes.fill_between(at, [error.low for error in errors], [error.high for error in errors], alpha=0.2, linewidth=0)
-        axes.set_ylim(bottom=0)
+    caption = "15 bins of equal mass; 0 = right as often as it is sure; shaded where only bounds are known"
+    with _added(drawings, "Expected calibration error", caption) as axes:
+        low, high = np.array([(error.low, error.high) for error in (s.total.calibration.error for s in steps)]).T
+        at = [scores.step for scores in steps]
+        _saves(axes, "calibration error", list(zip(at, (low + high) / 2, strict=True)))
+        axes.fill_between(at, low, high, alpha=0.2, linewidth=0)
+        _from_zero(axes)
     caption = "each point is a fifteenth of the tokens; below the diagonal the model is surer than it is right"
     with _added(drawings, "Reliability", caption) as axes:
         axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=0.8)
-        for scores in (first, last) if last is not first else (last,):
-            bins = scores.total.calibration.bins
-            confidence, accuracy = [bin.confidence for bin in bins], [bin.accuracy for bin in bins]
-            axes.plot(confidence, accuracy, marker="o", label=f"step {scores.step}")
+        for step, bins in {scores.step: scores.total.calibration.bins for scores in (steps[0], steps[-1])}.items():
+            _saves(axes, f"step {step}", [(bin.confidence, bin.accuracy) for bin in bins])
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        _legend(axes)
     if comparisons:
         caption = "KL divergence from the save before, in nats a token, on the same rows"
         caption += "" if comparisons[-1].kl_mean.low == comparisons[-1].kl_mean.high else "; lower bounds"
         with _added(drawings, "Change between saves", caption) as axes:
-            later = [comparison.later_step for comparison in comparisons]
-            axes.plot(later, [comparison.kl_mean.low for comparison in comparisons], marker="o", label="mean")
-            axes.plot(later, [comparison.kl_p95.low for comparison in comparisons], marker="o", label="95th percentile")
-            axes.set_ylim(bottom=0)
-            _legend(axes)
+            _saves(axes, "mean", [(one.later_step, one.kl_mean.low) for one in comparisons])
+            _saves(axes, "95th percentile", [(one.later_step, one.kl_p95.low) for one in comparisons])
+            _from_zero(axes)
     if samples:
         caption = f"{len(samples)} rows saved more than once; top left easy, bottom left hard, right ambiguous"
         with _added(drawings, "Data map", caption) as axes:
@@ -157,7 +147,6 @@ def _data_map(axes: Axes, samples: Sequence[SampleDynamics]) -> None:
         )
     axes.set(xlim=(0, None), ylim=(0, 1), xlabel="variability", ylabel="confidence")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    _legend(axes)
 
 
 @contextmanager
@@ -169,6 +158,10 @@ def _added(drawings: list[Drawing], title: str, caption: str) -> Iterator[Axes]:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
         yield axes
+        if len(axes.get_legend_handles_labels()[0]) > 1:  # above the axes, where no curve runs
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0, columnspacing=1.2, handlelength=2.6
+            )
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -176,11 +169,6 @@ def _added(drawings: list[Drawing], title: str, caption: str) -> Iterator[Axes]:
     svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}: {caption}" ', 1)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     drawings.append(Drawing(title, caption, re.sub("#0000[01][1-9]", lambda colour: PAGE_COLOURS[colour[0]], svg)))
-
-
-def _legend(axes: Axes) -> None:
-    """Above the axes, where no curve runs."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0, columnspacing=1.2, handlelength=2.6)
 
 
 def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -200,9 +188,18 @@ def _curves(axes: Axes, metrics: Sequence[dict[str, Any]], **labels: str) -> Non
             axes.plot(steps, values, label=label, marker="o" if len(steps) < 20 else "")
 
 
+def _from_zero(axes: Axes) -> None:
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+
+
+def _saves(axes: Axes, label: str, points: Sequence[tuple[float, float]]) -> None:
+    """A curve of a few measured points."""
+    axes.plot(*zip(*points, strict=True), marker="o", label=label)
+
+
 def _ends(metrics: Sequence[dict[str, Any]], key: str) -> str:
     first, last = (
-        f"{record[key]:.3g}" if record[key] is not None else "not finite" for record in (metrics[0], metrics[-1])
+        f"{record[key]:.4g}" if record[key] is not None else "not finite" for record in (metrics[0], metrics[-1])
     )
     return f"from {first} to {last}"
 

@@ -18,7 +18,7 @@ from so8t.thinking import SECTIONS
 
 ALTERNATIVES = 5  # likeliest tokens shown for a target
 MAX_STEPS = 20  # saved steps on the slider, evenly spread
-MAX_BELIEFS = 120_000  # targets times saves; at about 66 bytes each the page stays below 10 MB
+MAX_BELIEFS = 120_000  # targets times saves; at about 71 bytes each the page stays below 10 MB
 SCALE_QUANTILE = 0.95  # what lies beyond has the scale's last colour
 UNDECODABLE = "\ufffd"
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -127,9 +127,10 @@ def _beliefs(record: LogitsRecord, targets: slice, strings: "_Strings") -> dict[
 def likeliest(record: LogitsRecord, targets: slice) -> tuple[Tensor, Tensor]:
     """[N, k] ids and log-probabilities of the likeliest tokens: ALTERNATIVES of them, or as many as the file knows."""
     if record.form == "stats":
-        return tuple(record.at_targets(name, targets)[:, None] for name in ("top1_id", "top1_logprob"))
+        return record.at_targets("top1_id", targets)[:, None], record.at_targets("top1_logprob", targets)[:, None]
     if record.form == "topk":
-        return tuple(record.at_targets(name, targets)[:, :ALTERNATIVES] for name in ("topk_ids", "topk_logprobs"))
+        ids, logprobs = (record.at_targets(name, targets) for name in ("topk_ids", "topk_logprobs"))
+        return ids[:, :ALTERNATIVES], logprobs[:, :ALTERNATIVES]
     logits = record.at_targets("logits", targets)
     values, ids = logits.topk(min(ALTERNATIVES, logits.shape[1]))
     return ids, values.float() - record.at_targets("logsumexp", targets)[:, None]
