@@ -21,14 +21,13 @@ function earlierSave(row) {
   return row.data.saves.find((save) => save.step < shownStep() && (since === "first" || save.step === Number(since)));
 }
 
-/** In nats, NaN = unknown: what the colour of a target shows. A change is that of its negative log-likelihood. */
-function shownValue(row, index) {
-  const save = saveAt(row, shownStep());
-  switch (selected("colour")) {
-    case "nll": return -nats(save.logprob[index]);
-    case "entropy": return nats(save.entropy[index]);
-    case "change": return nats(earlierSave(row)?.logprob[index]) - nats(save.logprob[index]);
-  }
+/** What the colours of a row's targets show, in nats, NaN = unknown. A change is that of the NLL. */
+function shownValues(row, colour) {
+  const {logprob, entropy} = saveAt(row, shownStep());
+  if (colour === "entropy") return entropy.map(nats);
+  if (colour === "nll") return logprob.map((now) => -nats(now));
+  const before = earlierSave(row)?.logprob;
+  return logprob.map((now, index) => nats(before?.[index]) - nats(now));
 }
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -41,7 +40,7 @@ const plain = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits)
 const visible = (text) => text.replace(/^ /, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
 
 function percent(logprob) {
-  if (!Number.isFinite(logprob)) return "unknown";
+  if (Number.isNaN(logprob)) return "unknown";
   const value = 100 * Math.exp(logprob);
   return value < 0.01 ? "< 0.01 %" : `${value.toPrecision(3)} %`;
 }
@@ -101,8 +100,9 @@ function draw() {
     if (!save) continue;
     if (!row.element.parentNode) place(row);
     row.element.querySelector("small").textContent = remark(row, save);
+    const values = shownValues(row, colour);
     row.tokens.forEach((element, index) => {
-      const value = shownValue(row, index);
+      const value = values[index];
       element.classList.toggle("unknown", Number.isNaN(value));
       element.classList.toggle("likelier", value < 0);
       element.style.setProperty("--strength", `${100 * Math.min(1, Math.abs(value || 0) / end)}%`);

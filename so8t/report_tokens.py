@@ -14,11 +14,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from so8t.analyze import Key, row_keys
 from so8t.logits import LogitsRecord, read_logits
+from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 
 ALTERNATIVES = 5  # likeliest tokens shown for a target
 MAX_STEPS = 20  # saved steps on the slider, evenly spread
-MAX_BELIEFS = 120_000  # targets times saves; at about 71 bytes each the page stays below 10 MB
+MAX_BELIEFS = 110_000  # targets times saves; at 70 to 80 bytes each the page stays below 10 MB
 SCALE_QUANTILE = 0.95  # what lies beyond has the scale's last colour
 UNDECODABLE = "\ufffd"
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -39,12 +40,12 @@ class _Row:
 
 
 def token_map(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """What the page's script draws, in plain JSON types; no rows if nothing is saved in `folder`.
+    """What the page's script draws, in plain JSON types; `folder` holds saved logits.
 
     Log-probabilities and entropies are thousandths of a nat, null = unknown. Texts are places in "strings". A row's
     "targets" are places in its "tokens"; its "labels" and the lists of its saves have one entry a target.
     """
-    records = list(read_logits(folder)) if folder.is_dir() else []
+    records = list(read_logits(folder))
     steps = _spread(sorted({record.step for record in records}), MAX_STEPS)
     records = [record for record in records if record.step in steps]
     rows = _group_rows(records, tokenizer)
@@ -54,7 +55,7 @@ def token_map(folder: Path, tokenizer: Any) -> dict[str, Any]:
     return {
         "steps": steps,
         "sections": SECTIONS,
-        "vocab_size": max((record.contents["vocab_size"] for record in records), default=0),
+        "vocab_size": records[0].contents["vocab_size"],
         "rows": drawn,
         "rows_left_out": len(rows) - len(kept),
         "strings": strings.texts,
@@ -70,7 +71,7 @@ def _spread(steps: list[int], count: int) -> list[int]:
 
 
 def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
-    """The rows of all files, each once however many steps saved it: the probe's first, then each file's first rows."""
+    """The rows of all files, each once however many steps saved it; the first rows of every file come first."""
     rows: dict[tuple[str, Key], _Row] = {}
     for record in records:
         texts = record.tokens(tokenizer)
@@ -90,7 +91,7 @@ def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
                     targets=(t[start:end] + 1).tolist(),
                 )
             row.saves.append((record, slice(start, end)))
-    return sorted(rows.values(), key=lambda row: (row.kind != "probe", row.place))
+    return sorted(rows.values(), key=lambda row: row.place)
 
 
 def _within_budget(rows: Sequence[_Row]) -> list[_Row]:
@@ -131,8 +132,11 @@ def likeliest(record: LogitsRecord, targets: slice) -> tuple[Tensor, Tensor]:
     if record.form == "topk":
         ids, logprobs = (record.at_targets(name, targets) for name in ("topk_ids", "topk_logprobs"))
         return ids[:, :ALTERNATIVES], logprobs[:, :ALTERNATIVES]
-    logits = record.at_targets("logits", targets)
-    values, ids = logits.topk(min(ALTERNATIVES, logits.shape[1]))
+    chunks = (slice(t, min(t + CHUNK_ROWS, targets.stop)) for t in range(targets.start, targets.stop, CHUNK_ROWS))
+    tops = [
+        record.at_targets("logits", chunk).topk(min(ALTERNATIVES, record.contents["vocab_size"])) for chunk in chunks
+    ]
+    values, ids = (torch.cat(parts) for parts in zip(*tops, strict=True))
     return ids, values.float() - record.at_targets("logsumexp", targets)[:, None]
 
 

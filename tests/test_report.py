@@ -72,6 +72,12 @@ def drawn(page: str) -> dict[str, Any]:
     return result
 
 
+@pytest.fixture(scope="module")
+def probe_rows(drawn: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of them that the page shows at first."""
+    return [row for row in drawn["rows"] if row["kind"] == "probe"]
+
+
 # ---- numbers
 
 
@@ -350,9 +356,10 @@ def test_it_opens_quickly_without_errors_and_without_the_network(opened: Page) -
     assert 0 < loaded < 2000
 
 
-def test_hovering_shows_the_numbers_of_that_token_at_that_step(opened: Page, drawn: dict[str, Any]) -> None:
-    row = drawn["rows"][0]
-    assert row["kind"] == "probe"
+def test_hovering_shows_the_numbers_of_that_token_at_that_step(
+    opened: Page, drawn: dict[str, Any], probe_rows: list[dict[str, Any]]
+) -> None:
+    row = probe_rows[0]
     for index in (3, len(row["targets"]) - 1):
         opened.run("arguments[0].scrollIntoView({block: 'center'})", opened.token(0, index))
         opened.run("arguments[0].dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))", opened.token(0, index))
@@ -369,22 +376,24 @@ def test_hovering_shows_the_numbers_of_that_token_at_that_step(opened: Page, dra
         assert cells[: len(expected)] == expected
 
 
-def test_a_real_pointer_finds_the_token_under_it(opened: Page, drawn: dict[str, Any]) -> None:
+def test_a_real_pointer_finds_the_token_under_it(opened: Page, probe_rows: list[dict[str, Any]]) -> None:
     from selenium.webdriver import ActionChains
 
-    row = drawn["rows"][0]
+    row = probe_rows[0]
     ActionChains(opened.driver).move_to_element(opened.token(0, 5)).perform()
     assert f"token {row['targets'][5]} of row {row['sample_id']}" in opened.belief
 
 
-def test_the_slider_changes_step_colours_and_numbers(opened: Page, drawn: dict[str, Any]) -> None:
+def test_the_slider_changes_step_colours_and_numbers(
+    opened: Page, drawn: dict[str, Any], probe_rows: list[dict[str, Any]]
+) -> None:
     assert opened.find("#step-shown").text == f"step {STEPS[-1]}"
     opened.run("arguments[0].focus()", opened.token(0, 3))
     strengths, beliefs = [], []
     for step in reversed(STEPS):
         assert opened.find("#step-shown").text == f"step {step}"
         assert f"step {step}" in opened.belief
-        save = next(save for save in drawn["rows"][0]["saves"] if save["step"] == step)
+        save = next(save for save in probe_rows[0]["saves"] if save["step"] == step)
         assert shown_percent(opened.belief, "probability") == pytest.approx(percent(save["logprob"][3]), rel=0.01)
         strength = float(
             opened.run("return arguments[0].style.getPropertyValue('--strength')", opened.token(0, 3))[:-1]
@@ -396,9 +405,11 @@ def test_the_slider_changes_step_colours_and_numbers(opened: Page, drawn: dict[s
     assert len(set(beliefs)) == len(STEPS)
 
 
-def test_change_compares_with_the_earlier_step(opened: Page, drawn: dict[str, Any]) -> None:
+def test_change_compares_with_the_earlier_step(
+    opened: Page, drawn: dict[str, Any], probe_rows: list[dict[str, Any]]
+) -> None:
     opened.find("input[value=change]").click()
-    row = drawn["rows"][0]
+    row = probe_rows[0]
     for keys, save in (("", row["saves"][0]), ("\ue015\ue015", row["saves"][1])):  # down to step 2, to step 4
         opened.find("#since").send_keys(keys)
         changes = [(then - now) / 1000 for then, now in zip(save["logprob"], row["saves"][-1]["logprob"], strict=True)]
@@ -422,8 +433,8 @@ def test_the_rows_of_a_batch_are_those_of_its_step(opened: Page, run: Path) -> N
         opened.find("#step").send_keys("\ue012")
 
 
-def test_the_keyboard_reaches_everything(opened: Page, drawn: dict[str, Any]) -> None:
-    first, second = drawn["rows"][:2]
+def test_the_keyboard_reaches_everything(opened: Page, probe_rows: list[dict[str, Any]]) -> None:
+    first, second = probe_rows
     right, left, down, up, home, end, page_up, page_down = "\ue014\ue012\ue015\ue013\ue011\ue010\ue00e\ue00f"
     opened.run("document.getElementById('since').focus()")
     opened.press("\ue004")  # Tab
