@@ -151,7 +151,7 @@ function describe(element) {
   const facts = [
     ["probability", percent(logprob)],
     ["NLL", `${plain(-logprob, 2)} nats`],
-    ["rank", rank === 0 ? "0 (likeliest)" : rank > 0 ? `${rank} of ${map.vocab_size}` : "unknown"],
+    ["rank", rank < 0 ? "unknown" : `${rank} (0 = likeliest)`],
     ["entropy", `${plain(nats(save.entropy[index]), 2)} nats`],
   ];
   if (before) facts.push([`at step ${before.step}`, percent(nats(before.logprob[index]))]);
@@ -170,8 +170,9 @@ function describe(element) {
 /** The likeliest tokens there, the one that stands in the text, and what is left for all others. */
 function alternatives(row, save, index) {
   const label = row.data.labels[index];
-  const likeliest = save.top[index].map((string, nth) => [string, nats(save.top_logprob[index][nth])]);
-  if (!save.top[index].includes(label)) likeliest.push([label, nats(save.logprob[index])]);
+  const exact = nats(save.logprob[index]); // in the list it may be rounded
+  const likeliest = save.top[index].map((string, nth) => [string, string === label ? exact : nats(save.top_logprob[index][nth])]);
+  if (!save.top[index].includes(label)) likeliest.push([label, exact]);
   const table = make("table", {}, make("caption", {className: "soft"}, "What it expected here"));
   const add = (text, logprob, className) => {
     const bar = make("td", {className: "bar"});

@@ -55,7 +55,6 @@ def token_map(folder: Path, tokenizer: Any) -> dict[str, Any]:
     return {
         "steps": steps,
         "sections": SECTIONS,
-        "vocab_size": records[0].contents["vocab_size"],
         "rows": drawn,
         "rows_left_out": len(rows) - len(kept),
         "strings": strings.texts,
@@ -189,8 +188,8 @@ class _Strings:
         return self._places_of_ids[id]
 
     def _bytes(self, id: int) -> str:
-        """Part of a character, as its bytes: "E3 81"."""
+        """What to show of a token that is part of a character: "bytes E3 81"."""
         token = self._tokenizer.convert_ids_to_tokens(id)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's fallback, as in Phi-3
-            return byte[1]
-        return bytes(BYTE_OF[character] for character in token if character in BYTE_OF).hex(" ").upper()
+            return f"bytes {byte[1]}"
+        return "bytes " + bytes(BYTE_OF[character] for character in token if character in BYTE_OF).hex(" ").upper()

@@ -152,7 +152,8 @@ def test_an_alternative_that_is_part_of_a_character_shows_its_bytes(tokenizer: A
     strings = report_tokens._Strings(tokenizer)
     ids = tokenizer.encode("鬱", add_special_tokens=False)
     assert len(ids) > 1
-    assert " ".join(strings.texts[strings.place_of_id(id)] for id in ids) == "鬱".encode().hex(" ").upper()
+    shown = [strings.texts[strings.place_of_id(id)].removeprefix("bytes ") for id in ids]
+    assert bytes.fromhex("".join(shown)) == "鬱".encode()
 
 
 def test_so_does_one_of_a_sentencepiece_tokenizer() -> None:
@@ -162,7 +163,12 @@ def test_so_does_one_of_a_sentencepiece_tokenizer() -> None:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     strings = report_tokens._Strings(PreTrainedTokenizerFast(tokenizer_object=backend))
-    assert [strings.texts[strings.place_of_id(id)] for id in range(1, 5)] == [" the", "E9", "AC", "B1"]
+    assert [strings.texts[strings.place_of_id(id)] for id in range(1, 5)] == [
+        " the",
+        "bytes E9",
+        "bytes AC",
+        "bytes B1",
+    ]
 
 
 # ---- size
@@ -222,6 +228,16 @@ def test_the_page_tells_policy_memory_and_configuration(page: str) -> None:
     assert "1.5 MiB" in page
     assert "1.50" in page
     assert "save_logits_steps = 2" in page
+
+
+def test_a_policy_or_a_ledger_of_few_keys_is_shown_as_far_as_it_goes(run: Path, tmp_path: Path) -> None:
+    for name in ("config.toml", "metrics.jsonl"):
+        shutil.copy(run / name, tmp_path)
+    (tmp_path / "policy.json").write_text("{}")
+    (tmp_path / "memory.json").write_text('{"rows": [{"name": "a lone name"}]}')
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "? of ? rows were used" in page
+    assert "a lone name" in page
 
 
 def test_the_curves_say_what_the_metrics_say(run: Path, page: str) -> None:
