@@ -230,16 +230,6 @@ def test_the_page_tells_policy_memory_and_configuration(page: str) -> None:
     assert "save_logits_steps = 2" in page
 
 
-def test_a_policy_or_a_ledger_of_few_keys_is_shown_as_far_as_it_goes(run: Path, tmp_path: Path) -> None:
-    for name in ("config.toml", "metrics.jsonl"):
-        shutil.copy(run / name, tmp_path)
-    (tmp_path / "policy.json").write_text("{}")
-    (tmp_path / "memory.json").write_text('{"rows": [{"name": "a lone name"}]}')
-    page = report.write_report(tmp_path).read_text(encoding="utf-8")
-    assert "? of ? rows were used" in page
-    assert "a lone name" in page
-
-
 def test_the_curves_say_what_the_metrics_say(run: Path, page: str) -> None:
     records = read_metrics(run / "metrics.jsonl")
     assert f"from {records[0]['loss']:.4g} to {records[-1]['loss']:.4g}; loss" in page
@@ -252,11 +242,14 @@ def test_losses_that_were_not_finite_leave_a_gap(run: Path) -> None:
     assert "from not finite to not finite" in draw_training(records, PetConfig())[0].caption
 
 
-def test_a_run_that_saved_no_logits_has_a_report_too(run: Path, tmp_path: Path) -> None:
+def test_a_run_without_logits_and_a_ledger_of_few_keys_have_a_report_too(run: Path, tmp_path: Path) -> None:
     for name in ("config.toml", "metrics.jsonl"):
         shutil.copy(run / name, tmp_path)
-    path = report.write_report(tmp_path)
-    assert "This run saved no logits" in path.read_text(encoding="utf-8")
+    (tmp_path / "policy.json").write_text("{}")
+    (tmp_path / "memory.json").write_text('{"rows": [{"name": "a lone name"}]}')
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    for text in ("This run saved no logits", "? of ? rows were used", "a lone name"):
+        assert text in page
 
 
 # ---- what cannot be reported
