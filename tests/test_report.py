@@ -25,10 +25,11 @@ from so8t.report_plots import MAX_POINTS, draw_training
 from so8t.report_tokens import MAX_BELIEFS, MAX_STEPS, token_map
 
 ATTACK = '</script><img src="http://127.0.0.1:9" onerror="hacked = 1"><!-- \u2028 <script>window.hacked = 1</script>'
+SOURCE = {"source": "own", "license": "CC0-1.0"}
 PARTS = {"task": "Asks for markup.", "safety": "Safe.", "policy": "Say it plainly."}
 PROBE = [
-    {"query": ATTACK, **PARTS, "final": f"It reads {ATTACK} as it stands."},
-    {"query": "鬱と薔薇は？", **PARTS, "final": "鬱蒼とした森に、薔薇が咲く。"},
+    {"query": ATTACK, **SOURCE, **PARTS, "final": f"It reads {ATTACK} as it stands."},
+    {"query": "鬱と薔薇は？", **SOURCE, **PARTS, "final": "鬱蒼とした森に、薔薇が咲く。"},
 ]
 STEPS = (2, 4, 6)
 

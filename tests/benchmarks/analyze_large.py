@@ -3,8 +3,8 @@
     python tests/benchmarks/analyze_large.py --gib 2 --folder /somewhere/with/room
 
 Writes files as a run of Phi-3.5 does that saves its logits in bfloat16 (vocabulary 32064, four rows of 2048 tokens a
-file, two thirds of them labels), with the same rows in the probe of every step. The analysis and the numpy pass then run
-in processes of their own. The numpy pass does the least that can be done: of every position the log-sum-exp and the
+file, two thirds of them labels), with the same rows in the probe of every step. The analysis and the numpy pass then
+run in processes of their own. The numpy pass does the least that can be done: of every position the log-sum-exp and the
 largest logit, in chunks of the same memory-mapped files. Exits with 1 if the analysis holds more than 1 GiB.
 """
 
