@@ -217,6 +217,9 @@ def fake_model(
         if device_type != "cpu":  # bitsandbytes goes another way through 8-bit layers on a CPU
             cuda_way = bitsandbytes_functions.MatMul8bitLt
             stack.enter_context(mock.patch.object(bitsandbytes_functions, "MatMul8bitFp", cuda_way))
+            # peft asks whether autocast is on without saying where, which means on the GPU; the trace has it on the CPU
+            enabled = torch.is_autocast_enabled
+            stack.enter_context(mock.patch("torch.is_autocast_enabled", lambda where="cpu": enabled(where)))
         # no row is packed; transformers cannot see that in fake positions and would build a mask
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
