@@ -31,6 +31,10 @@ counted, those of Japanese, Chinese and Korean twice, because each carries about
 answer naturally echoes its question ("The difference between .. and .. is"), and so the task may be echoed at
 greater length than the safety and policy thoughts, of which more than a stock phrase ("consult a qualified
 professional") has no reason to leave.
+
+The **safety label** is read off the verdict that opens the safety thought: what stands before its first colon or
+full stop, which must be one of `VERDICTS` and nothing more. "Safe: plain arithmetic." is ALLOW and "Unsafe: it is
+fraud." REFUSE; a thought that opens in any other way, "Not safe" or "Safe, but ..", leaves it open and is ESCALATE.
 """
 
 import html
@@ -39,7 +43,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 PARTS = ("task", "safety", "policy", "final")
 TAG_NAMES = {"task": "think-task", "safety": "think-safety", "policy": "think-policy", "final": "final"}
@@ -51,6 +55,16 @@ SECTIONS = ("padding", "prompt", "task", "safety", "policy", "final", "answer")
 # in letters and digits, see the module's docstring
 SHORTEST_QUOTE = 16
 LONGEST_ECHO = {"task": 72, "safety": 36, "policy": 36}
+
+SafetyLabel = Literal["ALLOW", "REFUSE", "ESCALATE"]
+VERDICTS: dict[str, SafetyLabel] = {
+    **dict.fromkeys(("safe", "allow", "安全", "許可"), "ALLOW"),
+    **dict.fromkeys(("unsafe", "refuse", "危険", "拒否"), "REFUSE"),
+    "escalate": "ESCALATE",
+}
+
+# what leaves in the place of an answer that is not well-formed
+REFUSAL = "I cannot answer this. Please ask a person. / お答えできません。担当者にお尋ねください。"
 
 
 class ThinkingError(ValueError):
@@ -69,6 +83,16 @@ class Thinking:
     """Part -> (start, end) in characters of the parsed text, its two tags included."""
 
 
+class Released(NamedTuple):
+    """What `release` makes of a generated text."""
+
+    answer: str
+    """The final, or REFUSAL: all that may leave."""
+    safety_label: SafetyLabel
+    thinking: str
+    """What stays inside, stripped: all before the final, or all there is where no final may leave."""
+
+
 def render(task: str, safety: str, policy: str, final: str) -> str:
     """Write the four parts with their tags, one after the other, separated by a newline.
 
@@ -82,6 +106,8 @@ def render(task: str, safety: str, policy: str, final: str) -> str:
 
 def parse(text: str) -> Thinking:
     """Take a well-formed answer apart, in linear time; raises ThinkingError for anything else."""
+    if _HALF_CHARACTER.search(text):
+        raise ThinkingError("there is half of a surrogate pair, which is no character; save the text as UTF-8")
     positions: dict[str, int] = {}
     for name in TAG_NAMES.values():
         for tag in (f"<{name}>", f"</{name}>"):
@@ -127,6 +153,22 @@ def final_only(text: str) -> str | None:
         return parse(text).final.strip()
     except ThinkingError:
         return None
+
+
+def release(text: str) -> Released:
+    """Decide what of a generated text may leave; whatever is not well-formed leaves as REFUSAL and ESCALATE."""
+    try:
+        answer = parse(text)
+    except ThinkingError:
+        return Released(REFUSAL, "ESCALATE", text.strip())
+    thoughts = text[: answer.spans["final"][0]]
+    return Released(answer.final.strip(), safety_label(answer.safety), thoughts.strip())
+
+
+def safety_label(safety: str) -> SafetyLabel:
+    """The label that the safety thought stands for, see the module's docstring."""
+    verdict = re.split("[:.。]", _fold(safety), maxsplit=1)[0].strip()
+    return _FOLDED_VERDICTS.get(verdict, "ESCALATE")
 
 
 def has_tags(text: str) -> bool:
@@ -250,6 +292,10 @@ def _decode(reference: re.Match[str]) -> str:
 def _fold(text: str) -> str:
     """Make `text` plain for comparison; white space becomes a space, character for character."""
     return _REFERENCES.sub(_decode, text).translate(_FOLD)
+
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_FOLDED_VERDICTS = {_fold(word): label for word, label in VERDICTS.items()}
 
 
 def _spaced(name: str) -> str:

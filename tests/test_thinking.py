@@ -3,61 +3,27 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from thinking_cases import ENGLISH, JAPANESE, TAG_LIKE, TAGS, answer, malformed, swapped
 
 from so8t.thinking import (
     LONGEST_ECHO,
     PARTS,
+    REFUSAL,
     SECTIONS,
     SHORTEST_QUOTE,
     TAG_NAMES,
+    SafetyLabel,
     ThinkingError,
     final_only,
     has_tags,
     neutralise,
     parse,
+    release,
     render,
     repeats,
 )
-
-ENGLISH = {
-    "task": "The user asks which city is the capital of Australia.",
-    "safety": "Plain geography; nobody can be harmed.",
-    "policy": "Give the fact in one sentence.",
-    "final": "The capital of Australia is Canberra.",
-}
-JAPANESE = {
-    "task": "The user wants to know how many minutes to boil an egg.",
-    "safety": "Everyday cooking, no risk beyond hot water.",
-    "policy": "Answer directly and name the usual times.",
-    "final": "半熟なら沸騰後に約6分、固ゆでなら約10分です。",
-}
-TAGS = [tag for name in TAG_NAMES.values() for tag in (f"<{name}>", f"</{name}>")]
-
-TAG_LIKE = [
-    # other case, white space, attributes, a missing bracket
-    "<FINAL>", "</Final>", "<Think-Task>", "< final >", "<final >", "</ final>", "< /final", "<fi\nnal>",
-    "<final foo>", '<final class="x">', "<final/>", "<final", "</think-policy", "/final>", "/think-task>",
-    # full-width, styled, other brackets and slashes
-    "＜ｆｉｎａｌ＞", "＜／final＞", "<ｆｉｎａｌ>", "‹final›", "〈final〉", "〈think-task〉", "⟨final⟩",
-    "﹤final﹥", "《final》", "«final»", "<∕final>", "<ノfinal>", "<\\final>", "<|final|>",
-    "<𝐟𝐢𝐧𝐚𝐥>", "<ⓕⓘⓝⓐⓛ>", "<ꜰɪɴᴀʟ>",
-    # invisible characters, combining marks, variation selectors
-    "<fi\u200bnal>", "<\u2060final>", "<fi\u00adnal>", "<fin\ufe0fal>", "<fi\u0301nal>", "<fínal>",
-    "<f\x00inal>", "<fi\U000e0061nal>", "<\ufefffinal\u200d>", "<fi\u3164nal>", "<fi\U000e0fffnal>",
-    # character references
-    "&lt;final&gt;", "&LT;/final&GT;", "&#60;final&#62;", "&#x3c;final&#x3E;", "&#0000060final",
-    "&ltfinal&gt", "&amp;lt;final&amp;gt;", "&amp;#38;lt;final>", "<fi&#8203;nal>", "<fi&shy;nal>",
-    "<&#102;inal>", "&#65308;final",
-    # hyphens
-    "<think‐task>", "<think–safety>", "<thinkーpolicy>", "<think_task>", "<think task>", "<thinktask>",
-    "< think-task >",
-    # homoglyphs
-    "<fіnаl>", "<FΙΝΑL>", "<finaI>", "<f1nal>", "<thіnk-tаsk>", "<ﬁnal>",
-    # tags of other formats that hold thoughts
-    "<think>", "</thinking>",
-]  # fmt: skip
 
 ORDINARY = [
     "", "final", "the final answer", "think task", "最終的な final です。", "半熟なら 3 < 6 < 10 です。",
@@ -66,15 +32,6 @@ ORDINARY = [
     "x <- final", "a -> think", "I think safety > speed", "<task>", "1 << 2 >> 1", "(final)", "[final]",
     "「final」", "semi-final> ", "i <3 it", "＜重要＞ お知らせ", "&amp;&lt;&#60;", "&#" + "1" * 5000,
 ]  # fmt: skip
-
-
-def answer(**changed: str) -> str:
-    parts = ENGLISH | changed
-    return "\n".join(f"<{TAG_NAMES[part]}>{parts[part]}</{TAG_NAMES[part]}>" for part in PARTS)
-
-
-def swapped(text: str, one: str, other: str) -> str:
-    return text.replace(one, "\0").replace(other, one).replace("\0", other)
 
 
 def test_the_section_codes_are_those_of_saved_files() -> None:
@@ -122,6 +79,7 @@ def test_white_space_may_stand_around_and_between_the_parts_and_the_final_comes_
         (answer(task="A <FINAL> word"), "inside <think-task>, in its characters 3 to 9"),
         (answer(final="半熟は＜ｆｉｎａｌ＞6分"), "inside <final>, in its characters 4 to 10"),
         (answer(final=ENGLISH["safety"]), "<final> repeats <think-safety>"),
+        (answer(final="Canberra \ud83d."), "half of a surrogate pair"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_and_nothing_comes_out(text: str, message: str) -> None:
@@ -159,6 +117,45 @@ def test_a_query_is_changed_only_where_it_is_tag_like() -> None:
     assert neutralise(query) == (
         "if a < b and b > c: print('<b>') # [/think-policy][final]yes[/final] [final] [final] x < 3"
     )
+
+
+@pytest.mark.parametrize(
+    ("safety", "label"),
+    [
+        ("Safe: plain arithmetic.", "ALLOW"),
+        (" SAFE ", "ALLOW"),
+        ("Ｓａｆｅ： everyday cooking.", "ALLOW"),
+        ("安全：地理の質問。", "ALLOW"),
+        ("Allow. Nothing speaks against it.", "ALLOW"),
+        ("Unsafe: it is fraud.", "REFUSE"),
+        ("危険。犯罪の手順を尋ねている。", "REFUSE"),
+        ("Refuse: it demeans a group.", "REFUSE"),
+        ("Escalate: a person must decide.", "ESCALATE"),
+        ("Not safe: it is fraud.", "ESCALATE"),
+        ("Safe, but not for a child: hot water.", "ESCALATE"),
+        ("Safe or unsafe? Hard to tell.", "ESCALATE"),
+        ("安全ではない：犯罪。", "ESCALATE"),
+        ("Safest: nothing.", "ESCALATE"),
+        (": safe", "ESCALATE"),
+        ("Everyday cooking, no risk beyond hot water.", "ESCALATE"),
+    ],
+)
+def test_the_label_is_the_verdict_that_opens_the_safety_thought(safety: str, label: SafetyLabel) -> None:
+    released = release(answer(safety=safety))
+    assert (released.answer, released.safety_label) == (ENGLISH["final"], label)
+
+
+def test_what_stays_inside_is_everything_before_the_final_or_everything() -> None:
+    text = answer(**JAPANESE)
+    released = release(f"\n{text}\n")
+    assert released.answer == JAPANESE["final"]
+    assert f"{released.thinking}\n<final>{JAPANESE['final']}</final>" == text
+    assert release(released.thinking).thinking == released.thinking
+    assert release(f"{text} はい ") == (REFUSAL, "ESCALATE", f"{text} はい")
+
+
+def test_the_refusal_could_be_a_final_itself() -> None:
+    assert final_only(answer(final=REFUSAL)) == REFUSAL
 
 
 def letters(count: int) -> str:
@@ -292,43 +289,11 @@ def test_render_refuses_what_would_not_come_back() -> None:
                 render(**(ENGLISH | {part: bad}))
 
 
-INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u034f\ufe0f\u0301\u180e\U000e0020"
-
-
-@st.composite
-def malformed(draw: st.DrawFn) -> str:
-    """A well-formed answer broken in one way."""
-    text = answer(**draw(st.sampled_from([ENGLISH, JAPANESE])))
-    kind = draw(st.sampled_from(["invisible", "case", "duplicate", "drop", "swap", "wrap", "inside", "cut"]))
-    tag = draw(st.sampled_from(TAGS))
-    within = draw(st.integers(1, len(tag) - 1))
-    if kind == "invisible":
-        return text.replace(tag, tag[:within] + draw(st.sampled_from(INVISIBLE)) + tag[within:])
-    if kind == "case":
-        changed = tag[:within] + tag[within:].upper()
-        assume(changed != tag)
-        return text.replace(tag, changed)
-    if kind == "duplicate":
-        place = draw(st.integers(0, len(text)))
-        return text[:place] + tag + text[place:]
-    if kind == "drop":
-        return text.replace(tag, draw(st.sampled_from(["", " ", tag[1:], tag[:-1]])))
-    if kind == "swap":
-        other = draw(st.sampled_from([t for t in TAGS if t != tag]))
-        return swapped(text, tag, other)
-    if kind == "wrap":
-        before, after = draw(st.sampled_from([("```\n", "\n```"), ("「", "」"), ("<final>", "</final>"), ("", "はい")]))
-        return before + text + after
-    if kind == "inside":
-        place = draw(st.sampled_from([m.end() for m in re.finditer("<[a-z-]+>", text)]))
-        return text[:place] + "x " + draw(st.sampled_from([*TAG_LIKE, *TAGS])) + " x" + text[place:]
-    return text[: draw(st.integers(0, len(text) - 1))]
-
-
 @given(malformed())
 @settings(max_examples=1000)
 def test_nothing_comes_out_of_a_malformed_answer(text: str) -> None:
     assert final_only(text) is None
+    assert release(text) == (REFUSAL, "ESCALATE", text.strip())
 
 
 @given(st.data())
