@@ -29,13 +29,16 @@ class _PassingThrough(io.FileIO):
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes; it gets its name only when it is complete and on the disk.
 
-    If the block raises, the temporary file is removed and an older file at `path` stays as it was.
+    If the block raises, the temporary file is removed and an older file at `path` stays as it was. `mode` less the
+    umask is that of the file from its first byte on: 0o600 for a secret.
     """
     temporary = _temporary_name(path)
     try:
+        temporary.unlink(missing_ok=True)  # a killed process's, whose mode would stay
+        temporary.touch(mode)
         with io.BufferedWriter(_PassingThrough(temporary, "wb")) as file:
             yield cast(BinaryIO, file)
             file.flush()
