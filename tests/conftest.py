@@ -30,6 +30,24 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained("so8t/demo")
 
 
+@pytest.fixture(scope="session")
+def memorised_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the default model, gates far from the identity, that knows the sample's first row by heart."""
+    import train
+
+    folder = tmp_path_factory.mktemp("memorised")
+    (folder / "rows.jsonl").write_bytes(Path("so8t/demo/sample.jsonl").read_bytes().splitlines()[0])
+    names = [f"data.train_data={folder / 'rows.jsonl'}", f"training.output_dir={folder / 'run'}"]
+    sizes = [
+        "training.max_steps=40",
+        "training.per_device_train_batch_size=1",
+        "training.gradient_accumulation_steps=1",
+    ]
+    options = ["so8t.init_scale=0.5", "training.optim=adamw", "training.save_steps=0", "training.save_logits=false"]
+    assert train.main(["config.toml", *names, *sizes, *options]) == 0
+    return folder / "run"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
