@@ -148,6 +148,8 @@ class Writer:
         """Flush and end the thread; what is not written in time counts as dropped."""
         left = self.flush(timeout)
         self._queue.put(None)
+        if not left:  # a thread that still frees tensors while Python shuts down aborts the process
+            self._thread.join()
         for _ in range(left):
             self._figures.dropped(f"{left} files were not written within {timeout:g} s of the end and are lost")
 

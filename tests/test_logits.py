@@ -507,6 +507,16 @@ def test_close_returns_in_time_although_the_disk_is_stuck(tmp_path: Path, monkey
     disk.open.set()
 
 
+def test_close_leaves_no_thread_behind(tmp_path: Path) -> None:
+    threads = set(threading.enumerate())
+    for _ in range(20):
+        saver = make_saver(tmp_path)
+        capture(saver, 1, make_case())
+        saver.after_step(1)
+        saver.close()
+        assert set(threading.enumerate()) <= threads
+
+
 def test_dropped_probe_is_counted_once_and_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = StuckDisk(monkeypatch)
     saver = LogitsSaver(settings(max_wait=0.01), tmp_path, NO_AUTOCAST, probe_tokens=100)
