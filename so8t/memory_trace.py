@@ -147,12 +147,18 @@ def _result_by_shape(func: Any, args: Any) -> Any:
     return None
 
 
+def _dropout_as_on_a_gpu(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    result: Tensor = torch.native_dropout(input, p, training)[0] if training and p else input
+    return result
+
+
 def _scratch(func: Any, args: Any) -> list[Tensor]:
     """What these operations hold while they compute; the others' is small, or shows as operations of its own."""
     if func is torch.ops.bitsandbytes.gemm_4bit.default:  # the whole weight, unpacked
         return [args[0].new_empty(tuple(args[2]))]
-    if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:  # the product in int32
-        return [args[0].new_empty((len(args[0]), len(args[2])), dtype=torch.int32)]
+    if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:  # the product in int32, and in the kernel's float16
+        dtypes = {torch.int32, torch.float16} - {args[0].dtype}
+        return [args[0].new_empty((len(args[0]), len(args[2])), dtype=dtype) for dtype in dtypes]
     if func is torch.ops.aten.logsumexp.default:  # the exponentials
         return [torch.empty_like(args[0])]
     return []
@@ -220,6 +226,8 @@ def fake_model(
             # peft asks whether autocast is on without saying where, which means on the GPU; the trace has it on the CPU
             enabled = torch.is_autocast_enabled
             stack.enter_context(mock.patch("torch.is_autocast_enabled", lambda where="cpu": enabled(where)))
+            # a GPU's dropout keeps a mask of bytes, a CPU's one of numbers
+            stack.enter_context(mock.patch("torch.nn.functional.dropout", _dropout_as_on_a_gpu))
         # no row is packed; transformers cannot see that in fake positions and would build a mask
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

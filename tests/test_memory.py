@@ -168,6 +168,21 @@ def test_eight_bit_layers_are_traced_as_a_gpu_runs_them(tmp_path: Path, models: 
     assert kept[0] < kept[1] / 2
 
 
+def test_dropout_and_lora_are_traced_as_a_gpu_runs_them(tmp_path: Path, models: dict[str, Path]) -> None:
+    """There peft finds autocast on and makes no float32 copy for LoRA, whose dropout keeps a byte for each number."""
+    keys = FOUR_BIT, "model.dtype=bfloat16", "training.bf16=true"
+    shape = Shape(1, 512, is_padded=False)
+    kept = {}
+    for dropout in (0.0, 0.1):
+        config = make_config(tmp_path, models["phi3"], *keys, f"qlora.lora_dropout={dropout}")
+        trace = trace_step(config, load_model_config(config.model), shape, "cuda", 0)
+        kept[dropout] = trace.moments["layers"].live - trace.moments["load"].live
+    inputs = (
+        LAYERS * shape.tokens * (3 * SIZES["hidden_size"] + SIZES["intermediate_size"])
+    )  # of the four linear layers
+    assert kept[0.1] - kept[0.0] == pytest.approx(inputs, rel=0.1)
+
+
 def test_plan_of_the_users_own_job_fits_a_12_gib_card_and_counts_its_parameters() -> None:
     config = load_config(RTX3060)
     found = plan_memory(config, PHI35, Shape(1, 1024, False), "cuda", 12 * GIB - CONTEXT_BYTES, 12 * GIB)
