@@ -90,7 +90,10 @@ def adapt(
     """
     adapted: Model = model
     if qlora.enabled and checkpoint is not None:
-        adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+        try:
+            adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+        except (OSError, ValueError, SafetensorError) as error:  # peft takes a folder without adapter for a hub id
+            raise InputError(f"{checkpoint}: its adapter_model.safetensors cannot be read ({error})") from error
     elif qlora.enabled:
         adapted = get_peft_model(model, _lora_config(model, qlora))
     if so8t.enabled:  # after LoRA, so that the gate stands before base layer and adapter alike
