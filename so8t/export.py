@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from so8t import policy
 from so8t.checkpoint import CONFIG_FILE, STATE_FILE, checkpoint_folders, step_of
 from so8t.config import Config, DataConfig, InputError, ModelConfig, QuantizationConfig, load_config
 from so8t.data import Batch, load_dataset, split
@@ -295,11 +296,11 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_
 def write_documents(report: Report, config: Config, checkpoint: Path, name: str, folder: Path) -> None:
     """The report as JSON, and the model card."""
     run = checkpoint.parents[1]
-    metrics_file, policy_file = run / "metrics.jsonl", run / "policy.json"
+    metrics_file, policy_file = run / "metrics.jsonl", run / policy.REPORT_FILE
     records = read_metrics(metrics_file) if metrics_file.exists() else []
-    policy = json.loads(policy_file.read_bytes()) if policy_file.exists() else None
+    left_out = json.loads(policy_file.read_bytes()) if policy_file.exists() else None
     past = [record for record in records if record["step"] <= report.step]
-    card = model_card(name, config, report.step, past, policy, report.gates_largest_angle, report.sentences())
+    card = model_card(name, config, report.step, past, left_out, report.gates_largest_angle, report.sentences())
     for file_name, text in ((REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n"), ("README.md", card)):
         with atomic_write(folder / file_name) as file:
             file.write(text.encode())
@@ -316,14 +317,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         export(options.run, options.out, options.dtype)
     except InputError as error:
-        print(f"export: {error}", file=sys.stderr)
+        print(f"so8t.export: {error}", file=sys.stderr)
         return 2
     except (ExportError, OSError) as error:
-        print(f"export: {options.out} was not written: {error}", file=sys.stderr)
+        print(f"so8t.export: {options.out} was not written: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
         print(
-            f"export: {options.out} was not written: the GPU has no room for the model in its training dtype; "
+            f"so8t.export: {options.out} was not written: the GPU has no room for the model in its training dtype; "
             'set CUDA_VISIBLE_DEVICES="" to export on the CPU',
             file=sys.stderr,
         )

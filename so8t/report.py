@@ -18,6 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from so8t import policy
 from so8t.analyze import Analysis, SampleDynamics, StepScores, analyze, tables
 from so8t.checkpoint import CONFIG_FILE, checkpoint_folders
 from so8t.config import Config, InputError, load_config, to_toml
@@ -58,7 +59,7 @@ def write_report(run: Path) -> Path:
         subtitle=_subtitle(config),
         tiles=_tiles(metrics, len(analysis.steps)),
         config=to_toml(config),
-        policy=_read_json(run / "policy.json"),
+        policy=_read_json(run / policy.REPORT_FILE),
         memory=_read_json(run / "memory.json"),
         training=draw_training(metrics, config.pet),
         beliefs=draw_beliefs(_comparable(analysis)) if has_logits else [],

@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     (small_disk / "other").write_bytes(bytes(8 * 2**20 - 200 * 1024))
     assert main([str(phi3_run), str(small_disk / "out")]) == 1
     error = complaint(capsys)
-    assert error.startswith(f"export: {small_disk / 'out'} was not written: the model could not be written (")
+    assert error.startswith(f"so8t.export: {small_disk / 'out'} was not written: the model could not be written (")
     assert "No space left on device" in error
     assert names(small_disk) == {"other"}
 
@@ -230,7 +230,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
 def test_a_read_only_disk_is_bad_input(phi3_run: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert main([str(phi3_run), str(small_disk / "out")]) == 2
-    assert complaint(capsys) == f"export: cannot write into {small_disk} (Read-only file system); choose another folder"
+    assert (
+        complaint(capsys)
+        == f"so8t.export: cannot write into {small_disk} (Read-only file system); choose another folder"
+    )
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -241,14 +244,14 @@ def test_what_is_there_already_stays(
     out.write_text("mine") if kind == "file" else out.mkdir()
     before = out.stat()
     assert main([str(phi3_run), str(out)]) == 2
-    assert complaint(capsys) == f"export: {out} is there already; delete it or choose another folder"
+    assert complaint(capsys) == f"so8t.export: {out} is there already; delete it or choose another folder"
     assert out.stat() == before
 
 
 def test_a_folder_without_checkpoints_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), str(tmp_path / "out")]) == 2
     error = complaint(capsys)
-    assert error.startswith(f"export: {tmp_path} holds no checkpoint of so8t; give a run's training.output_dir")
+    assert error.startswith(f"so8t.export: {tmp_path} holds no checkpoint of so8t; give a run's training.output_dir")
 
 
 @pytest.mark.parametrize("contents", [None, b"torn"])
@@ -261,7 +264,9 @@ def test_a_checkpoint_without_its_adapter_is_bad_input(
     if contents:
         adapter.write_bytes(contents)
     assert main([str(run), str(tmp_path / "out")]) == 2
-    assert complaint(capsys).startswith(f"export: {adapter.parent}: its adapter_model.safetensors cannot be read (")
+    assert complaint(capsys).startswith(
+        f"so8t.export: {adapter.parent}: its adapter_model.safetensors cannot be read ("
+    )
     assert "out" not in names(tmp_path)
 
 
@@ -365,7 +370,7 @@ def test_one_gate_forgotten_is_found_and_leaves_nothing(
     monkeypatch.setattr(exporting, "bake", lambda w, angles: w if next(forgotten, False) else bake(w, angles))
     assert main([str(phi3_run), str(tmp_path / "out"), "--dtype", dtype]) == 1
     captured = capsys.readouterr()
-    assert f"export: {tmp_path / 'out'} was not written: the exported model is not the one" in captured.err
+    assert f"so8t.export: {tmp_path / 'out'} was not written: the exported model is not the one" in captured.err
     assert ("--dtype fp32" in captured.err) == (dtype == "bf16")
     assert "tolerance" in captured.out
     assert names(tmp_path) == before
@@ -381,7 +386,7 @@ def test_newest_checkpoint_of_a_run_or_the_one_that_is_named(
     renamed = older.rename(tmp_path / "best")
     assert main([str(renamed), str(tmp_path / "out")]) == 2
     assert complaint(capsys) == (
-        f"export: {renamed} is no checkpoint of so8t: its name is not step_ and a number of six digits"
+        f"so8t.export: {renamed} is no checkpoint of so8t: its name is not step_ and a number of six digits"
     )
 
 
