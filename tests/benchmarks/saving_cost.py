@@ -65,7 +65,11 @@ WARM_UP = 2
 def write_rows(folder: Path) -> None:
     """Rows far longer than 512 tokens before the answer, so that the cut leaves exactly 512."""
     words = " ".join(f"item {number}" for number in range(700))
-    rows = (f'{{"instruction": "{words}", "output": "{index} {words[:600]}"}}\n' for index in range(12))
+    outputs = (f"{index} {words[:600]}" for index in range(12))
+    rows = (
+        json.dumps({"instruction": words, "output": output, "source": "own", "license": "CC0-1.0"}) + "\n"
+        for output in outputs
+    )
     (folder / "rows.jsonl").write_text("".join(rows))
 
 
