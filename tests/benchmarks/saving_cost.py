@@ -10,6 +10,7 @@ with one at every tenth step take turns (A B C A B C ..) in this one process; a 
 import argparse
 import gc
 import itertools
+import json
 import statistics
 import sys
 import tempfile
