@@ -107,7 +107,7 @@ class AuditTrail:
         return self.keyed_hash("row_hash", json.dumps(row, default=repr))
 
     def _sealed(self, number: int, row_hash: str) -> tuple[int, str, str]:
-        return number, row_hash, self.keyed_hash("seal", f"{number} {row_hash}")
+        return number, row_hash, self.keyed_hash("seal", json.dumps([number, row_hash], default=repr))
 
     def _head(self) -> tuple[int, str]:
         """Number and hash of the last row, if they are what was sealed."""
@@ -147,6 +147,9 @@ class AuditTrail:
                 self._database.execute("BEGIN")  # one state, also while a server writes
                 select = f"SELECT {', '.join(COLUMNS)} FROM requests ORDER BY number"
                 for *values, row_hash in self._database.execute(select):
+                    if not isinstance(values[0], int):  # of a table that was made anew
+                        problems.append("there is a row whose number is no number")
+                        continue
                     if values[0] > number + 1:
                         problems.append(f"{_rows(number + 1, values[0] - 1)} missing")
                     elif values[-1] != last_hash:

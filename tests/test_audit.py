@@ -102,6 +102,15 @@ SEAL = "the seal of the last row has been changed, or was made with another key"
         ),
         (["DELETE FROM head"], SEAL),
         (["INSERT INTO head SELECT * FROM head"], SEAL),
+        (["UPDATE head SET number = '5'"], SEAL),
+        *(
+            (
+                ["ALTER TABLE requests RENAME TO old", "CREATE TABLE requests AS SELECT * FROM old",
+                 f"UPDATE requests SET number = {number} WHERE number = 3"],
+                "there is a row whose number is no number",
+            )
+            for number in ("NULL", "CAST(x'33' AS BLOB)")
+        ),
         (["DROP TABLE requests"], "no such table: requests"),
     ],
 )  # fmt: skip
