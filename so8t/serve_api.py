@@ -8,6 +8,7 @@ they are not batched, because each brings its own temperature and length and a b
 import asyncio
 import hmac
 import logging
+import os
 import threading
 import time
 import traceback
@@ -184,7 +185,7 @@ def make_app(thinker: Thinker, token: str | None) -> FastAPI:
 
     async def authorise(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
         # latin-1 gives back the bytes that were sent
-        if token and not (given and hmac.compare_digest(given.credentials.encode("latin-1"), token.encode())):
+        if token and not (given and hmac.compare_digest(given.credentials.encode("latin-1"), os.fsencode(token))):
             raise HTTPException(
                 401, "send the header Authorization: Bearer with the token", {"WWW-Authenticate": "Bearer"}
             )

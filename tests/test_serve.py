@@ -78,7 +78,7 @@ async def call(
 
     scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method}
     scope |= {"path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "scheme": "http"}
-    scope |= {"headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    scope |= {"headers": [(name.encode(), os.fsencode(value)) for name, value in headers.items()]}
     await app(scope, receive, send)
     answered = {name.decode(): value.decode() for name, value in messages[0]["headers"]}
     return Reply(messages[0]["status"], answered, b"".join(message["body"] for message in messages[1:]).decode())
@@ -430,6 +430,12 @@ def test_a_token_is_asked_for_where_one_is_set(make: Make) -> None:
     assert stub.asked == []
     assert served.post(headers=JSON | {"authorization": "Bearer s3crét"}).status == 200
     assert asyncio.run(call(served.app, b"", {}, "/health", "GET")).fields == {"status": "ok", "model_hash": "m" * 64}
+
+
+def test_a_token_may_be_any_bytes(make: Make) -> None:
+    served = make(Stub(), token=os.fsdecode(b"s3cr\xe9t"))
+    for token, status in ((b"s3cret", 401), (b"s3cr\xe9t", 200)):
+        assert served.post(headers=JSON | {"authorization": f"Bearer {os.fsdecode(token)}"}).status == status
 
 
 def test_other_machines_are_let_in_only_with_a_token(
