@@ -45,7 +45,7 @@ class Generator:
                 f"query is {length} tokens long with the chat markers, the model takes less than {context}"
             )
         sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
+        if temperature > 1e-6:  # divided by less, the logits are no numbers any more
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         output = self._model.generate(
             **prompt,
@@ -96,8 +96,12 @@ def load_generator(path: Path) -> Generator:
 
 
 def model_hash(model: PreTrainedModel, tokenizer: Any) -> str:
-    """SHA-256 of all that decides what is answered: every weight as loaded, the tokenizer, the chat template."""
-    digest = hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}\0{tokenizer.chat_template}".encode())
+    """SHA-256 of all that decides what is answered: weights as loaded, configs, tokenizer, chat template."""
+    configs = model.config.to_json_string(), model.generation_config.to_json_string()
+    texts = *configs, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template
+    digest = hashlib.sha256("\0".join(texts).encode())
+    for name, module in model.named_modules():
+        digest.update(f"{name} {getattr(module, 'scaling', None)}".encode())  # of adapters: it is no tensor
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())

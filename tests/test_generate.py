@@ -33,6 +33,7 @@ def test_a_run_says_what_it_learned_and_stops_at_the_end_of_the_final(generator:
 
 def test_sampling_from_the_likeliest_token_alone_is_greedy(generator: Generator) -> None:
     assert generator(QUERY, **(GREEDY | {"temperature": 2.0, "top_p": 1e-6})) == generator(QUERY, **GREEDY)
+    assert generator(QUERY, **(GREEDY | {"temperature": 1e-45})) == generator(QUERY, **GREEDY)
     sampled = {generator(QUERY, **(GREEDY | {"temperature": 2.0, "max_new_tokens": 20}))[0] for _ in range(3)}
     assert len(sampled) > 1
 
@@ -121,7 +122,7 @@ def test_adapters_and_gates_of_a_run_are_loaded_onto_its_base(memorised_run: Pat
     }
 
 
-@pytest.mark.parametrize("change", ["weight", "gate", "chat template", "tokenizer"])
+@pytest.mark.parametrize("change", ["weight", "gate", "chat template", "tokenizer", "config", "generation", "scale"])
 def test_the_model_hash_covers_all_that_decides_an_answer(memorised_run: Path, change: str) -> None:
     generator = load_generator(memorised_run)
     before, model, tokenizer = generator.model_hash, generator._model, generator._tokenizer
@@ -131,6 +132,12 @@ def test_the_model_hash_covers_all_that_decides_an_answer(memorised_run: Path, c
             parameters["model.norm.weight"][3] += 1e-6
         elif change == "gate":
             next(parameter for name, parameter in parameters.items() if "so8_gate" in name).view(-1)[0] += 1e-6
+        elif change == "config":
+            model.config.rms_norm_eps = 1e-2
+        elif change == "generation":
+            model.generation_config.repetition_penalty = 2.0
+        elif change == "scale":  # of adapters
+            model.model.layers[0].self_attn.scaling = {"default": 2.0}
         elif change == "chat template":
             tokenizer.chat_template += " "
         else:
