@@ -52,7 +52,7 @@ def has_private_key(text: str) -> bool:
     return bool(_PRIVATE_KEY.search(text))
 
 
-# formats as their issuers document them; the group is what varies
+# formats as their issuers document them; the group is what varies. A password that begins with ${<% is a variable
 _KNOWN_TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"(?:AKIA|ASIA)([A-Z2-7]{16})(?![A-Z0-9])"  # Amazon
@@ -65,15 +65,15 @@ _KNOWN_TOKEN = re.compile(
     r"|d[op][ort]_v1_([a-f0-9]{64})|dapi([a-f0-9]{32})|key-([a-f0-9]{32})"  # DigitalOcean, Databricks, Mailgun
     r"|\d{8,10}:(AA[\w-]{33})"  # Telegram
     r"|eyJ([\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{20,})"  # JSON web tokens
-    r"|\w+://[^\s:/@]+:([^\s:/@]{8,})@(?!localhost\b|example\.)"  # a password in a URL
-    r"|-u \w+:(\S{12,})"  # and in a call of curl
+    r"|\w+://[^\s:/@]+:(?![${<%])([^\s:/@]{8,})@(?!localhost\b|example\.)"  # a password in a URL
+    r"|-u \w+:(?![${<%])(\S{12,})"  # and in a call of curl
     r")",
     re.ASCII,
 )
 _NAMED_TOKEN = re.compile(  # whatever with a digit is assigned to a name that means one
     r"(?:bearer\s|(?:(?:api|access|account|private)[ _-]?key|secret(?:[ _-]?(?:access[ _-]?)?key)?|token|passw(?:or)?d"
     r"|APIキー|トークン|パスワード|シークレット)[\"']?\s{0,3}(?:=>|[:=は])\s{0,3}[\"'「]?)"
-    r"(?=[A-Za-z+/=._-]{0,80}\d)([\w+/=.-]{20,})",
+    r"(?=[A-Za-z+/=._-]{0,80}\d)([\w+/=.-]{20,}+)(?!\()",  # not the call of a function
     re.ASCII | re.IGNORECASE,
 )
 _FEWEST_DISTINCT = 10  # characters of what is random and not a placeholder
@@ -194,10 +194,10 @@ _KANJI_DIGITS = str.maketrans("〇零一二三四五六七八九", "00123456789"
 _GAP = r"[ .()の-]{1,2}"
 _PHONE = re.compile(
     r"(?<![\w.-])(?:"
-    r"\+(?!800|1[ .(-]{0,2}8(?:00|33|44|55|66|77|88))\d(?:[ .()-]{0,2}\d){8,14}"  # any country
+    r"\+(?!0|800|1[ .(-]{0,2}8(?:00|33|44|55|66|77|88))\d(?:[ .()-]{0,2}\d){8,14}"  # any country
     # Japan: mobile and internet telephony with 11 digits, others with 10
     rf"|\(?0[5-9]0\)?(?:{_GAP})?[1-9]\d{{3}}(?:{_GAP})?\d{{4}}"
-    rf"|\(?(?!0120|0570|0800|0990)0[1-9](?=(?:\D{{0,2}}\d){{8}}(?!\d))\d{{0,3}}{_GAP}\d{{1,4}}{_GAP}\d{{4}}"
+    rf"|\(?(?!0120|0570|0800|0990)0[1-9](?:{_GAP}\d{{4}}|\d{_GAP}\d{{3}}|\d\d{_GAP}\d\d|\d{{3}}{_GAP}\d){_GAP}\d{{4}}"
     # North America
     r"|(?:0{0,2}1[ .-])?(?!\(?8(?:00|33|44|55|66|77|88))(?:\([2-9]\d\d\) ?|[2-9]\d\d(?:(?P<gap>[.-])|[ ]))"
     r"(?!555.01)[2-9]\d\d(?(gap)(?P=gap)|[ -])\d{4}"

@@ -142,6 +142,29 @@ def test_a_check_digit_decides_over_cards_and_individual_numbers() -> None:
     assert [has_my_number(f"12345678901{digit}") for digit in range(10)] == [digit == 8 for digit in range(10)]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "01-02-2024 10:30",
+        "05.06.2023 14:30 Uhr",
+        "月曜 01-02-2024 10時30分",
+        "a gain of +0.0001234567",
+        "access_token = oauth2.get_access_token(client)",
+        "postgres://user:${DB_PASSWORD}@db.brindlewick.com/app",
+        'f"postgresql://{USER_NAME}:{DB_PASSWORD}@{HOST}/db"',
+        "curl -u admin:$ADMIN_PASSWORD1 https://brindlewick.com",
+    ],
+)
+def test_dates_decimals_calls_and_variables_are_nobodys_data(text: str) -> None:
+    assert found_in(text) == set()
+
+
+def test_a_landline_is_found_with_an_area_code_of_any_length_and_only_with_ten_digits() -> None:
+    numbers = ["03-1234-5678", "(045)123-4567", "0467 12 3456", "04992-1-2345"]
+    assert [found_in(number) for number in numbers] == [{"phone"}] * 4
+    assert found_in("03-123-4567") == found_in("0467-1-2345 6") == set()
+
+
 LONG = [
     "1",
     "1-",
