@@ -3,8 +3,9 @@
 - `provenance`: a row says where it comes from: "source" and "license", and from the web also "url" and
   "robots": "allowed". From the web is what has "url" or "robots", or "web", an address or a host name as its source.
 - `nsfw`: a row whose "nsfw" is there and not false serves refusal only: its "safety_label" is REFUSE or ESCALATE, every
-  answer's final is a refusal, and no answer, thoughts included, quotes a piece of what the user wrote. So that text is
-  never a target. A row is marked by whoever wrote it; nothing here looks for what is not marked.
+  answer's final is a refusal, and no answer, thoughts included, quotes a piece of a message that is not the
+  assistant's. So that text is never a target. A row is marked by whoever wrote it; nothing here looks for what is not
+  marked.
 - the rest: no message of a row, prompt or answer, holds such personal data or secret. See personal_data.py.
 
 What breaks a rule is told by file, line and rule, never by content.
@@ -40,7 +41,8 @@ RULES = {
 LONGEST_REFUSAL = 600  # characters; a longer final does more than refuse
 
 _FROM_WEB = re.compile(
-    r"web(?::.*)?|https?:.*|(?:[a-z0-9-]+\.)+(?:com|org|net|edu|gov|io|[a-z]{2})(?:/.*)?", re.IGNORECASE
+    r"web(?:\W.*)?|https?:.*|(?:[a-z0-9-]+\.)+(?:com|org|net|edu|gov|info|dev|app|[a-z]{2})(?:[:/].*)?",
+    re.IGNORECASE | re.DOTALL,
 )
 
 _CANNOT = r"(?:can(?:not|'t| not)|won't|will not|unable to|not (?:able|going|willing) to|rather not|do(?:n't| not))"
@@ -76,13 +78,13 @@ def _has_provenance(row: Mapping[str, Any]) -> bool:
     source, license_, url, robots = (row.get(name) for name in ("source", "license", "url", "robots"))
     if not all(isinstance(text, str) and text.strip() for text in (source, license_)):
         return False
-    if url is None and robots is None and not _FROM_WEB.fullmatch(str(source)):
+    if url is None and robots is None and not _FROM_WEB.fullmatch(str(source).strip()):
         return True
     return isinstance(url, str) and re.match(r"https?://\w", url) is not None and robots == "allowed"
 
 
 def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> bool:
-    prompts = [message["content"] for message in messages if message["role"] not in ("assistant", "system")]
+    prompts = [message["content"] for message in messages if message["role"] != "assistant"]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     return row.get("safety_label") in ("REFUSE", "ESCALATE") and all(
         is_refusal(final_only(answer) or answer)

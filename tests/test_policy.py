@@ -209,6 +209,10 @@ def test_finders_take_time_in_proportion_to_the_text(piece: str) -> None:
         (OWN | {"source": "web"}, False),
         (OWN | {"source": "ja.wikipedia.org"}, False),
         (OWN | {"source": "web: a crawl of blogs"}, False),
+        (OWN | {"source": "web crawl"}, False),
+        (OWN | {"source": "blog.example.info:8080"}, False),
+        (OWN | {"source": " ja.wikipedia.org "}, False),
+        (OWN | {"source": "webbing of spiders, own notes"}, True),
         (OWN | {"source": "https://example.com/a"}, False),
         (OWN | {"url": "https://example.com/a"}, False),
         (OWN | {"robots": "allowed"}, False),
@@ -270,6 +274,7 @@ def test_a_marked_row_that_only_refuses_is_used(row: dict[str, Any]) -> None:
         chat("Tove smiled and closed the door.", REFUSAL),  # so is an earlier answer
         four_parts("Tove smiled.", task="I can't help with that.") | {"nsfw": "yes"},
         MARKED | {"instruction": QUERY, "output": "Tove smiled and closed the door."},
+        MARKED | {"messages": [{"role": "system", "content": QUERY}, chat(f"I can't write: {QUERY}")["messages"][-1]]},
     ],
 )
 def test_a_marked_row_that_complies_or_quotes_its_query_is_not_used(row: dict[str, Any]) -> None:
