@@ -23,6 +23,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from so8t.audit import AuditError, AuditRow, AuditTrail
 from so8t.config import InputError
@@ -205,7 +206,19 @@ def make_app(thinker: Thinker, token: str | None) -> FastAPI:
         deadline = time.monotonic() + 0.9 * thinker.request_seconds  # the rest is for what the model does not watch
         try:
             async with asyncio.timeout(thinker.request_seconds):
-                return await thinker.ask(parse_request(await read_body(request)), deadline)
+                question = parse_request(await read_body(request))
+                answer = asyncio.ensure_future(thinker.ask(question, deadline))
+                gone = asyncio.ensure_future(request.receive())  # after the body comes the end of the connection
+                try:
+                    await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+                    if not answer.done():
+                        raise ClientDisconnect
+                    return answer.result()
+                finally:
+                    answer.cancel()  # one that waits gives up its place
+                    gone.cancel()
+        except ClientDisconnect:
+            raise HTTPException(400, "the client has gone") from None  # nobody reads it
         except InputError as error:
             raise HTTPException(422, str(error)) from None
         except Busy as error:

@@ -596,8 +596,10 @@ def running(arguments: Sequence[object], log: Path) -> Iterator[Server]:
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         port = int(log.read_text().partition("127.0.0.1:")[2].partition("/")[0])
-        yield Server(process, port, log)
-        process.kill()
+        try:
+            yield Server(process, port, log)
+        finally:
+            process.kill()
 
 
 def stub_server(audit: Path, log: Path) -> AbstractContextManager[Server]:
@@ -645,6 +647,24 @@ def test_a_run_answers_200_at_once_and_a_kill_under_load_loses_no_row_of_an_answ
     secret = pieces(" ".join(row[part] for part in ("task", "safety", "policy"))) - pieces(row["final"])
     assert not secret & pieces(f"{log}{replies}")
     assert not pieces(row["final"]) & pieces(log)
+
+
+def test_a_client_that_has_gone_leaves_its_place_to_others(tmp_path: Path) -> None:
+    audit, body = tmp_path / "audit.sqlite", b'{"query": "1"}'
+    head = b"POST /think HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n"
+    with stub_server(audit, tmp_path / "log") as server, ThreadPoolExecutor(1) as client:
+        first = client.submit(server.post, {"query": "1"})
+        time.sleep(0.2)  # it is under way
+        with ExitStack() as stack:
+            for sent in [body] * (QUEUE_LENGTH - 1) + [body[:5]]:
+                other = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                other.sendall(head + sent)
+            time.sleep(0.3)  # they wait
+            assert server.post({"query": "0"}).status == 503
+        time.sleep(0.1)
+        assert (server.post({"query": "0"}).status, first.result().status) == (200, 200)
+    assert len(rows_of(audit)) == 2
+    assert "Exception" not in (tmp_path / "log").read_text()
 
 
 def test_a_full_disk_means_no_answer_and_a_freed_one_answers_again(small_disk: Path, tmp_path: Path) -> None:
