@@ -143,10 +143,14 @@ def _load_base(
             model = AutoModelForCausalLM.from_config(base, trust_remote_code=False, **options).to(device).eval()
         else:  # the device map quantizes every weight as it is read: the whole model is never there unquantized
             options |= {"device_map": {"": device}, "trust_remote_code": False, "output_loading_info": True}
+            options["ignore_mismatched_sizes"] = True  # they are told below
             loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint or config.base_model, **options)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+            mismatched = sorted(name for name, *_ in loaded[1]["mismatched_keys"])
             if missing:  # transformers would fill them with random numbers
                 raise OSError(f"its files lack the weights {', '.join(missing)}")
+            if mismatched:
+                raise OSError(f"its config.json wants other shapes than its files have of {', '.join(mismatched)}")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(_not_a_model(config, error)) from error
     for module in model.modules():

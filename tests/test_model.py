@@ -519,6 +519,17 @@ def test_weights_of_a_layer_that_are_not_in_the_files_are_not_made_up(
         load(folder)
 
 
+def test_weights_of_another_shape_than_the_config_says_are_one_sentence(
+    tmp_path: Path, base_models: dict[str, Path]
+) -> None:
+    folder = shutil.copytree(base_models["phi3"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] += 8
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config\.json wants other shapes .*model\.layers\.0\.mlp\.down_proj\.weight"):
+        load(folder)
+
+
 @pytest.mark.parametrize("from_scratch", [False, True])
 def test_model_that_transformers_cannot_build_is_reported(tmp_path: Path, from_scratch: bool) -> None:
     T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
