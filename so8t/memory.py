@@ -66,7 +66,8 @@ class Plan:
 
     def traced_for(self, shape: Shape) -> Trace:
         """The same step with other micro-batches."""
-        return trace_step(self.config, self.model_config, shape, self.device_type, self.checkpointed_layers, self.probe)
+        layers = self.checkpointed_layers
+        return trace_step(self.config, self.model_config, shape, self.device_type, layers, self.probe, self.shape)
 
     def table(self) -> str:
         trace, lines = self.trace, []
@@ -86,7 +87,7 @@ class Plan:
             verdict = "left" if self.room >= 0 else "too much"
             lines.append(_line(f"room on {self.capacity / GIB:.1f} GiB", abs(self.room), verdict))
         if self.config.training.save_logits:
-            on_host = host_bytes(self.config, self.model_config.vocab_size, self.shape)
+            on_host = host_bytes(self.config, self.model_config.vocab_size, self.shape, self.probe)
             where = "host memory" if self.device_type == "cpu" else "pinned host memory"
             lines.append(_line("logits buffers", on_host, f"{where}, {BUFFERS} of them; what is kept is on the disk"))
         return "\n".join(lines)

@@ -61,7 +61,8 @@ class MemoryLedger:
         steps = range(first_step, total_steps + 1)
         saves = [step for step in steps if training.save_logits and step % training.save_logits_steps == 0]
         evaluations = [step for step in steps if training.eval_steps and step % training.eval_steps == 0]
-        self._counted_steps = {first_step, first_step + 1, *saves[:2], *evaluations[:1]}
+        after_save = [step + 1 for step in saves[:1]]  # a forward with the buffers of the logits there
+        self._counted_steps = {first_step, first_step + 1, *saves[:2], *after_save, *evaluations[:1]}
         self.mark("load")
 
     def start(self, step: int, micro_batches: Sequence[Batch]) -> None:

@@ -118,7 +118,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Moment(self.now, peak)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._seen:
+        # what cannot be resized is not torch's own: a mapped file, or a part of a buffer that counts as a whole
+        if storage._cdata in self._seen or not storage.resizable():
             return
         size = -(-storage.nbytes() // self._block_bytes) * self._block_bytes
         self._seen.add(storage._cdata)
@@ -188,10 +189,12 @@ def trace_step(
     device_type: str,
     checkpointed_layers: int,
     probe: Sequence[Shape] = (),
+    longest: Shape | None = None,
 ) -> Trace:
     """The moments of a step whose optimizer has its states already and whose gradients add up over micro-batches.
 
-    device_type: "cuda" or "cpu", where the step will run; probe: the micro-batches of training.save_logits_probe.
+    device_type: "cuda" or "cpu", where the step will run; probe: the micro-batches of training.save_logits_probe;
+    longest: the micro-batch that the buffers of the logits are made for, if that is not `shape`.
     """
     with fake_model(config, model_config, device_type, checkpointed_layers) as (model, live):
         moments: dict[str, Moment] = {}
@@ -204,7 +207,8 @@ def trace_step(
         states = optimizer_states(trainable_parameters(model), config.training.optim)
         # beside a GPU the buffers are pinned memory of another kind
         vocab_size = len(head_weight(model))
-        buffers = torch.empty(host_bytes(config, vocab_size, shape) if device_type == "cpu" else 0, dtype=torch.uint8)
+        on_host = host_bytes(config, vocab_size, longest or shape, probe)
+        buffers = torch.empty(on_host if device_type == "cpu" else 0, dtype=torch.uint8)
         live.hold([*all_tensors(held_tensors(model, states)), buffers])
         with live:
             _run_step(config, model, shape, probe, device_type, mark)
@@ -281,11 +285,12 @@ def _run_step(config: Config, model: Model, shape: Shape, probe: Sequence[Shape]
         mark("evaluation")
 
 
-def host_bytes(config: Config, vocab_size: int, shape: Shape) -> int:
-    """Of the buffers that logits wait in."""
+def host_bytes(config: Config, vocab_size: int, shape: Shape, probe: Sequence[Shape]) -> int:
+    """Of the buffers that logits wait in: those of micro-batches up to `shape`, and those of the probe."""
     training = config.training
     layout = position_layout(training, vocab_size, head_computes_in(training, config.model.dtype))
-    return BUFFERS * shape.tokens * position_bytes(layout) if training.save_logits else 0
+    tokens = shape.tokens + sum(batch.tokens for batch in probe)
+    return BUFFERS * tokens * position_bytes(layout) if training.save_logits else 0
 
 
 def fake_batch(shape: Shape) -> Batch:

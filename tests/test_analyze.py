@@ -445,21 +445,13 @@ def test_unverified_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "step 7 is not verified" in capsys.readouterr().out
 
 
-class OwnBytes(PeakBytes):  # type: ignore[no-untyped-call]
-    """Mapped files do not count: the system takes their pages back when it needs them."""
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage.resizable():
-            super()._add(storage)
-
-
 @every_form
 def test_memory_is_that_of_a_chunk_however_long_the_rows(tmp_path: Path, keys: dict[str, Any]) -> None:
     vocab, peaks = 500, []
     for length in (1000, 2000):
         batch = make_rows([length], [1], vocab)
         records = save_steps(tmp_path / str(length), {s: (batch, random_logits(batch, vocab)) for s in (1, 2)}, **keys)
-        with OwnBytes([]) as mode:
+        with PeakBytes([]) as mode:
             score_step(records[0])
             changes(*records)
         peaks.append(mode.peak)
