@@ -1,5 +1,6 @@
 """The model: base weights (4-bit, 8-bit or as they are), LoRA, gates, what is trainable, and its place on disk."""
 
+import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +22,8 @@ from so8t.gates import attach_gates, gates_of, load_gates, save_gates
 ALL_LAYERS = 10**6  # for `checkpointed_layers`: more than any model has
 GATES_FILE = "so8t_gates.safetensors"
 Model: TypeAlias = PreTrainedModel | PeftModel
+# peft 0.21 asks transformers 5 by an old name; no user can do anything about that
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
 def load_model_config(config: ModelConfig) -> Any:
