@@ -24,7 +24,6 @@ from so8t.analyze_dynamics import SampleDynamics, training_dynamics
 from so8t.analyze_export import EXPORTS
 from so8t.analyze_scores import Bounds, Calibration, CalibrationBin, Scores, StepScores, calibration, score_step
 from so8t.config import InputError, TrainingConfig, load_config
-from so8t.logits_files import list_files
 from so8t.logits_reader import LogitsRecord, read_file, read_logits
 
 __all__ = [
@@ -119,14 +118,14 @@ def compare_steps(run: Path, earlier: int, later: int) -> Changes:
     Raises InputError if a step was not saved, or if they have no row in common.
     """
     folder = logits_folder(run)
-    paths = {(file.kind, file.step): file.path for file in list_files(folder)}
+    records = {(record.kind, record.step): record for record in _records(folder)}
     for step in (earlier, later):
-        if not paths.keys() & {("probe", step), ("logits", step)}:
-            steps = ", ".join(map(str, sorted({step for _, step in paths}))) or "none"
+        if not records.keys() & {("probe", step), ("logits", step)}:
+            steps = ", ".join(map(str, sorted({step for _, step in records})))
             raise InputError(f"--compare: {folder} holds nothing of step {step}; its steps are {steps}")
     for kind in ("probe", "logits"):
-        if (kind, earlier) in paths and (kind, later) in paths:
-            result = changes(read_file(paths[kind, earlier]), read_file(paths[kind, later]))
+        if (kind, earlier) in records and (kind, later) in records:
+            result = changes(records[kind, earlier], records[kind, later])
             if len(result.t):
                 return result
     raise InputError(
@@ -151,7 +150,8 @@ def tables(analysis: Analysis) -> str:
             ]
         if comparisons:
             blocks += [f"{title}: changes between steps, at the rows that both hold", _changes_table(comparisons)]
-        seen_again = sorted((one for one in samples if len(one.steps) > 1), key=lambda one: one.confidence)
+        seen_again = [one for one in samples if len(one.steps) > 1]
+        seen_again.sort(key=lambda one: (not math.isnan(one.confidence), one.confidence))  # NaN has no place of its own
         if samples:
             seen = f"training dynamics of the {len(seen_again)} of {len(samples)} rows that were seen at several steps"
             least = f", the {SHOWN_ROWS} least confident" if len(seen_again) > SHOWN_ROWS else ""

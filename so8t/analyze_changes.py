@@ -74,12 +74,11 @@ Key = tuple[int, bytes]
 
 
 def row_keys(record: LogitsRecord) -> list[Key]:
-    """What is equal for equal rows: the sample_id, and a hash of the tokens, as a file of data may change."""
+    """What is equal for equal rows: the sample_id, and a hash of tokens and labels, as a file of data may change."""
     lengths = (record.sections != SECTIONS.index("padding")).sum(dim=1).tolist()
-    rows = zip(record.sample_ids.tolist(), record.input_ids, lengths, strict=True)
-    return [
-        (sample_id, hashlib.sha256(tokens[:length].numpy().tobytes()).digest()) for sample_id, tokens, length in rows
-    ]
+    contents = torch.stack((record.input_ids, record.labels), dim=1)
+    rows = zip(record.sample_ids.tolist(), contents, lengths, strict=True)
+    return [(sample_id, hashlib.sha256(row[:, :length].numpy().tobytes()).digest()) for sample_id, row, length in rows]
 
 
 def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
@@ -101,7 +100,9 @@ def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
     grid = torch.full(later.labels.shape, -1)
     grid[later.target_positions.unbind(1)] = torch.arange(len(later.target_positions))
     theirs = grid[later_rows, t]
-    kl_low, kl_high = _divergence(earlier, ours, later, theirs)
+    earlier_nll, later_nll = -earlier.at_targets("label_logprob", ours), -later.at_targets("label_logprob", theirs)
+    is_nan = earlier_nll.isnan() | later_nll.isnan()  # of such a position "topk" and "stats" know no token
+    kl_low, kl_high = (bound.masked_fill(is_nan, math.nan) for bound in _divergence(earlier, ours, later, theirs))
     return Changes(
         earlier.kind,
         earlier.step,
@@ -111,8 +112,8 @@ def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
         t,
         kl_low,
         kl_high,
-        earlier_nll=-earlier.at_targets("label_logprob", ours),
-        later_nll=-later.at_targets("label_logprob", theirs),
+        earlier_nll,
+        later_nll,
         same_top1=earlier.at_targets("top1_id", ours) == later.at_targets("top1_id", theirs),
     )
 
@@ -208,11 +209,13 @@ def _logprob_bounds(record: LogitsRecord, which: Tensor, ids: Tensor) -> tuple[T
 
 
 def _percentile(values: NDArray[np.float64], percent: float) -> float:
-    if np.isinf(values).any():  # all are: interpolating between them would give NaN
-        return math.inf
-    return float(np.percentile(values, percent)) if len(values) else math.nan
+    if not len(values):
+        return math.nan
+    above = float(np.percentile(values, percent, method="higher"))  # interpolating up to inf would give NaN
+    return above if math.isinf(above) else float(np.percentile(values, percent))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a model that has diverged: inf and NaN show as such
 def llama_report(changes: Changes) -> str:
     """The changes in the layout of llama.cpp's `llama-perplexity --kl-divergence`, base = earlier and Q = later step.
 
@@ -228,11 +231,11 @@ def llama_report(changes: Changes) -> str:
     (log_ratio, log_ratio_error) = mean(later - base)
     covariance = float(((later - log_q) * (base - log_base)).mean()) / max(n - 1, 1)
     correlation = covariance / (log_q_error * log_base_error) if log_q_error * log_base_error else math.nan
-    ppl, ppl_base, ratio = math.exp(log_q), math.exp(log_base), math.exp(log_ratio)
+    ppl, ppl_base, ratio = np.exp((log_q, log_base, log_ratio))
     ppl_error, base_error = ppl * log_q_error, ppl_base * log_base_error
     difference_error = math.sqrt(max(ppl_error**2 + base_error**2 - 2 * ppl * ppl_base * covariance, 0))
     low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
-    is_exact = not np.isinf(high).any()
+    is_exact = np.array_equal(low, high, equal_nan=True)
     kl_mean, kl_error = mean(low)
     change = 100 * changes.prob_change.double().numpy()
     (change_mean, change_error), (square, square_error) = mean(change), mean(change**2)
@@ -240,11 +243,11 @@ def llama_report(changes: Changes) -> str:
     same, same_error = mean(100 * changes.same_top1.double().numpy())
 
     def kl(value: float) -> str:
-        return f"{value:10.6f}" if is_exact else f"at least {value:.6f}"
+        return f"{value:10.6f}" if is_exact or math.isnan(value) else f"at least {value:.6f}"
 
     def percentiles(unit: str, values: NDArray[np.float64], percents: Sequence[float]) -> list[tuple[str, float]]:
         names: dict[float, str] = {100: "Maximum", 50: "Median ", 0: "Minimum"}
-        return [(f"{names.get(p, f'{p:4.1f}%  ')} {unit}", float(np.percentile(values, p))) for p in percents]
+        return [(f"{names.get(p, f'{p:4.1f}%  ')} {unit}", _percentile(values, p)) for p in percents]
 
     tails = (99.9, 99, 95, 90)
     others = tuple(100 - percent for percent in reversed(tails))

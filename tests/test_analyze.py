@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from analyze_cases import PROMPT, VOCAB, make_rows, random_logits, save_steps
+from analyze_cases import PROMPT, VOCAB, OwnBytes, make_rows, random_logits, save_steps
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from memory_cases import PeakBytes
 from scipy.special import rel_entr  # type: ignore[import-untyped]
 from scipy.stats import entropy  # type: ignore[import-untyped]
 from torch import Tensor
@@ -205,7 +204,7 @@ def test_calibration_bounds_hold_for_whatever_was_rounded(seed: int, size: int, 
         stored = 0.5 + 0.01 * stored
     rounding = width * torch.rand(size, generator=generator, dtype=torch.float64)
     correct = torch.rand(size, generator=generator) < 0.5
-    true = stored + rounding * (2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)
+    true = (stored + rounding * (2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)).clamp(0, 1)
     exact = calibration(true, correct, torch.zeros(size)).error.low
     assert_within(calibration(stored, correct, rounding).error, exact)
 
@@ -257,6 +256,51 @@ def test_impossible_tokens_add_nothing_to_the_divergence(tmp_path: Path) -> None
     np.testing.assert_allclose(result.kl_low.numpy(), reference, rtol=1e-4, atol=1e-5)
 
 
+def test_a_token_that_became_impossible_is_infinite_and_leaves_the_lower_percentiles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = make_rows(LENGTHS, SAMPLES)
+    records = save_steps(tmp_path, {step: (batch, random_logits(batch, seed=step)) for step in (1, 2)})
+    reference = compare(changes(*records))
+    logits = records[1].contents["logits"].clone()
+    logits[0, PROMPT, (batch.targets[0, PROMPT] + 1) % VOCAB] = -math.inf
+    torch.save(torch.load(records[1].path) | {"logits": logits}, records[1].path)
+    result = changes(*read_logits(tmp_path / "logits"))
+    summed = compare(result)
+    assert summed.kl_mean == summed.kl_p99 == Bounds(math.inf, math.inf)  # with 41 tokens the last two are above p95
+    assert_exact(summed.kl_p50, float(result.kl_low.double().quantile(0.5)))
+    assert summed.kl_p50.low < 2 * reference.kl_p50.low
+    assert main([str(tmp_path), "--compare", "1", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "Maximum KLD:        inf\n99.9%   KLD:        inf" in out
+    assert ("at least" in out, err) == (False, "")
+
+
+@every_form
+def test_of_a_position_that_is_not_finite_no_form_claims_a_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: dict[str, Any]
+) -> None:
+    batch = make_rows([10], [1])
+    logits = random_logits(batch)
+    logits[0, 5] = math.nan
+    result = changes(*save_steps(tmp_path, {1: (batch, logits), 2: (batch, random_logits(batch, seed=2))}, **keys))
+    assert torch.equal(result.kl_low.isnan(), result.t == 5)
+    assert torch.equal(result.kl_high.isnan(), result.t == 5)
+    assert main([str(tmp_path), "--compare", "1", "2"]) == 0
+    assert "Mean    KLD:        nan" in capsys.readouterr().out
+
+
+def test_a_model_that_has_diverged_beyond_any_perplexity_has_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = make_rows([10], [1])
+    save_steps(tmp_path, {1: (batch, random_logits(batch)), 2: (batch, -random_logits(batch, scale=5000))})
+    assert main([str(tmp_path), "--compare", "1", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "Mean PPL(Q)                   :        inf" in out
+    assert err == ""
+
+
 @every_form
 @pytest.mark.parametrize("positions", ["all", "labels"])
 def test_only_rows_of_both_steps_are_compared_wherever_they_stand(
@@ -286,6 +330,14 @@ def test_rows_of_one_number_but_other_tokens_are_not_compared(tmp_path: Path) ->
     records = save_steps(tmp_path, {1: (batch, random_logits(batch)), 2: (changed, random_logits(changed))})
     assert len(changes(*records).t) == 0
     assert [len(sample.steps) for sample in training_dynamics(records)] == [1, 1]
+
+
+def test_rows_of_equal_tokens_but_other_labels_are_not_compared(tmp_path: Path) -> None:
+    batch, relabelled = make_rows([20], [4]), make_rows([20], [4])
+    relabelled.targets[:, :10] = NO_TARGET
+    records = save_steps(tmp_path, {1: (batch, random_logits(batch)), 2: (relabelled, random_logits(relabelled))})
+    assert len(changes(*records).t) == 0
+    assert [sample.tokens for sample in training_dynamics(records)] == [17, 9]
 
 
 def test_report_has_the_lines_of_llama_cpp_and_their_numbers(tmp_path: Path) -> None:
@@ -425,6 +477,20 @@ def test_numbers_that_are_not_finite_show_as_nan_and_as_null(
     assert analysis["comparisons"][0]["kl_mean"] == {"low": None, "high": None}
 
 
+def test_rows_that_are_not_finite_come_first_and_leave_the_least_confident_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = make_rows([PROMPT + 1] * 5, range(5))
+    logits = torch.zeros(5, PROMPT + 1, VOCAB)
+    for row, raised in enumerate((9.0, 1.0, math.nan, 5.0, 0.0)):
+        logits[row, PROMPT - 1, batch.targets[row, PROMPT - 1]] = raised
+    save_steps(tmp_path, {1: (batch, logits), 2: (batch, logits)})
+    assert main([str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    start = next(number for number, line in enumerate(lines) if line[:1] == ["sample"])
+    assert [line[0] for line in lines[start + 1 :]] == ["2", "4", "1", "3", "0"]
+
+
 def test_a_batch_without_a_target_has_no_numbers_and_no_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -545,6 +611,12 @@ def step_that_was_not_saved(run: Path) -> list[str]:
     return [str(make_run(run)), "--compare", "1", "3"]
 
 
+def step_whose_file_is_torn(run: Path) -> list[str]:
+    for torn in (make_run(run) / "logits").glob("*_step_1_*"):
+        torn.write_bytes(torn.read_bytes()[:-100])
+    return [str(run), "--compare", "1", "2"]
+
+
 def steps_without_a_common_row(run: Path) -> list[str]:
     batches = {step: make_rows([10], [step]) for step in (1, 2)}
     save_steps(run, {step: (batch, random_logits(batch)) for step, batch in batches.items()})
@@ -569,6 +641,7 @@ def files_of_two_models(run: Path) -> list[str]:
         (occupied_name, ("exists already",)),
         (no_folder_to_write_into, ("no folder", "nowhere")),
         (step_that_was_not_saved, ("step 3", "1, 2")),
+        (step_whose_file_is_torn, ("holds nothing of step 1", "its steps are 2")),
         (files_of_two_models, (f"{VOCAB + 1} tokens", f"one with {VOCAB}", "one folder")),
         (steps_without_a_common_row, ("no row in common", "training.save_logits_probe")),
     ],
