@@ -25,6 +25,7 @@ from so8t.analyze_dynamics import training_dynamics
 from so8t.config import InputError
 from so8t.files import atomic_folder, atomic_write
 from so8t.logits_reader import LogitsRecord, read_file
+from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 
 KD_TOP_K = 64  # tokens a position, from files that hold them all
@@ -92,8 +93,8 @@ def export_kd(paths: Sequence[Path], out: Path) -> str:
     """Every row once, as the newest file that holds it believes: tokens, labels, and the teacher's top-k a position.
 
     `target_token_ids[t]`, `target_logprobs[t]` and `target_mask[t]` tell of input token t + 1, and the mask is 1 where
-    that is a label. The log-probabilities are normalised over the k tokens, as axolotl's loss expects (temperature 1);
-    the returned sentence says how much of the teacher's mass these tokens hold.
+    that is a label and the teacher's numbers are finite. The log-probabilities are normalised over the k tokens, as
+    axolotl's loss expects (temperature 1); the returned sentence says how much of the teacher's mass these tokens hold.
     """
     newest: dict[bytes, tuple[Path, int]] = {}
     for path in paths:
@@ -116,7 +117,9 @@ def export_kd(paths: Sequence[Path], out: Path) -> str:
                 line, mass = _kd_row(record, row)
                 masses.append(mass)
                 file.write(json.dumps(line).encode() + b"\n")
-    mass = torch.cat(masses)
+        mass = torch.cat(masses)
+        if not len(mass):
+            raise InputError(f"--export kd-jsonl: none of {len(newest)} rows has a label with finite logits")
     return (
         f"{out}: {len(newest)} rows; the likeliest tokens hold {mass.mean():.2%} of the teacher's mass "
         f"({mass.min():.2%} at least) and are normalised to one; use kd_temperature: 1.0"
@@ -126,10 +129,14 @@ def export_kd(paths: Sequence[Path], out: Path) -> str:
 def _kd_row(record: LogitsRecord, row: int) -> tuple[dict[str, Any], Tensor]:
     """One line, and [labels of the row] how much of the teacher's mass it holds."""
     length = int((record.sections[row] != SECTIONS.index("padding")).sum())
-    which = (record.target_positions[:, 0] == row).nonzero().squeeze(1)
+    is_finite = ~record.at_targets("label_logprob").isnan()
+    which = ((record.target_positions[:, 0] == row) & is_finite).nonzero().squeeze(1)
     if record.form == "full":
-        logprobs = record.at_targets("logits", which).float().log_softmax(dim=-1)
-        values, ids = logprobs.topk(min(KD_TOP_K, logprobs.shape[-1]), dim=-1)
+        k = min(KD_TOP_K, record.contents["vocab_size"])
+        chunks = (
+            record.at_targets("logits", part).float().log_softmax(dim=-1) for part in torch.split(which, CHUNK_ROWS)
+        )
+        values, ids = (torch.cat(parts) for parts in zip(*(chunk.topk(k) for chunk in chunks), strict=True))
     else:
         values, ids = record.at_targets("topk_logprobs", which).float(), record.at_targets("topk_ids", which).long()
     t, shape = record.target_positions[which, 1], (length, values.shape[1])

@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from analyze_cases import PROMPT, VOCAB, make_rows, random_logits, save_steps
+from analyze_cases import PROMPT, VOCAB, OwnBytes, make_rows, random_logits, save_steps
 from torch import Tensor
 
 from so8t.analyze import main, training_dynamics
@@ -206,6 +206,28 @@ def test_the_mass_that_is_normalised_away_is_told(tmp_path: Path, capsys: pytest
     assert row["target_logprobs"][PROMPT] == pytest.approx([math.log(5 / 8), math.log(3 / 8)], abs=1e-3)
 
 
+def test_a_teacher_that_is_not_finite_teaches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = make_rows([PROMPT + 4], [1])
+    logits = random_logits(batch)
+    logits[0, PROMPT] = math.nan
+    for form in ("full", "topk"):
+        save_steps(tmp_path / form, {1: (batch, logits)}, form=form)
+        out = export(tmp_path / form, "kd-jsonl", tmp_path / f"{form}.jsonl")
+        (row,) = map(json.loads, Path(out).read_text().splitlines())
+        assert [mask[0] for mask in row["target_mask"]] == [0] * (PROMPT - 1) + [1, 0, 1, 1, 0]
+        assert all(math.isfinite(value) for position in row["target_logprobs"] for value in position)
+        assert "nan" not in capsys.readouterr().out
+
+
+def test_memory_of_kd_is_that_of_a_chunk_however_long_the_row(tmp_path: Path) -> None:
+    vocab, length = 2000, 1000
+    batch = make_rows([length], [1], vocab)
+    save_steps(tmp_path, {1: (batch, random_logits(batch, vocab))})
+    with OwnBytes([]) as mode:
+        export(tmp_path, "kd-jsonl", tmp_path / "rows.jsonl")
+    assert mode.peak < 0.7 * length * vocab * 4  # the row's logits
+
+
 # ---- what cannot be exported
 
 
@@ -226,6 +248,15 @@ def test_what_the_files_do_not_hold_is_one_sentence_and_exit_2(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert all(word in err for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_a_label_teach_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = make_rows([9], [1])
+    batch.targets.fill_(NO_TARGET)
+    save_steps(tmp_path, {1: (batch, random_logits(batch))})
+    assert main([str(tmp_path), "--export", "kd-jsonl", str(tmp_path / "out")]) == 2
+    assert "none of 1 rows has a label" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
