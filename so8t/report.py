@@ -65,7 +65,7 @@ def write_report(run: Path) -> Path:
         beliefs=draw_beliefs(_comparable(analysis)) if has_logits else [],
         has_probe=any(scores.kind == "probe" for scores in analysis.steps),
         numbers=tables(analysis),
-        map=token_map(logits, _tokenizer(run, config, logits)) if has_logits else {"rows": []},
+        map=token_map(logits, _tokenizer(run, config, logits)) if has_logits else {"rows": [], "rows_left_out": 0},
     )
     with atomic_write(run / REPORT_FILE) as file:
         file.write(html.encode())
@@ -114,7 +114,8 @@ def _tiles(metrics: Sequence[dict[str, Any]], num_files: int) -> list[tuple[str,
     ]
     evaluated = [record["eval_loss"] for record in metrics if "eval_loss" in record]
     if evaluated:
-        tiles.insert(1, ("validation loss", number(evaluated[-1]), f"{number(min(evaluated))} at its best"))
+        best = min((loss for loss in evaluated if loss is not None), default=None)
+        tiles.insert(1, ("validation loss", number(evaluated[-1]), f"{number(best)} at its best"))
     return tiles
 
 

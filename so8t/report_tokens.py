@@ -19,7 +19,8 @@ from so8t.thinking import SECTIONS
 
 ALTERNATIVES = 5  # likeliest tokens shown for a target
 MAX_STEPS = 20  # saved steps on the slider, evenly spread
-MAX_BELIEFS = 110_000  # targets times saves; at 70 to 80 bytes each the page stays below 10 MB
+MAX_BELIEFS = 100_000  # targets times saves; at 70 to 90 bytes each the page stays below 10 MB
+TOKENS_A_BELIEF = 10  # of a row's text, prompt included, take as much room as one of them
 SCALE_QUANTILE = 0.95  # what lies beyond has the scale's last colour
 UNDECODABLE = "\ufffd"
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -95,7 +96,7 @@ def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
 
 def _within_budget(rows: Sequence[_Row]) -> list[_Row]:
     """The first rows, as many as fit into MAX_BELIEFS."""
-    beliefs = accumulate(len(row.targets) * len(row.saves) for row in rows)
+    beliefs = accumulate(len(row.targets) * len(row.saves) + len(row.tokens) / TOKENS_A_BELIEF for row in rows)
     return [row for row, so_far in zip(rows, beliefs, strict=True) if so_far <= MAX_BELIEFS]
 
 

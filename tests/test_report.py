@@ -181,6 +181,35 @@ def test_a_map_of_the_largest_size_stays_below_10_mb(page: str, drawn: dict[str,
     assert len(page) - len(rows) + MAX_BELIEFS * len(rows) / beliefs < 10e6
 
 
+def test_long_prompts_take_room_too(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_tokens, "MAX_BELIEFS", 1000)
+    contents = save_one(tmp_path, make_case(), form="stats", positions="labels")
+    rows, length = 10, 2000  # of two targets each
+    labels = torch.full((rows, length), NO_TARGET)
+    labels[:, -2:] = 7
+    contents |= {
+        "input_ids": torch.randint(1000, 2000, (rows, length), dtype=torch.int32),
+        "labels": labels,
+        "sections": torch.ones(rows, length, dtype=torch.uint8),
+        "sample_ids": torch.arange(rows),
+        "positions": (labels.roll(-1, dims=1) == 7).nonzero().int(),
+    }
+    for name in ("label_logprob", "label_rank", "entropy", "logsumexp", "top1_id", "top1_logprob"):
+        contents[name] = contents[name][:1].repeat(2 * rows)
+    (path,) = (tmp_path / "logits").iterdir()
+    torch.save(contents, path)
+    data = token_map(tmp_path / "logits", tokenizer)
+    assert data["rows_left_out"] == rows - len(data["rows"]) > 0
+    assert 40 * 1000 < len(json.dumps(data["rows"], separators=(",", ":"))) < 90 * 1000
+
+
+def test_a_row_that_has_no_room_at_all_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(report_tokens, "MAX_BELIEFS", 10)
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "no room for even one of the" in page
+
+
 def test_what_does_not_fit_is_left_out_and_counted(
     run: Path, tokenizer: Any, drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +270,15 @@ def test_the_curves_say_what_the_metrics_say(run: Path, page: str) -> None:
 def test_losses_that_were_not_finite_leave_a_gap(run: Path) -> None:
     records = [record | {"loss": None, "pet": None} for record in read_metrics(run / "metrics.jsonl")]
     assert "from not finite to not finite" in draw_training(records, PetConfig())[0].caption
+
+
+def test_a_validation_loss_that_was_not_finite_is_told(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "config.toml", tmp_path)
+    first, *others = read_metrics(run / "metrics.jsonl")
+    records = [first | {"eval_loss": 2.5}, *others, others[-1] | {"eval_loss": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<dt>validation loss</dt><dd>not finite</dd><small>2.5 at its best</small>" in page
 
 
 def test_a_run_without_logits_and_a_ledger_of_few_keys_have_a_report_too(run: Path, tmp_path: Path) -> None:
