@@ -350,10 +350,10 @@ def chromium() -> Iterator[Any]:
 class Page:
     """The report in a browser, with the few things that the tests do to it."""
 
-    def __init__(self, driver: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
+    def __init__(self, driver: Any, path: Path, width: int = 1280, scheme: str = "light", height: int = 800) -> None:
         self.driver = driver
         media = [{"name": "prefers-color-scheme", "value": scheme}]
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         driver.get_log("performance")  # what came before this page
@@ -501,6 +501,24 @@ def test_the_keyboard_reaches_everything(opened: Page, probe_rows: list[dict[str
     focused = opened.driver.switch_to.active_element
     assert focused.get_attribute("aria-selected") == "true"
     assert opened.run("return document.querySelectorAll('.token[tabindex=\"0\"]').length") == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(360, 800), (1280, 400)])
+def test_what_has_the_focus_is_never_hidden_behind_what_is_sticky(
+    chromium: Any, run: Path, width: int, height: int
+) -> None:
+    page = Page(chromium, run / "report.html", width, height=height)
+    page.find("input[value=logits]").click()
+    hidden = """
+        const tokens = [...document.querySelectorAll(".row:not([hidden]) .token")];
+        return [...tokens, ...tokens].filter((token, index) => {
+          scrollBy(0, token.getBoundingClientRect().top - (index < tokens.length ? 20 : innerHeight - 20));
+          token.focus();  // which stands almost at the upper edge now, or at the lower one
+          const {x, y, width, height} = token.getClientRects()[0];
+          return document.elementFromPoint(x + width / 2, y + height / 2) !== token;
+        }).map((token) => token.textContent);
+    """
+    assert page.run(hidden) == []
 
 
 def test_a_row_of_markup_and_script_stays_text(opened: Page) -> None:
