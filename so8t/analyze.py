@@ -10,9 +10,11 @@ A number in the tables is exact; a range (0.19..0.21, or >=0.19) is all that the
 
 import argparse
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ __all__ = [
     "training_dynamics",
 ]
 
+log = logging.getLogger("so8t")
 CONFIG_FILE = "config.toml"  # as in checkpoint.py, whose imports take five seconds
 TITLES = {"logits": "batches trained on", "probe": "probe"}
 SHOWN_ROWS = 10  # of the training dynamics; --json has all
@@ -76,16 +79,34 @@ def logits_folder(run: Path) -> Path:
 def analyze(run: Path) -> Analysis:
     """Score, compare and follow the rows of all files, a chunk of one or two of them in memory at once.
 
-    Raises InputError if there is no such run, or none of its files are saved logits.
+    A file that a running training deletes meanwhile is passed over from there on, with a warning. Raises InputError if
+    there is no such run, or none of its files are saved logits.
     """
-    paths, steps = [], []
+    paths, steps, comparisons = [], [], []
     for record in _records(logits_folder(run)):
-        paths.append(record.path)
-        steps.append(score_step(record))
+        with _if_still_there():
+            steps.append(score_step(record))
+            paths.append(record.path)
     pairs = tqdm(_pairs(paths), desc="comparing steps", unit="pair", leave=False, delay=2)
-    comparisons = [compare(changes(read_file(earlier), read_file(later))) for earlier, later in pairs]
+    for earlier, later in pairs:
+        with _if_still_there():
+            comparisons.append(compare(changes(read_file(earlier), read_file(later))))
     comparisons = [comparison for comparison in comparisons if comparison.tokens]
-    return Analysis(steps, comparisons, training_dynamics(map(read_file, paths)))
+    return Analysis(steps, comparisons, training_dynamics(_again(paths)))
+
+
+@contextmanager
+def _if_still_there() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        log.warning("%s: passed over, the run has deleted it to make room for a newer one", error.filename)
+
+
+def _again(paths: Iterable[Path]) -> Iterator[LogitsRecord]:
+    for path in paths:
+        with _if_still_there():
+            yield read_file(path)
 
 
 def _records(folder: Path) -> Iterator[LogitsRecord]:
@@ -103,7 +124,7 @@ def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     """Every file with each of the last ones before it that hold some of its rows."""
     last_seen: dict[tuple[str, Key], Path] = {}
     pairs: dict[tuple[Path, Path], None] = {}
-    for record in map(read_file, paths):
+    for record in _again(paths):
         for key in row_keys(record):
             earlier = last_seen.get((record.kind, key))
             if earlier is not None:

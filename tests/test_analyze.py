@@ -24,7 +24,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchmetrics.functional.classification.calibration_error import _ce_compute
 from torchmetrics.functional.text import perplexity
 
-from so8t.analyze import Bounds, analyze, calibration, changes, compare, main, score_step, training_dynamics
+from so8t.analyze import Bounds, StepScores, analyze, calibration, changes, compare, main, score_step, training_dynamics
 from so8t.analyze_changes import llama_report
 from so8t.logits import LogitsRecord, read_logits
 from so8t.losses import NO_TARGET
@@ -459,6 +459,29 @@ def test_a_torn_file_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFix
     analysis = analyze(tmp_path)
     assert [(step.step, step.kind) for step in analysis.steps] == [(1, "logits"), (2, "logits"), (2, "probe")]
     assert torn.name in caplog.text
+
+
+def test_files_that_a_running_training_deletes_meanwhile_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = make_rows([10, 12], [1, 2])
+    records = save_steps(tmp_path, {step: (batch, random_logits(batch, seed=step)) for step in range(1, 6)})
+    paths = {record.step: record.path for record in records}
+
+    def delete_and_score(record: LogitsRecord) -> StepScores:
+        if record.step == 2:
+            paths[2].unlink()  # before it is read ..
+        scores = score_step(record)
+        if record.step == 5:
+            paths[1].unlink()  # .. and between two readings
+        return scores
+
+    monkeypatch.setattr("so8t.analyze.score_step", delete_and_score)
+    analysis = analyze(tmp_path)
+    assert [step.step for step in analysis.steps] == [1, 3, 4, 5]
+    assert [(one.earlier_step, one.later_step) for one in analysis.comparisons] == [(3, 4), (4, 5)]
+    assert [sample.steps for sample in analysis.dynamics] == [(3, 4, 5)] * 2
+    assert all(paths[step].name in caplog.text for step in (1, 2))
 
 
 def test_numbers_that_are_not_finite_show_as_nan_and_as_null(
