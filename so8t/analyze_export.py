@@ -95,16 +95,17 @@ def export_kd(paths: Sequence[Path], out: Path) -> str:
     `target_token_ids[t]`, `target_logprobs[t]` and `target_mask[t]` tell of input token t + 1, and the mask is 1 where
     that is a label and the teacher's numbers are finite. The log-probabilities are normalised over the k tokens, as
     axolotl's loss expects (temperature 1); the returned sentence says how much of the teacher's mass these tokens hold.
+    Rows of the probe are left out, so that no student trains on what is held out.
     """
     newest: dict[bytes, tuple[Path, int]] = {}
     for path in paths:
         record = read_file(path)
-        if record.form != "stats":
+        if record.kind == "logits" and record.form != "stats":
             newest |= {tokens: (path, row) for row, (_, tokens) in enumerate(row_keys(record))}
     if not newest:
         raise InputError(
-            '--export kd-jsonl: "stats" does not hold the likeliest tokens; '
-            'train with training.save_logits_form = "topk" or "full"'
+            '--export kd-jsonl needs batches saved with training.save_logits_form = "topk" or "full"; '
+            '"stats" does not hold the likeliest tokens, and the rows of the probe stay held out'
         )
     rows: dict[Path, list[int]] = {}
     for path, row in newest.values():

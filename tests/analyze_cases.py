@@ -9,7 +9,6 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from logits_cases import NO_AUTOCAST, settings
-from memory_cases import PeakBytes
 from torch import Tensor
 
 from so8t.data import Batch
@@ -19,14 +18,6 @@ from so8t.thinking import SECTIONS
 
 VOCAB = 40
 PROMPT = 3  # tokens before each answer
-
-
-class OwnBytes(PeakBytes):  # type: ignore[no-untyped-call]
-    """Mapped files do not count: the system takes their pages back when it needs them."""
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage.resizable():
-            super()._add(storage)
 
 
 def make_rows(lengths: Sequence[int], sample_ids: Sequence[int], vocab: int = VOCAB, padded_to: int = 0) -> Batch:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from analyze_cases import PROMPT, VOCAB, OwnBytes, make_rows, random_logits, save_steps
+from analyze_cases import PROMPT, VOCAB, make_rows, random_logits, save_steps
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from memory_cases import PeakBytes
 from scipy.special import rel_entr  # type: ignore[import-untyped]
 from scipy.stats import entropy  # type: ignore[import-untyped]
 from torch import Tensor

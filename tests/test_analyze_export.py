@@ -4,14 +4,15 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 import torch
-from analyze_cases import PROMPT, VOCAB, OwnBytes, make_rows, random_logits, save_steps
+from analyze_cases import PROMPT, VOCAB, make_rows, random_logits, save_steps
+from memory_cases import PeakBytes
 from torch import Tensor
 
 from so8t.analyze import main, training_dynamics
@@ -27,10 +28,12 @@ def export(run: Path, name: str, out: Path) -> str:
     return str(out)
 
 
-def save_probe(run: Path, steps: int = 3, **keys: Any) -> dict[int, Tensor]:
+def save_same_rows(
+    run: Path, steps: int = 3, kind: Literal["logits", "probe"] = "probe", **keys: Any
+) -> dict[int, Tensor]:
     batch = make_rows(LENGTHS, SAMPLES)
     logits = {step: random_logits(batch, seed=step) for step in range(1, steps + 1)}
-    save_steps(run, {step: (batch, values) for step, values in logits.items()}, kind="probe", **keys)
+    save_steps(run, {step: (batch, values) for step, values in logits.items()}, kind=kind, **keys)
     return logits
 
 
@@ -52,7 +55,7 @@ def read_as_cartography(model_dir: Path) -> dict[Any, dict[str, Any]]:
 
 
 def test_cartography_reads_the_confidence_and_variability_of_the_analysis(tmp_path: Path) -> None:
-    save_probe(tmp_path)
+    save_same_rows(tmp_path)
     examples = read_as_cartography(Path(export(tmp_path, "cartography", tmp_path / "out")))
     samples = training_dynamics(read_logits(tmp_path / "logits"))
     assert list(examples) == [sample.sample_id for sample in samples] == list(SAMPLES)
@@ -75,7 +78,7 @@ def test_cartography_gets_only_rows_of_every_epoch_of_training(tmp_path: Path) -
 
 
 def test_cartography_takes_the_probe_and_never_mixes_it_with_the_batches(tmp_path: Path) -> None:
-    save_probe(tmp_path)
+    save_same_rows(tmp_path)
     batch = make_rows([9], [1])
     save_steps(tmp_path, {4: (batch, random_logits(batch))})
     assert list(read_as_cartography(Path(export(tmp_path, "cartography", tmp_path / "out")))) == list(SAMPLES)
@@ -98,7 +101,7 @@ def test_certain_and_impossible_rows_are_finite_json_and_read_back(tmp_path: Pat
 
 @pytest.mark.parametrize("keys", [{"dtype": "bf16"}, {"form": "topk", "positions": "labels"}, {"form": "stats"}])
 def test_safetensors_hold_every_tensor_bit_for_bit_and_the_rest_as_text(tmp_path: Path, keys: dict[str, Any]) -> None:
-    save_probe(tmp_path, **keys)
+    save_same_rows(tmp_path, **keys)
     out = Path(export(tmp_path, "safetensors", tmp_path / "out"))
     files = sorted((tmp_path / "logits").iterdir())
     assert sorted(path.stem for path in out.iterdir()) == [path.stem for path in files]
@@ -154,7 +157,7 @@ def distillation_loss(row: dict[str, Any], student: Tensor, shift: int = 0) -> f
     "keys", [{}, {"form": "topk", "top_k": 8}, {"form": "topk", "top_k": 8, "positions": "labels"}]
 )
 def test_a_student_that_equals_the_teacher_has_no_distillation_loss(tmp_path: Path, keys: dict[str, Any]) -> None:
-    logits = save_probe(tmp_path, **keys)
+    logits = save_same_rows(tmp_path, kind="logits", **keys)
     rows = read_as_axolotl(Path(export(tmp_path, "kd-jsonl", tmp_path / "rows.jsonl")))
     batch = make_rows(LENGTHS, SAMPLES)
     assert [row["input_ids"] for row in rows] == [
@@ -223,9 +226,21 @@ def test_memory_of_kd_is_that_of_a_chunk_however_long_the_row(tmp_path: Path) ->
     vocab, length = 2000, 1000
     batch = make_rows([length], [1], vocab)
     save_steps(tmp_path, {1: (batch, random_logits(batch, vocab))})
-    with OwnBytes([]) as mode:
+    with PeakBytes([]) as mode:
         export(tmp_path, "kd-jsonl", tmp_path / "rows.jsonl")
     assert mode.peak < 0.7 * length * vocab * 4  # the row's logits
+
+
+def test_the_rows_of_the_probe_stay_held_out_of_distillation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_same_rows(tmp_path)
+    assert main([str(tmp_path), "--export", "kd-jsonl", str(tmp_path / "out")]) == 2
+    assert "the rows of the probe stay held out" in capsys.readouterr().err
+    batch = make_rows([9], [7])
+    save_steps(tmp_path, {1: (batch, random_logits(batch))})
+    (row,) = read_as_axolotl(Path(export(tmp_path, "kd-jsonl", tmp_path / "rows.jsonl")))
+    assert row["input_ids"] == batch.input_ids[0].tolist()
 
 
 # ---- what cannot be exported
@@ -264,7 +279,8 @@ def test_rows_without_a_label_teach_nothing(tmp_path: Path, capsys: pytest.Captu
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    save_probe(tmp_path)
+    save_same_rows(tmp_path)
+    save_same_rows(tmp_path, kind="logits")
     with (small_disk / "fill").open("wb") as file:
         file.write(bytes(8 * 2**20 - 8192))
     assert main([str(tmp_path), "--export", name, str(small_disk / "out")]) == 1
