@@ -142,7 +142,9 @@ class Plan:
             layers = self.trace.num_layers
             return trace_step(self.config, self.model_config, shape, self.device_type, layers).peak
 
-        fits, fits_not = 0, 64
+        growth = max((peak(32) - peak(8)) / 24, 1)  # nearly the same for longer ones
+        guess = min(max(8 + int((limit - peak(8)) / growth), 1), 128)
+        fits, fits_not = (guess, guess + 1) if peak(guess) <= limit else (0, guess)
         while peak(fits_not) <= limit:
             fits, fits_not = fits_not, 2 * fits_not
         return 256 * _largest_that_fits(lambda blocks: peak(max(1, blocks)), fits, fits_not, limit)
