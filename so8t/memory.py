@@ -293,15 +293,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"so8t.memory: {error}", file=sys.stderr)
         return 2
-    longest = None if plan.capacity is None else plan.largest_length(plan.capacity)
     if options.json:
+        longest = None if plan.capacity is None else plan.largest_length(plan.capacity)
         print(json.dumps(plan.as_dict() | {"largest_length": longest}, indent=1))
         return 0
-    print(plan.table())
-    if longest is not None:
-        print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens")
+    print(plan.table(), flush=True)  # the rest takes a while
     if plan.room is not None and plan.room < 0:
-        print(f"it does not fit; what would make the peak smaller:\n{plan.advice()}")
+        print(f"it does not fit; what would make the peak smaller:\n{plan.advice()}", flush=True)
+    if plan.capacity is not None:
+        longest = plan.largest_length(plan.capacity)
+        print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens")
     return 0
 
 

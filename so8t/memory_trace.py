@@ -246,7 +246,11 @@ def _run_step(config: Config, model: Model, shape: Shape, probe: Sequence[Shape]
     layout = position_layout(training, len(weight), head_computes_in(training, config.model.dtype))
     batch = fake_batch(shape)
 
+    chunks = iter(range(2))  # every later one is like the second, and scoring leaves nothing behind
+
     def observe(positions: Tensor, logits: Tensor) -> None:
+        if next(chunks, None) is None:
+            return
         small = {name: logits.new_empty((len(logits), *size), dtype=dtype) for name, (dtype, size) in layout.items()}
         small.pop("logits", None)
         score_rows(logits, batch.targets.flatten()[: len(logits)], small)
