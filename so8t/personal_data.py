@@ -199,11 +199,12 @@ _PHONE = re.compile(
     rf"|\(?0[5-9]0\)?(?:{_GAP})?[1-9]\d{{3}}(?:{_GAP})?\d{{4}}"
     rf"|\(?(?!0120|0570|0800|0990)0[1-9](?:{_GAP}\d{{4}}|\d{_GAP}\d{{3}}|\d\d{_GAP}\d\d|\d{{3}}{_GAP}\d){_GAP}\d{{4}}"
     # North America
-    r"|(?:0{0,2}1[ .-])?(?!\(?8(?:00|33|44|55|66|77|88))(?:\([2-9]\d\d\) ?|[2-9]\d\d(?:(?P<gap>[.-])|[ ]))"
+    r"|(?:0{0,2}1[ .-])?(?!\(?8(?:00|33|44|55|66|77|88))(?:\([2-9]\d\d\) ?|[2-9]\d\d(?:(?P<gap>[.-])|[ ](?=\d{3}-)))"
     r"(?!555.01)[2-9]\d\d(?(gap)(?P=gap)|[ -])\d{4}"
     r")(?!(?!x\d)\w|[.-]\d)"
-    # without gaps only where the text says so
-    r"|(?:電話|連絡先|携帯|\b(?:tel|phone|mobile|cell|call|fax)\b)[^\d\n]{0,8}(?:0[1-9]\d{8}|[2-9]\d\d[2-9]\d{6})(?!\d)",
+    # without gaps, or with spaces as between any numbers, only where the text says so
+    r"|(?:電話|連絡先|携帯|\b(?:tel|phone|mobile|cell|call|fax)\b)[^\d\n]{0,8}"
+    r"(?:0[1-9]\d{8}|[2-9]\d\d ?[2-9]\d\d ?\d{4})(?!\d)",
     re.ASCII | re.IGNORECASE,
 )
 

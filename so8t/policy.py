@@ -3,7 +3,7 @@
 - `provenance`: a row says where it comes from: "source" and "license", and from the web also "url" and
   "robots": "allowed". From the web is what has "url" or "robots", or "web", an address or a host name as its source.
 - `nsfw`: a row whose "nsfw" is there and not false serves refusal only: its "safety_label" is REFUSE or ESCALATE, every
-  answer's final is a refusal, and no answer, thoughts included, quotes a piece of a message that is not the
+  answer's final is a refusal, and no answer, thoughts included, is long or quotes a piece of a message that is not the
   assistant's. So that text is never a target. A row is marked by whoever wrote it; nothing here looks for what is not
   marked.
 - the rest: no message of a row, prompt or answer, holds such personal data or secret. See personal_data.py.
@@ -39,6 +39,7 @@ RULES = {
     "mac_address": "a row must not hold a MAC address",
 }
 LONGEST_REFUSAL = 600  # characters; a longer final does more than refuse
+LONGEST_REFUSING_ANSWER = 1200  # characters with thoughts and tags; longer thoughts do more than judge
 
 _FROM_WEB = re.compile(
     r"web(?:\W.*)?|https?:.*|(?:[a-z0-9-]+\.)+(?:com|org|net|edu|gov|info|dev|app|[a-z]{2})(?:[:/].*)?",
@@ -88,6 +89,7 @@ def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]])
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     return row.get("safety_label") in ("REFUSE", "ESCALATE") and all(
         is_refusal(final_only(answer) or answer)
+        and len(answer) <= LONGEST_REFUSING_ANSWER
         and not any(repeats(answer, prompt, LONGEST_ECHO["safety"]) for prompt in prompts)
         for answer in answers
     )

@@ -146,6 +146,7 @@ def test_a_check_digit_decides_over_cards_and_individual_numbers() -> None:
     "text",
     [
         "01-02-2024 10:30",
+        "widths 256 512 1024, then 384 768 1536",
         "05.06.2023 14:30 Uhr",
         "月曜 01-02-2024 10時30分",
         "a gain of +0.0001234567",
@@ -271,6 +272,7 @@ def test_a_marked_row_that_only_refuses_is_used(row: dict[str, Any]) -> None:
         four_parts(f"I can't write this: {QUERY}."),
         four_parts(REFUSAL, task=f"Asks: {QUERY}"),  # a thought is a target too
         four_parts(REFUSAL, safety="Unsafe: Tove and the stranger undress each other in the hotel room."),
+        four_parts(REFUSAL, safety=f"Unsafe. {'They kissed. ' * 90}"),
         chat("Tove smiled and closed the door.", REFUSAL),  # so is an earlier answer
         four_parts("Tove smiled.", task="I can't help with that.") | {"nsfw": "yes"},
         MARKED | {"instruction": QUERY, "output": "Tove smiled and closed the door."},
