@@ -25,7 +25,7 @@ from so8t.analyze_changes import Changes, Comparison, Key, changes, compare, lla
 from so8t.analyze_dynamics import SampleDynamics, training_dynamics
 from so8t.analyze_export import EXPORTS
 from so8t.analyze_scores import Bounds, Calibration, CalibrationBin, Scores, StepScores, calibration, score_step
-from so8t.config import InputError, TrainingConfig, load_config
+from so8t.config import CONFIG_FILE, InputError, TrainingConfig, load_config
 from so8t.logits_reader import LogitsRecord, read_file, read_logits
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("so8t")
-CONFIG_FILE = "config.toml"  # as in checkpoint.py, whose imports take five seconds
 TITLES = {"logits": "batches trained on", "probe": "probe"}
 SHOWN_ROWS = 10  # of the training dynamics; --json has all
 

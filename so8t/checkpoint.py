@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from so8t.config import Config, InputError, changed_keys, load_config, to_toml
+from so8t.config import CONFIG_FILE, Config, InputError, changed_keys, load_config, to_toml
 from so8t.files import atomic_folder, atomic_write, delete_folder, sweep_temporaries
 from so8t.model import Model, save_model
 
 STATE_FILE = "training_state.pt"
-CONFIG_FILE = "config.toml"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 

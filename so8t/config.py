@@ -21,6 +21,7 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one sentence; commands print it and exit 2."""
 
 
+CONFIG_FILE = "config.toml"  # in a run and in each of its checkpoints: the resolved configuration
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no path holds NUL, no UTF-8 file lone surrogates
 
 
@@ -73,6 +74,11 @@ class QuantizationConfig:
     load_in_8bit: bool = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = True  # quantise the scales too: 0.37 bit a weight less
+
+    @property
+    def bits(self) -> int:
+        """Of a quantised weight; 0 = none is quantised."""
+        return 4 * self.load_in_4bit + 8 * self.load_in_8bit
 
 
 @dataclass(frozen=True)

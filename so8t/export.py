@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from so8t import policy
-from so8t.checkpoint import CONFIG_FILE, STATE_FILE, checkpoint_folders, step_of
-from so8t.config import Config, DataConfig, InputError, ModelConfig, QuantizationConfig, load_config
+from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
+from so8t.config import CONFIG_FILE, Config, DataConfig, InputError, ModelConfig, QuantizationConfig, load_config
 from so8t.data import Batch, load_dataset, split
 from so8t.evaluate import score
 from so8t.files import atomic_folder, atomic_write
@@ -174,7 +174,7 @@ def write_and_check(
         seed = config.training.seed
         return load_model(base, quantization, config.qlora, config.so8t, device, seed=seed, checkpoint=checkpoint)
 
-    bits = 4 * config.quantization.load_in_4bit + 8 * config.quantization.load_in_8bit
+    bits = config.quantization.bits
     quantized = None
     if bits:
         quantized = compute(load_live(replace(base, dtype="float32"), config.quantization), batches)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
-from so8t.checkpoint import CONFIG_FILE, STATE_FILE, checkpoint_folders
-from so8t.config import InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig, load_config
+from so8t.checkpoint import STATE_FILE, checkpoint_folders
+from so8t.config import CONFIG_FILE, InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig, load_config
 from so8t.model import GATES_FILE, causal_lm, load_model, load_model_config, load_tokenizer
 from so8t.thinking import neutralise
 

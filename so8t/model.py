@@ -137,7 +137,7 @@ def _load_base(
 ) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
-    if quantization.load_in_4bit or quantization.load_in_8bit:
+    if quantization.bits:
         options["quantization_config"] = _quantization_options(quantization, dtype)
     model: PreTrainedModel
     try:
@@ -145,8 +145,8 @@ def _load_base(
             base = load_model_config(config)
             model = AutoModelForCausalLM.from_config(base, trust_remote_code=False, **options).to(device).eval()
         else:  # the device map quantizes every weight as it is read: the whole model is never there unquantized
-            options |= {"device_map": {"": device}, "trust_remote_code": False, "output_loading_info": True}
-            options["ignore_mismatched_sizes"] = True  # they are told below
+            options |= {"device_map": {"": device}, "trust_remote_code": False}
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are told below
             loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint or config.base_model, **options)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
             mismatched = sorted(name for name, *_ in loaded[1]["mismatched_keys"])

@@ -58,7 +58,7 @@ def model_card(
     without gates; check: the sentences of the export's report.
     """
     base_model = config.model.base_model
-    bits = 4 * config.quantization.load_in_4bit + 8 * config.quantization.load_in_8bit
+    bits = config.quantization.bits
     training = "LoRA" if config.qlora.enabled else "every weight trained"
     methods = [f"{training} on {bits}-bit weights" if bits else training]
     if config.so8t.enabled:

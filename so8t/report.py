@@ -20,8 +20,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from so8t import policy
 from so8t.analyze import Analysis, SampleDynamics, StepScores, analyze, tables
-from so8t.checkpoint import CONFIG_FILE, checkpoint_folders
-from so8t.config import Config, InputError, load_config, to_toml
+from so8t.checkpoint import checkpoint_folders
+from so8t.config import CONFIG_FILE, Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
 from so8t.logits import read_logits
 from so8t.metrics import read_metrics
@@ -74,8 +74,7 @@ def write_report(run: Path) -> Path:
 
 def _subtitle(config: Config) -> str:
     """What was trained, and on what."""
-    quantization, training = config.quantization, config.training
-    bits = 4 if quantization.load_in_4bit else 8 if quantization.load_in_8bit else None
+    bits, training = config.quantization.bits, config.training
     words = (
         config.model.base_model + (" from scratch" if config.model.from_scratch else ""),
         f"{bits}-bit weights" if bits else f"{config.model.dtype} weights",

@@ -508,25 +508,21 @@ def test_weights_that_are_missing_or_cut_short_are_reported(
         load(folder)
 
 
-def test_weights_of_a_layer_that_are_not_in_the_files_are_not_made_up(
-    tmp_path: Path, base_models: dict[str, Path]
+@pytest.mark.parametrize(
+    ("key", "more", "sentence"),
+    [
+        ("num_hidden_layers", 1, rf"lack the weights .*model\.layers\.{LAYERS}\.mlp\.down_proj\.weight"),
+        ("intermediate_size", 8, r"config\.json wants other shapes .*model\.layers\.0\.mlp\.down_proj\.weight"),
+    ],
+)
+def test_weights_that_the_files_lack_or_have_in_another_shape_are_not_made_up(
+    tmp_path: Path, base_models: dict[str, Path], key: str, more: int, sentence: str
 ) -> None:
     folder = shutil.copytree(base_models["phi3"], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"] += 1
+    config[key] += more
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=rf"lack the weights .*model\.layers\.{LAYERS}\.mlp\.down_proj\.weight"):
-        load(folder)
-
-
-def test_weights_of_another_shape_than_the_config_says_are_one_sentence(
-    tmp_path: Path, base_models: dict[str, Path]
-) -> None:
-    folder = shutil.copytree(base_models["phi3"], tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config["intermediate_size"] += 8
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"config\.json wants other shapes .*model\.layers\.0\.mlp\.down_proj\.weight"):
+    with pytest.raises(InputError, match=sentence):
         load(folder)
 
 

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from so8t.checkpoint import CONFIG_FILE  # noqa: E402
-from so8t.config import QuantizationConfig, load_config  # noqa: E402
+from so8t.config import CONFIG_FILE, QuantizationConfig, load_config  # noqa: E402
 from so8t.data import load_dataset  # noqa: E402
 from so8t.export import newest_checkpoint  # noqa: E402
 from so8t.model import causal_lm, load_model, load_model_config, load_tokenizer  # noqa: E402
