@@ -31,9 +31,7 @@ from so8t.evaluate import Validation, capture_probe, keep_evidence
 from so8t.gates import orthogonality_error
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.losses import Observer, ce_sum, pet_sum
-from so8t.memory import device_memory, plan_memory
-from so8t.memory_measure import MemoryLedger, OutOfMemory
-from so8t.memory_trace import Shape, shape_of
+from so8t.memory import MemoryLedger, OutOfMemory, Shape, device_memory, plan_memory, shape_of
 from so8t.metrics import Metrics, step_figures
 from so8t.model import Model, describe, head_weight, hidden_states, load_model, load_model_config, load_tokenizer
 from so8t.optim import make_amp, make_optimizer, set_learning_rate

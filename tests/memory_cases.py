@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 import train
 from so8t.data import Batch
 from so8t.logits import LogitsSaver
-from so8t.memory_trace import LiveBytes
+from so8t.memory.trace import LiveBytes
 from so8t.model import Model, head_weight, trainable_parameters
 
 

@@ -35,7 +35,7 @@ from so8t.data import (
     split,
 )
 from so8t.losses import NO_TARGET
-from so8t.policy import make_report
+from so8t.policy.rules import make_report
 from so8t.thinking import SECTIONS, final_only, has_tags
 
 DEMO = Path(__file__).parents[1] / "so8t" / "demo"

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from analyze_cases import make_rows  # noqa: E402
 from logits_cases import NO_AUTOCAST, settings  # noqa: E402
 
-from so8t.analyze import analyze  # noqa: E402
+from so8t.analyze.run import analyze  # noqa: E402
 from so8t.logits import LogitsSaver, read_logits  # noqa: E402
 from so8t.losses import NO_TARGET, ce_sum  # noqa: E402
 

@@ -19,8 +19,8 @@ from saving_cost import WARM_UP, job  # noqa: E402
 
 import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
-from so8t.memory import GIB  # noqa: E402
-from so8t.memory_trace import Shape, trace_step  # noqa: E402
+from so8t.memory.plan import GIB  # noqa: E402
+from so8t.memory.trace import Shape, trace_step  # noqa: E402
 from so8t.metrics import read_metrics  # noqa: E402
 from so8t.model import load_model_config  # noqa: E402
 

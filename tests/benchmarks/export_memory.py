@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 
 from so8t.checkpoint import Checkpoints  # noqa: E402
 from so8t.config import load_config  # noqa: E402
-from so8t.export import export  # noqa: E402
+from so8t.export.merge import export  # noqa: E402
 from so8t.model import load_model  # noqa: E402
 from so8t.optim import make_optimizer  # noqa: E402
 

@@ -20,8 +20,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from so8t.config import Config, load_config
-from so8t.memory import GIB
-from so8t.memory_trace import (
+from so8t.memory.plan import GIB
+from so8t.memory.trace import (
     Shape,
     all_tensors,
     fake_batch,

@@ -29,7 +29,7 @@ import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
 from so8t.data import Row, collate  # noqa: E402
 from so8t.logits import LogitsSaver  # noqa: E402
-from so8t.logits_score import HostBuffer  # noqa: E402
+from so8t.logits.score import HostBuffer  # noqa: E402
 from so8t.losses import CHUNK_ROWS  # noqa: E402
 from so8t.metrics import read_metrics  # noqa: E402
 from so8t.model import ALL_LAYERS, head_weight, load_model  # noqa: E402

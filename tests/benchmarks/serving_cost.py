@@ -21,9 +21,9 @@ import uvicorn
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from so8t.audit import AuditRow, AuditTrail  # noqa: E402
-from so8t.serve import bind  # noqa: E402
-from so8t.serve_api import Thinker, make_app  # noqa: E402
+from so8t.serve.api import Thinker, make_app  # noqa: E402
+from so8t.serve.audit import AuditRow, AuditTrail  # noqa: E402
+from so8t.serve.command import bind  # noqa: E402
 from so8t.thinking import render  # noqa: E402
 
 ANSWER = render("Asks for a capital city.", "Safe: geography.", "Answer in one line.", "Canberra.")
@@ -72,7 +72,7 @@ def main() -> None:
         print(f"verifying: {number / (time.perf_counter() - started):,.0f} rows a second, {len(problems)} problems")
         models: list[tuple[str, Any, int]] = [("a model that takes no time", lambda query, **_: (ANSWER, 40), 1000)]
         if options.run:
-            from so8t.generate import load_generator
+            from so8t.serve.generate import load_generator
 
             models.append((str(options.run), load_generator(options.run), 60))
         for name, generate, count in models:

@@ -24,7 +24,7 @@ from saving_cost import half_answered  # noqa: E402
 from so8t.config import load_config  # noqa: E402
 from so8t.data import collate  # noqa: E402
 from so8t.logits import LogitsSaver  # noqa: E402
-from so8t.memory_trace import LiveBytes, all_tensors, held_tensors  # noqa: E402
+from so8t.memory.trace import LiveBytes, all_tensors, held_tensors  # noqa: E402
 from so8t.model import ALL_LAYERS, load_model  # noqa: E402
 from so8t.optim import make_optimizer  # noqa: E402
 

@@ -1,0 +1,68 @@
+"""Analyse the saved logits of a run: scores a step, changes between steps, what became of each row; or export them.
+
+    python -m so8t.analyze runs/default
+    python -m so8t.analyze runs/default --json > analysis.json         # inf and NaN become null
+    python -m so8t.analyze runs/default --compare 20 100               # in the layout of llama.cpp's KL report
+    python -m so8t.analyze runs/default --export safetensors exported  # or cartography, or kd-jsonl
+
+A number in the tables is exact; a range (0.19..0.21, or >=0.19) is all that the form of the file lets anyone know.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from so8t import cli
+from so8t.analyze.changes import compare, llama_report
+from so8t.analyze.formats import EXPORTS
+from so8t.analyze.run import analyze, compare_steps, logits_folder, records_of
+from so8t.analyze.tables import tables
+from so8t.config import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m so8t.analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run, or a folder of saved logits")
+    parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
+    parser.add_argument("--compare", nargs=2, type=int, metavar=("EARLIER", "LATER"), help="two saved steps")
+    parser.add_argument("--export", nargs=2, metavar=("FORMAT", "OUT"), help=f"FORMAT is one of {', '.join(EXPORTS)}")
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        if options.export:
+            print(_export(options.run, *options.export))
+        elif options.compare:
+            result = compare_steps(options.run, *options.compare)
+            print(json.dumps(_finite(asdict(compare(result)))) if options.json else llama_report(result))
+        else:
+            analysis = analyze(options.run)
+            print(json.dumps(_finite(asdict(analysis))) if options.json else tables(analysis))
+        return 0
+
+    return cli.run("so8t.analyze", command)
+
+
+def _export(run: Path, name: str, out: str) -> str:
+    if name not in EXPORTS:
+        raise InputError(f"--export: there is no format {name}; write one of {', '.join(EXPORTS)}")
+    path = Path(out)
+    if path.exists():
+        raise InputError(f"--export: {path} exists already; write a name that is free")
+    if not path.parent.is_dir():
+        raise InputError(f"--export: there is no folder {path.parent} to write {path.name} into")
+    return EXPORTS[name]([record.path for record in records_of(logits_folder(run))], path)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None in the place of inf and NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

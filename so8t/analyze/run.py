@@ -1,0 +1,148 @@
+"""Analyse the saved logits of a run: scores a step, changes between steps, what became of each row; or export them.
+
+    python -m so8t.analyze runs/default
+    python -m so8t.analyze runs/default --json > analysis.json         # inf and NaN become null
+    python -m so8t.analyze runs/default --compare 20 100               # in the layout of llama.cpp's KL report
+    python -m so8t.analyze runs/default --export safetensors exported  # or cartography, or kd-jsonl
+
+A number in the tables is exact; a range (0.19..0.21, or >=0.19) is all that the form of the file lets anyone know.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from so8t.analyze.changes import Changes, Comparison, Key, changes, compare, row_keys
+from so8t.analyze.dynamics import SampleDynamics, training_dynamics
+from so8t.analyze.scores import Bounds, Calibration, CalibrationBin, Scores, StepScores, calibration, score_step
+from so8t.config import CONFIG_FILE, InputError, TrainingConfig, load_config
+from so8t.logits.reader import LogitsRecord, read_file, read_logits
+
+__all__ = [
+    "Analysis",
+    "Bounds",
+    "Calibration",
+    "CalibrationBin",
+    "Changes",
+    "Comparison",
+    "Key",
+    "SampleDynamics",
+    "Scores",
+    "StepScores",
+    "analyze",
+    "calibration",
+    "changes",
+    "compare",
+    "logits_folder",
+    "row_keys",
+    "score_step",
+    "training_dynamics",
+]
+
+log = logging.getLogger("so8t")
+TITLES = {"logits": "batches trained on", "probe": "probe"}
+SHOWN_ROWS = 10  # of the training dynamics; --json has all
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that the saved logits of a run tell."""
+
+    steps: list[StepScores]  # one a file, oldest step first
+    comparisons: list[Comparison]  # of every step with the last ones before it that hold some of its rows
+    dynamics: list[SampleDynamics]  # of every row; one that was seen once has no variability
+
+
+def logits_folder(run: Path) -> Path:
+    """Where a run keeps its saved logits: the folder that its config.toml names, or else the run's own folder.
+
+    Raises InputError if there is no such run.
+    """
+    if not run.is_dir():
+        raise InputError(f"{run}: there is no such folder; write the training.output_dir of a run")
+    config = run / CONFIG_FILE
+    name = load_config(config).training.save_logits_dir if config.is_file() else TrainingConfig.save_logits_dir
+    return run / name if (run / name).is_dir() else run
+
+
+def analyze(run: Path) -> Analysis:
+    """Score, compare and follow the rows of all files, a chunk of one or two of them in memory at once.
+
+    A file that a running training deletes meanwhile is passed over from there on, with a warning. Raises InputError if
+    there is no such run, or none of its files are saved logits.
+    """
+    paths, steps, comparisons = [], [], []
+    for record in records_of(logits_folder(run)):
+        with _if_still_there():
+            steps.append(score_step(record))
+            paths.append(record.path)
+    pairs = tqdm(_pairs(paths), desc="comparing steps", unit="pair", leave=False, delay=2)
+    for earlier, later in pairs:
+        with _if_still_there():
+            comparisons.append(compare(changes(read_file(earlier), read_file(later))))
+    comparisons = [comparison for comparison in comparisons if comparison.tokens]
+    return Analysis(steps, comparisons, training_dynamics(_again(paths)))
+
+
+@contextmanager
+def _if_still_there() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        log.warning("%s: passed over, the run has deleted it to make room for a newer one", error.filename)
+
+
+def _again(paths: Iterable[Path]) -> Iterator[LogitsRecord]:
+    for path in paths:
+        with _if_still_there():
+            yield read_file(path)
+
+
+def records_of(folder: Path) -> Iterator[LogitsRecord]:
+    """The records of a folder, with a progress bar; InputError if there is none."""
+    found = False
+    total = sum(1 for _ in folder.glob("*.pt"))
+    for record in tqdm(read_logits(folder), total=total, desc="reading files", unit="file", leave=False, delay=2):
+        found = True
+        yield record
+    if not found:
+        raise InputError(f"{folder} holds no file of saved logits; train with training.save_logits = true")
+
+
+def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Every file with each of the last ones before it that hold some of its rows."""
+    last_seen: dict[tuple[str, Key], Path] = {}
+    pairs: dict[tuple[Path, Path], None] = {}
+    for record in _again(paths):
+        for key in row_keys(record):
+            earlier = last_seen.get((record.kind, key))
+            if earlier is not None:
+                pairs[earlier, record.path] = None
+            last_seen[record.kind, key] = record.path
+    return list(pairs)
+
+
+def compare_steps(run: Path, earlier: int, later: int) -> Changes:
+    """The changes between two steps, at the rows of the probe if both have one, else of the batches.
+
+    Raises InputError if a step was not saved, or if they have no row in common.
+    """
+    folder = logits_folder(run)
+    records = {(record.kind, record.step): record for record in records_of(folder)}
+    for step in (earlier, later):
+        if not records.keys() & {("probe", step), ("logits", step)}:
+            steps = ", ".join(map(str, sorted({step for _, step in records})))
+            raise InputError(f"--compare: {folder} holds nothing of step {step}; its steps are {steps}")
+    for kind in ("probe", "logits"):
+        if (kind, earlier) in records and (kind, later) in records:
+            result = changes(records[kind, earlier], records[kind, later])
+            if len(result.t):
+                return result
+    raise InputError(
+        f"--compare: steps {earlier} and {later} have no row in common; "
+        "save the same rows at every step with training.save_logits_probe"
+    )

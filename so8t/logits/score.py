@@ -1,0 +1,180 @@
+"""From `hidden` to host memory: the numbers of every position, a chunk of the head's output at a time."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from so8t.logits.record import Layout, position_bytes
+from so8t.losses import CHUNK_ROWS, NO_TARGET
+
+SCORE_ROWS = CHUNK_ROWS // 4  # rows held in float32 at once, as logits and as probabilities
+
+
+class HostBuffer:
+    """Memory for all tensors of a record, used again by the next; pinned where a GPU copies into it."""
+
+    def __init__(self) -> None:
+        self._layout: Layout = {}
+        self._positions = 0
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def fit(self, layout: Layout, positions: int, pinned: bool) -> None:
+        """Make room for so many positions of this layout, if there is less."""
+        if layout == self._layout and positions <= self._positions:
+            return
+        self._positions = 0
+        self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+        self._bytes = torch.empty(positions * position_bytes(layout), dtype=torch.uint8, pin_memory=pinned)
+        self._layout, self._positions = layout, positions
+
+    def tensors(self, start: int, end: int) -> dict[str, Tensor]:
+        """The values of the positions from `start` to `end`, [end - start, ...] each.
+
+        Each is a storage of its own in this memory, of exactly its bytes: torch.save writes a view's whole storage.
+        """
+        if end > self._positions:
+            raise ValueError(f"{end} positions do not fit into a buffer that was made for {self._positions}")
+        tensors = {}
+        memory, offset = self._bytes.numpy(), 0
+        for name, (dtype, shape) in self._layout.items():
+            width = math.prod(shape)
+            tensor = torch.empty(0, dtype=dtype)  # frombuffer does not make an empty one
+            if end > start:
+                first = offset + start * width * dtype.itemsize
+                tensor = torch.frombuffer(memory, dtype=dtype, count=(end - start) * width, offset=first)
+            tensors[name] = tensor.view(end - start, *shape)
+            offset += self._positions * width * dtype.itemsize
+        return tensors
+
+
+class HostTransfer:
+    """Copies results into host memory: on a CUDA stream beside the computation, plainly on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copy(self, host: Tensor, source: Tensor) -> None:
+        """Start a copy. On CUDA, `host` is pinned memory that may not be read before `finished()` has come."""
+        if self._stream is None:
+            host.copy_(source)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(source, non_blocking=True)
+        source.record_stream(self._stream)
+
+    def hold(self) -> None:
+        """Let the device, not the host, wait for the copies so far: their source may then be overwritten."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def finished(self) -> torch.cuda.Event | None:
+        """An event to synchronize with before the host reads what was copied; None = it may read now."""
+        return None if self._stream is None else self._stream.record_event()
+
+
+class Scorer:
+    """Turns the logits of one micro-batch, a chunk at a time and in any order, into what its file stores of them."""
+
+    def __init__(
+        self,
+        targets: Tensor,
+        stored: Tensor,
+        host: dict[str, Tensor],
+        device: torch.device,
+        transfer: HostTransfer,
+    ) -> None:
+        """Positions are those of batch x seq, flattened.
+
+        targets: [positions] on the host, -100 = none; stored: bool [positions], which of them the file stores; host:
+        [stored.sum(), ...] each, to be filled with what the layout names.
+        """
+        self._targets = targets
+        self._missing = stored.clone()
+        self._index = stored.cumsum(0) - 1  # of a position among those that are stored
+        self._host = host
+        self._device = device
+        self._transfer = transfer
+        # the small numbers cross to the host in one piece each, at the end
+        small = {name: tensor for name, tensor in host.items() if name != "logits"}
+        on_host = device.type == "cpu"
+        self._results = small if on_host else {n: torch.empty_like(t, device=device) for n, t in small.items()}
+
+    @torch.no_grad()
+    def add(self, positions: Tensor, logits: Tensor) -> None:
+        """Score logits [n, vocabulary] at positions [n], on the host and ascending. They may then be overwritten."""
+        self._missing[positions] = False
+        targets = self._targets[positions].to(self._device, non_blocking=True)
+        for source, index in _runs(self._index[positions]):
+            if "logits" in self._host:
+                self._transfer.copy(self._host["logits"][index], logits[source])
+            results = {name: tensor[index] for name, tensor in self._results.items()}
+            score_rows(logits[source], targets[source], results)
+        self._transfer.hold()
+
+    @torch.no_grad()
+    def add_missing(self, hidden: Tensor, head_weight: Tensor, computed_in: torch.dtype) -> None:
+        """Score what is stored and was not added yet; afterwards all is on its way to the host.
+
+        hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; the logits are those of `F.linear` in
+        the dtype `computed_in`.
+        """
+        hidden, weight = hidden.flatten(0, 1), head_weight.to(computed_in)
+        missing = self._missing.nonzero().squeeze(1)
+        for start in range(0, len(missing), CHUNK_ROWS):
+            positions = missing[start : start + CHUNK_ROWS]
+            rows = hidden.index_select(0, positions.to(self._device, non_blocking=True))
+            with torch.autocast(self._device.type, enabled=False):
+                self.add(positions, F.linear(rows.to(computed_in), weight))
+        if self._device.type != "cpu":
+            for name, result in self._results.items():
+                self._transfer.copy(self._host[name], result)
+
+
+def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes."""
+    gaps = (index.diff() > 1).nonzero().squeeze(1) + 1
+    bounds = [0, *gaps.tolist(), len(index)]
+    for start, end in itertools.pairwise(bounds):
+        first = int(index[start])
+        yield slice(start, end), slice(first, first + end - start)
+
+
+def score_rows(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:
+    """Fill results [n, ...] with what logits [n, vocabulary] say about themselves and targets [n], -100 = none."""
+    for start in range(0, len(logits), SCORE_ROWS):
+        rows = slice(start, start + SCORE_ROWS)
+        _score_part(logits[rows], targets[rows], {name: result[rows] for name, result in results.items()})
+
+
+def _score_part(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:
+    """Fill the results of a few positions, [rows] or [rows, k] each, from their logits [rows, V] in float32."""
+    logits = logits.float()  # the stored tensor itself if that is float32: nothing below writes into it
+    has_target = targets != NO_TARGET
+    label_logits = logits.gather(1, targets.clamp_min(0)[:, None])
+    if "topk_ids" in results:
+        top_logits, top_ids = logits.topk(results["topk_ids"].shape[1], dim=-1)
+    else:
+        top_logits, top_ids = logits.max(dim=-1, keepdim=True)
+    probs = logits.softmax(dim=-1)
+    logsumexp = top_logits[:, :1] - probs.gather(1, top_ids[:, :1]).log()
+    label_logprob = (label_logits - logsumexp).squeeze(1)
+    results["label_logprob"].copy_(label_logprob.masked_fill(~has_target, math.nan))
+    results["logsumexp"].copy_(logsumexp.squeeze(1))
+    results["entropy"].copy_(logsumexp.squeeze(1) - probs.mul_(logits).sum(dim=-1))
+    # 0.0 and 1.0 go where the probabilities were, which saves a buffer; their sum is exact up to 2**24 tokens
+    rank = torch.gt(logits, label_logits, out=probs).sum(dim=-1)
+    results["label_rank"].copy_(rank.masked_fill(~has_target | label_logprob.isnan(), -1))
+    results["top1_id"].copy_(top_ids[:, 0])
+    if "topk_ids" in results:
+        results["topk_logprobs"].copy_(top_logits - logsumexp)
+        results["topk_ids"].copy_(top_ids)
+    else:
+        results["top1_logprob"].copy_((top_logits - logsumexp).squeeze(1))

@@ -1,0 +1,56 @@
+"""The memory ledger: where the bytes of a run go, before it starts and beside what it took.
+
+    python -m so8t.memory CONFIG [section.key=value ...] [--gpu-memory-gib 12] [--json]
+
+needs the model's config.json only: no weights, no GPU. The step is traced (memory_trace.py), rows of the data count as
+data.max_seq_length tokens. train.py prints the same table for its longest row before it loads weights.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from so8t import cli
+from so8t.config import load_config
+from so8t.memory.plan import CONTEXT_BYTES, GIB, device_memory, plan_memory
+from so8t.memory.trace import Shape
+from so8t.model import load_model_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m so8t.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
+    parser.add_argument("--gpu-memory-gib", type=float, help="plan for a GPU with so much memory, not for this machine")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    options = parser.parse_args(arguments)
+    return cli.run("so8t.memory", lambda: _plan(options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    model_config = load_model_config(config.model)
+    capacity = None if options.gpu_memory_gib is None else int(options.gpu_memory_gib * GIB)
+    device_type = "cpu" if capacity is None and not torch.cuda.is_available() else "cuda"
+    if capacity is None and device_type == "cuda":
+        _, capacity = device_memory(torch.device("cuda"))
+    rows = config.training.per_device_train_batch_size
+    shape = Shape(rows, config.data.max_seq_length, is_padded=rows > 1)
+    free = None if capacity is None else capacity - CONTEXT_BYTES
+    plan = plan_memory(config, model_config, shape, device_type, free, capacity)
+    if options.json:
+        longest = None if plan.capacity is None else plan.largest_length(plan.capacity)
+        print(json.dumps(plan.as_dict() | {"largest_length": longest}, indent=1))
+        return 0
+    print(plan.table(), flush=True)  # the rest takes a while
+    if plan.room is not None and plan.room < 0:
+        print(f"it does not fit; what would make the peak smaller:\n{plan.advice()}", flush=True)
+    if plan.capacity is not None:
+        longest = plan.largest_length(plan.capacity)
+        print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens")
+    return 0

@@ -1,0 +1,1 @@
+"""Answers over HTTP: the final leaves, the thinking never does."""

@@ -1,0 +1,134 @@
+"""Answer over HTTP: the final of a well-formed answer leaves, the thinking never does.
+
+python -m so8t.serve runs/default                              # or a model folder that so8t.export wrote
+SO8T_TOKEN=.. python -m so8t.serve runs/default --host 0.0.0.0
+python -m so8t.serve --verify-audit so8t_audit.sqlite
+python -m so8t.serve --match-thinking so8t_audit.sqlite thinking.txt
+"""
+
+import argparse
+import ipaddress
+import logging
+import os
+import socket
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from so8t import cli
+from so8t.config import InputError
+from so8t.serve.audit import AuditTrail
+from so8t.thinking import release
+
+TOKEN_VARIABLE = "SO8T_TOKEN"
+
+logger = logging.getLogger("so8t.serve")
+
+
+def bind(host: str, port: int, has_token: bool) -> socket.socket:
+    """A listening socket; InputError if the host is not this machine's own while there is no token."""
+    if not 0 <= port < 65536:  # getaddrinfo would take what is left of it
+        raise InputError(f"--port {port} is no port; choose one from 0 to 65535")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not (has_token or ipaddress.ip_address(address[0]).is_loopback):
+            raise InputError(
+                f"--host {host} lets other machines in; set the environment variable {TOKEN_VARIABLE} to a secret that "
+                "they must send, or leave --host out"
+            )
+        return socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"cannot listen on {host}, port {port} ({error}); choose another --host or --port") from error
+
+
+def serve(path: Path, host: str, port: int, audit_file: Path) -> None:
+    """Serve until SIGTERM or Ctrl-C, then answer what has been asked, and stop."""
+    try:  # here, because checking an audit file needs none of them
+        import uvicorn
+
+        from so8t.serve.api import REQUEST_SECONDS, QuietFormatter, Thinker, make_app
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed; pip install -r requirements-serve.txt") from error
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(QuietFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    logger.setLevel(logging.INFO)
+    token = os.environ.get(TOKEN_VARIABLE)
+    with bind(host, port, bool(token)) as listener:
+        audit = AuditTrail(audit_file)
+        from so8t.serve.generate import load_generator  # takes seconds, what can be refused has been by now
+
+        generator = load_generator(path)
+        app = make_app(Thinker(generator, generator.model_hash, audit), token)
+        name = f"[{host}]" if ":" in host else host
+        address = f"http://{name}:{listener.getsockname()[1]}"
+        logger.info("serving %s, model hash %s, audit trail %s", generator.folder, generator.model_hash, audit_file)
+        logger.info("POST %s/think; the API is explained at %s/docs; Ctrl-C stops", address, address)
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # uvicorn's own formatter would write exceptions with their text
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=int(REQUEST_SECONDS) + 1,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def verify_audit(audit_file: Path) -> int:
+    with closing(AuditTrail(audit_file, read_only=True)) as audit:
+        number, last_hash, problems = audit.verify()
+    if problems:
+        print("\n".join(f"{audit_file}: {problem}" for problem in problems))
+        return 1
+    print(f"{audit_file}: {number} rows, none edited, removed or moved; the last one's hash is {last_hash}")
+    return 0
+
+
+def match_thinking(audit_file: Path, text_file: Path) -> int:
+    try:
+        thinking = release(text_file.read_bytes().decode("utf-8-sig")).thinking  # or a whole answer that has it
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{text_file} cannot be read as UTF-8 text ({error})") from error
+    with closing(AuditTrail(audit_file, read_only=True)) as audit:
+        rows = audit.matching(thinking)
+    for number, moment, request_id in rows:
+        print(f"row {number}, {moment}, request {request_id}")
+    if not rows:
+        print(f"no row of {audit_file} has this thinking")
+    return 0 if rows else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m so8t.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL_OR_RUN", help="a model's or a run's folder")
+    parser.add_argument("--host", default="127.0.0.1", help=f"any but this machine's own needs {TOKEN_VARIABLE}")
+    parser.add_argument("--port", type=int, default=8000, help="0 = any free one")
+    parser.add_argument("--audit", type=Path, default=Path("so8t_audit.sqlite"), metavar="FILE", help="the audit trail")
+    parser.add_argument(
+        "--verify-audit", type=Path, metavar="FILE", help="check an audit trail; exit 1 if it is not whole"
+    )
+    parser.add_argument(
+        "--match-thinking", nargs=2, type=Path, metavar=("FILE", "TEXT_FILE"), help="whose thinking is it"
+    )
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        if options.verify_audit:
+            return verify_audit(options.verify_audit)
+        if options.match_thinking:
+            return match_thinking(*options.match_thinking)
+        if options.model is None:
+            parser.error("name a model's or a run's folder, --verify-audit or --match-thinking")
+        serve(options.model, options.host, options.port, options.audit)
+        return 0
+
+    try:
+        return cli.run("so8t.serve", command, sqlite3.Error)
+    except KeyboardInterrupt:  # uvicorn raises the signal again when all is answered
+        return 130

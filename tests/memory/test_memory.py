@@ -1,0 +1,343 @@
+"""The ledger's numbers against the real allocator, and what it says about them."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_cases import take_step
+from model_cases import CPU, PHI3_LINEAR
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+
+import train
+from so8t.config import Config, InputError, load_config
+from so8t.data import Batch, Row, collate
+from so8t.logits import LogitsSaver
+from so8t.logits.writer import BUFFERS
+from so8t.memory.command import main
+from so8t.memory.ledger import MemoryLedger, OutOfMemory, is_out_of_memory
+from so8t.memory.plan import CONTEXT_BYTES, GIB, Plan, plan_memory
+from so8t.memory.trace import LiveBytes, Shape, held_bytes, trace_step
+from so8t.model import load_model, load_model_config
+from so8t.optim import make_amp, make_optimizer
+
+LAYERS = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": 3000,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# as the config.json of Phi-3.5-mini has it
+PHI35 = Phi3Config(
+    vocab_size=32064,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=131072,
+    original_max_position_embeddings=4096,
+    tie_word_embeddings=False,
+    pad_token_id=32000,
+)
+RTX3060 = Path("configs/train_borea_phi35_so8t_thinking_rtx3060.toml")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    configs = {"phi3": Phi3Config(**SIZES), "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True)}
+    for name, config in configs.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    return {name: folder / name for name in configs}
+
+
+def make_config(folder: Path, base_model: Path, *overrides: str) -> Config:
+    path = folder / "config.toml"
+    linear = PHI3_LINEAR if "phi3" in base_model.name else LLAMA_LINEAR
+    path.write_text(f"""
+[model]
+base_model = "{base_model}"
+dtype = "float32"
+[qlora]
+target_modules = {json.dumps(linear)}
+lora_dropout = 0.0
+[data]
+train_data = "rows.jsonl"
+[training]
+output_dir = "{folder}/run"
+bf16 = false
+optim = "adamw_8bit"
+gradient_accumulation_steps = 1
+""")
+    return load_config(path, overrides)
+
+
+def make_batch(shape: Shape) -> Batch:
+    """Every position has a target, which is the most that a loss can cost."""
+    rows = []
+    for index in range(shape.rows):
+        length = shape.length - (index > 0 and shape.is_padded)
+        every = torch.ones(length, dtype=torch.bool)
+        rows.append(
+            Row(torch.arange(length, dtype=torch.int32) + 3, every, every.to(torch.uint8), index, was_cut=False)
+        )
+    return collate(rows)
+
+
+def real_peak(config: Config, shape: Shape, checkpointed_layers: int, folder: Path) -> int:
+    """Bytes at the height of the third step, by the events of torch's allocator."""
+    training, batch = config.training, make_batch(shape)
+    tables = config.model, config.quantization, config.qlora, config.so8t
+    model = load_model(*tables, CPU, seed=0, checkpointed_layers=checkpointed_layers)
+    optimizer = make_optimizer(model, training)
+    autocast, _ = make_amp(training, CPU)
+    saver = LogitsSaver(training, folder, autocast, shape.tokens)
+
+    def step(number: int) -> None:
+        take_step(model, [batch] * training.gradient_accumulation_steps, optimizer, saver, number, autocast)
+        saver.flush()
+
+    for number in (1, 2):
+        step(number)
+    resting = sum(held_bytes(model, optimizer.state.values()).values())
+    if saver._writer is not None:
+        buffers = [saver._writer.take_buffer("logits") for _ in range(BUFFERS)]
+        resting += sum(buffer._bytes.nbytes for buffer in buffers if buffer is not None)
+        for buffer in buffers:
+            if buffer is not None:
+                saver._writer._free["logits"].put(buffer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(3)
+    saver.close()
+    now = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert peak > 0
+    return resting + peak
+
+
+FOUR_BIT = "quantization.load_in_4bit=true"
+EIGHT_BIT = "quantization.load_in_8bit=true"
+SAVES = ("training.save_logits=true", "training.save_logits_steps=1")
+COMBINATIONS: list[tuple[str, Shape, int, tuple[str, ...]]] = [
+    ("phi3", Shape(1, 512, False), LAYERS, (FOUR_BIT,)),
+    ("phi3", Shape(1, 512, False), 0, (FOUR_BIT,)),
+    ("phi3", Shape(1, 1024, False), LAYERS, (FOUR_BIT, *SAVES)),
+    ("phi3", Shape(2, 256, True), LAYERS, (FOUR_BIT, "quantization.bnb_4bit_use_double_quant=false")),
+    ("phi3", Shape(1, 512, False), LAYERS, (EIGHT_BIT,)),
+    ("phi3", Shape(1, 512, False), 2, (EIGHT_BIT, *SAVES)),
+    ("phi3", Shape(4, 128, False), 0, ("training.gradient_accumulation_steps=2",)),
+    ("phi3", Shape(1, 768, False), 1, ("training.optim='adamw'", "qlora.r=64", "qlora.lora_dropout=0.1")),
+    ("llama, tied", Shape(1, 512, False), LAYERS, (FOUR_BIT, "qlora.r=8")),
+    ("llama, tied", Shape(1, 512, False), 0, (FOUR_BIT, *SAVES, "training.save_logits_form='topk'")),
+    ("llama, tied", Shape(2, 384, True), LAYERS, (EIGHT_BIT, "training.gradient_accumulation_steps=3")),
+    ("llama, tied", Shape(1, 1024, False), 3, SAVES),
+    ("llama, tied", Shape(2, 1024, False), LAYERS, ("qlora.enabled=false", "so8t.enabled=false", *SAVES)),
+    ("llama, tied", Shape(1, 256, False), 0, (FOUR_BIT, "training.bf16=true", "model.dtype='bfloat16'")),
+    ("phi3", Shape(1, 256, False), LAYERS, (EIGHT_BIT, "training.bf16=true", "model.dtype='bfloat16'")),
+]
+
+
+@pytest.mark.parametrize(("architecture", "shape", "layers", "overrides"), COMBINATIONS)
+def test_predicted_peak_is_within_two_percent_of_the_real_allocators(
+    tmp_path: Path, models: dict[str, Path], architecture: str, shape: Shape, layers: int, overrides: tuple[str, ...]
+) -> None:
+    config = make_config(tmp_path, models[architecture], *overrides)
+    predicted = trace_step(config, load_model_config(config.model), shape, "cpu", layers).peak
+    assert predicted == pytest.approx(real_peak(config, shape, layers, tmp_path), rel=0.02)
+
+
+def test_eight_bit_layers_are_traced_as_a_gpu_runs_them(tmp_path: Path, models: dict[str, Path]) -> None:
+    config, shape = make_config(tmp_path, models["phi3"], EIGHT_BIT), Shape(1, 256, False)
+    model_config = load_model_config(config.model)
+    all_layers, none = (trace_step(config, model_config, shape, "cuda", layers) for layers in (LAYERS, 0))
+    assert all_layers.held["quantised weights"] == none.held["quantised weights"] > 0
+    # an 8-bit layer keeps its whole input: checkpointing must save more than half of what stays for the backward
+    kept = [trace.moments["layers"].live - trace.moments["load"].live for trace in (all_layers, none)]
+    assert kept[0] < kept[1] / 2
+
+
+def test_dropout_and_lora_are_traced_as_a_gpu_runs_them(tmp_path: Path, models: dict[str, Path]) -> None:
+    """There peft finds autocast on and makes no float32 copy for LoRA, whose dropout keeps a byte for each number."""
+    keys = FOUR_BIT, "model.dtype=bfloat16", "training.bf16=true"
+    shape = Shape(1, 512, is_padded=False)
+    kept = {}
+    for dropout in (0.0, 0.1):
+        config = make_config(tmp_path, models["phi3"], *keys, f"qlora.lora_dropout={dropout}")
+        trace = trace_step(config, load_model_config(config.model), shape, "cuda", 0)
+        kept[dropout] = trace.moments["layers"].live - trace.moments["load"].live
+    inputs = (
+        LAYERS * shape.tokens * (3 * SIZES["hidden_size"] + SIZES["intermediate_size"])
+    )  # of the four linear layers
+    assert kept[0.1] - kept[0.0] == pytest.approx(inputs, rel=0.1)
+
+
+def test_plan_of_the_users_own_job_fits_a_12_gib_card_and_counts_its_parameters() -> None:
+    config = load_config(RTX3060)
+    found = plan_memory(config, PHI35, Shape(1, 1024, False), "cuda", 12 * GIB - CONTEXT_BYTES, 12 * GIB)
+    held = found.trace.held
+    assert found.trace.num_parameters - (held["LoRA"] + held["gates"]) // 4 == 3_821_079_552
+    assert held["quantised weights"] == 3_623_878_656 // 2
+    assert held["optimizer states, 8-bit"] == (held["LoRA"] + held["gates"]) // 2
+    assert found.checkpointed_layers == 0  # nothing of 1024 tokens needs to be computed twice
+    assert found.room is not None
+    assert found.room > 0
+    found.check()
+
+
+def test_a_part_of_a_buffer_is_not_counted_beside_it() -> None:
+    with LiveBytes() as live:
+        buffer = torch.empty(1000, dtype=torch.uint8)
+        part = torch.frombuffer(buffer.numpy(), dtype=torch.float32, count=100, offset=400).view(10, 10)
+        copy = part + 0
+    assert live.now == buffer.nbytes + copy.nbytes
+
+
+def test_the_buffers_are_those_of_the_longest_rows_and_of_the_probe(tmp_path: Path, models: dict[str, Path]) -> None:
+    config = make_config(tmp_path, models["phi3"], *SAVES)
+    model_config, short, long = load_model_config(config.model), Shape(1, 64, False), Shape(1, 256, False)
+
+    def live(*arguments: Any) -> int:
+        return trace_step(config, model_config, short, "cpu", LAYERS, *arguments).moments["update"].live
+
+    a_token = (live((), long) - live()) / (long.tokens - short.tokens)
+    assert a_token > 2 * SIZES["vocab_size"] * 4  # two buffers of float32 logits
+    assert live((short,)) - live() == pytest.approx(a_token * short.tokens, rel=0.01)
+
+
+# ---- the choice of checkpointed layers
+
+
+def plan(config: Config, shape: Shape, budget: int = 0, capacity: int | None = None) -> Plan:
+    training = replace(config.training, memory_budget_gib=budget / GIB)
+    config = replace(config, training=training)
+    return plan_memory(config, load_model_config(config.model), shape, "cpu", None, capacity)
+
+
+def test_auto_checkpoints_only_as_many_layers_as_the_budget_needs(tmp_path: Path, models: dict[str, Path]) -> None:
+    config, shape = make_config(tmp_path, models["llama, tied"], FOUR_BIT), Shape(1, 512, False)
+    model_config = load_model_config(config.model)
+    peaks = [trace_step(config, model_config, shape, "cpu", layers).peak for layers in range(LAYERS + 1)]
+    assert peaks == sorted(peaks, reverse=True)
+    for layers in (0, 2):
+        chosen = plan(config, shape, budget=peaks[layers])
+        assert (chosen.checkpointed_layers, chosen.trace.peak) == (layers, peaks[layers])
+        assert f"{layers} of {LAYERS} layers checkpointed (auto" in chosen.table()
+    assert plan(config, shape, budget=peaks[-1] - 1).checkpointed_layers == LAYERS
+    assert plan(config, shape).checkpointed_layers == LAYERS  # a CPU without a budget
+
+
+@pytest.mark.parametrize(("setting", "layers"), [("true", LAYERS), ("false", 0), ("3", 3), ("99", LAYERS)])
+def test_the_user_may_choose_the_layers(tmp_path: Path, models: dict[str, Path], setting: str, layers: int) -> None:
+    config = make_config(tmp_path, models["phi3"], f"training.gradient_checkpointing={setting}")
+    assert plan(config, Shape(1, 64, False), budget=2**40).checkpointed_layers == layers
+
+
+# ---- what it says
+
+
+def test_command_prints_the_plan_and_what_would_fit(
+    tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_config(tmp_path, models["llama, tied"])
+    for name in models["llama, tied"].glob("*.safetensors"):
+        name.rename(name.with_suffix(".gone"))  # no weights are needed
+    arguments = [str(tmp_path / "config.toml"), "data.max_seq_length=512", "--gpu-memory-gib=0.6"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["room_bytes"] > 0
+    assert 512 < found["largest_length"] < 16384
+    assert sum(row["predicted_bytes"] for row in found["rows"]) >= found["peak_bytes"]
+    assert main([*arguments, "--gpu-memory-gib=0.49"]) == 0
+    table = capsys.readouterr().out
+    assert "peak of all tensors" in table
+    assert "it does not fit; what would make the peak smaller:" in table
+    for name in models["llama, tied"].glob("*.gone"):
+        name.rename(name.with_suffix(".safetensors"))
+
+
+def test_what_does_not_fit_is_refused_with_the_knobs_that_help_best_first(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    config = make_config(tmp_path, models["llama, tied"], "training.optim='adamw'", *SAVES)
+    too_large = plan(config, Shape(2, 512, True), capacity=2**20)
+    with pytest.raises(InputError, match=r"take .* MiB, and the device has 1\.0 MiB") as raised:
+        too_large.check()
+    savings = re.findall(r"^  (\S+) = \S+ +([\d.]+) MiB  saved$", str(raised.value), re.MULTILINE)
+    sizes = [float(size) for _, size in savings]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {name for name, _ in savings} >= {"data.max_seq_length", "training.optim", "training.save_logits"}
+    one_row = next(size for name, size in savings if name == "training.per_device_train_batch_size")
+    smaller = plan(config, Shape(1, 512, False))
+    assert float(one_row) == pytest.approx((too_large.trace.peak - smaller.trace.peak) / 2**20, abs=0.1)
+    replace(too_large, config=replace(config, training=replace(config.training, ignore_memory_plan=True))).check()
+
+
+def test_wrong_key_and_missing_model_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config.toml", "model.base_model=nowhere/at/all"]) == 2
+    assert main(["config.toml", "training.memory_budget=3"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "nowhere/at/all" in errors[0]
+    assert "training.memory_budget_gib" in errors[1]
+
+
+# ---- what a run measures
+
+
+def test_run_leaves_predicted_beside_measured(tmp_path: Path, models: dict[str, Path]) -> None:
+    overrides = [
+        f"training.output_dir={tmp_path}/run",
+        "training.max_steps=4",
+        "training.eval_steps=3",
+        'data.eval_data="so8t/demo/sample.jsonl"',
+        "training.save_logits_steps=2",
+        "training.gradient_checkpointing=1",
+    ]
+    assert train.main(["config.toml", *overrides]) == 0
+    found = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert found["checkpointed_layers"] == 1
+    # the prediction takes every token for a target, and these rows have prompts
+    assert 0.9 <= found["peak"]["measured_bytes"] / found["peak"]["predicted_bytes"] <= 1.01
+    rows = {row["name"]: row for row in found["rows"]}
+    for name in ("trained weights", "gates", "optimizer states, 8-bit", "gradients"):
+        assert rows[name]["measured_bytes"] == rows[name]["predicted_bytes"] > 0
+    moments = {moment["name"]: moment for moment in found["moments"]}
+    assert moments.keys() >= {"load", "forward", "save step", "backward", "update", "evaluation"}
+    for name in ("forward", "save step", "backward"):
+        assert 0.9 <= moments[name]["measured_bytes"] / moments[name]["predicted_bytes"] <= 1.01, name
+
+
+def test_out_of_memory_names_the_moment_the_knobs_and_the_last_checkpoint(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    config = make_config(tmp_path, models["phi3"])
+    (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
+    ledger = MemoryLedger(plan(config, Shape(1, 512, False)), CPU, tmp_path, is_main=True)
+    ledger.start(5, [])
+    ledger.mark("forward")
+    with pytest.raises(OutOfMemory) as raised, ledger:
+        torch.empty(2**60)
+    message = str(raised.value)
+    assert 'out of memory in step 5, after the mark "forward"' in message
+    assert "step_000004" in message
+    assert "peak of all tensors" in message
+    assert "data.max_seq_length = 256" in message
+
+
+def test_only_running_out_of_memory_is_called_so() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(None)

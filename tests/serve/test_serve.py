@@ -1,0 +1,705 @@
+"""`/think` in this process over stubs of the model, and as a user runs it: a real process, a real model, HTTP."""
+
+import asyncio
+import http.client
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from thinking_cases import ENGLISH, answer, broken
+
+from so8t.config import InputError
+from so8t.serve.api import (
+    MAX_BODY_BYTES,
+    MAX_NEW_TOKENS,
+    MAX_QUERY_CHARACTERS,
+    MAX_USER_ID_CHARACTERS,
+    QUEUE_LENGTH,
+    Busy,
+    QuietFormatter,
+    Thinker,
+    ThinkRequest,
+    make_app,
+)
+from so8t.serve.audit import AuditTrail
+from so8t.serve.command import bind, main
+from so8t.thinking import PARTS, REFUSAL, release
+
+JSON = {"content-type": "application/json"}
+QUESTION: dict[str, Any] = {"query": "What is the capital of Australia?"}
+SAFE = ENGLISH | {"safety": "Safe: plain geography, nobody can be harmed."}
+WELL_FORMED = answer(**SAFE)
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: str
+
+    @property
+    def fields(self) -> Any:
+        return json.loads(self.body)
+
+
+async def call(
+    app: FastAPI, body: Any = QUESTION, headers: dict[str, str] = JSON, path: str = "/think", method: str = "POST"
+) -> Reply:
+    """A request as uvicorn hands it to the application; a body that is no bytes is sent as JSON."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    received = [{"type": "http.request", "body": content, "more_body": False}]
+    messages: list[Any] = []
+
+    async def receive() -> Any:
+        return received.pop() if received else await asyncio.Event().wait()  # the client stays
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method}
+    scope |= {"path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "scheme": "http"}
+    scope |= {"headers": [(name.encode(), os.fsencode(value)) for name, value in headers.items()]}
+    await app(scope, receive, send)
+    answered = {name.decode(): value.decode() for name, value in messages[0]["headers"]}
+    return Reply(messages[0]["status"], answered, b"".join(message["body"] for message in messages[1:]).decode())
+
+
+class Stub:
+    """In the place of a model: says the last of its texts, or raises it, and all but the first only once."""
+
+    def __init__(self, text: str | Exception = WELL_FORMED) -> None:
+        self.texts: list[str | Exception] = [text]
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, query: str, **sampling: Any) -> tuple[str, int]:
+        self.asked.append((query, sampling))
+        text = self.texts.pop() if len(self.texts) > 1 else self.texts[0]
+        if isinstance(text, Exception):
+            raise text
+        return text, len(text)
+
+
+@dataclass(frozen=True)
+class Service:
+    thinker: Thinker
+    app: FastAPI
+    audit: AuditTrail
+
+    def post(self, body: Any = QUESTION, headers: dict[str, str] = JSON) -> Reply:
+        return asyncio.run(call(self.app, body, headers))
+
+
+Make = Callable[..., Service]
+
+
+@contextmanager
+def service(folder: Path, generate: Any, token: str | None = None, **limits: Any) -> Iterator[Service]:
+    audit = AuditTrail(folder / "audit.sqlite")
+    thinker = Thinker(generate, "m" * 64, audit, **limits)
+    yield Service(thinker, make_app(thinker, token), audit)
+    thinker.close()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """A service over a stub; limits are the keywords of Thinker."""
+    with ExitStack() as stack:
+        yield lambda generate, **options: stack.enter_context(service(tmp_path, generate, **options))
+
+
+@contextmanager
+def log_lines() -> Iterator[list[str]]:
+    """Every line that any library logs at any level, exceptions with their text."""
+    lines: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(self.format(record))
+
+    keeper, root = Keeper(), logging.getLogger()
+    level = root.level
+    root.addHandler(keeper)
+    root.setLevel(logging.DEBUG)
+    logging.getLogger("so8t").setLevel(logging.DEBUG)
+    yield lines
+    root.setLevel(level)
+    root.removeHandler(keeper)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    database = sqlite3.connect(path)
+    database.row_factory = sqlite3.Row
+    rows = [dict(row) for row in database.execute("SELECT * FROM requests ORDER BY number")]
+    database.close()
+    return rows
+
+
+def pieces(text: str) -> set[str]:
+    """Every substring of eight characters."""
+    return {text[start : start + 8] for start in range(len(text) - 7)}
+
+
+# ---- the thinking never leaves
+
+
+ALPHABETS = (
+    "bdfghjklmnpqrstvwxz",
+    "бгджзийлпфцчшщъыэюя",
+    "あいうえおかきくけこさしすせそ首都東京山川",
+    "αβγδζθλμξπσφχψω",
+)
+
+
+def nonsense(chance: random.Random) -> dict[str, str]:
+    """Parts of letters of which no eight in a row stand in what the server says by itself."""
+    letters = f"{chance.choice(ALPHABETS)}  "
+    return {part: "".join(chance.choices(letters, k=28)) for part in PARTS}
+
+
+def test_nothing_of_20000_malformed_answers_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stub, checked, count = Stub(), set[str](), 50
+    question, end_of_time = ThinkRequest(**QUESTION), time.monotonic() + 1000
+
+    with service(tmp_path, stub) as served, log_lines() as lines:
+        served.audit._database.execute("PRAGMA synchronous = OFF")  # 20,000 times waiting for the disk show nothing
+
+        @given(st.integers(0, 2**64))
+        @settings(max_examples=410, deadline=None)
+        def check(seed: int) -> None:
+            chance = random.Random(seed)
+            texts = [broken(nonsense(chance), chance.choice) for _ in range(count)]
+            stub.texts = [RuntimeError(text) if chance.random() < 0.1 else text for text in texts]
+            lines.clear()
+            # two from the first byte to the last, the others where the text of the model turns into an answer
+            replies = [served.post(), served.post()]
+            responses = [served.thinker._answer(question, end_of_time) for _ in range(count - 2)]
+            for fields in [*(reply.fields for reply in replies), *map(dict, responses)]:
+                assert set(fields) == {"answer", "safety_label", "thinking_hash", "request_id"}
+                assert (fields["answer"], fields["safety_label"]) == (REFUSAL, "ESCALATE")
+            assert sum("audit row" in line for line in lines) == count
+            said = [*map(str, replies), *(response.model_dump_json() for response in responses), *lines]
+            # a field's name is no leak, though it stands in <thinking> too
+            assert not pieces("\n".join(texts)) & (pieces("\n".join(said)) - {"thinking"})
+            checked.update(texts)
+
+        check()
+        assert served.audit.verify()[2] == []
+    assert len(checked) >= 20_000
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(WELL_FORMED),
+        MemoryError(WELL_FORMED),
+        UnicodeEncodeError("utf-8", WELL_FORMED, 0, 1, WELL_FORMED),
+        TimeoutError(WELL_FORMED),
+        type("Busy", (Exception,), {})(WELL_FORMED),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_exception_of_the_model_is_a_refusal_and_its_text_stays_inside(make: Make, error: Exception) -> None:
+    served = make(Stub(error))
+    with log_lines() as lines:
+        reply = served.post()
+    assert (reply.status, reply.fields["answer"], reply.fields["safety_label"]) == (200, REFUSAL, "ESCALATE")
+    assert f"generation failed with {type(error).__name__} at test_serve.py:" in "".join(lines)
+    assert not pieces(WELL_FORMED) & pieces(f"{reply}{lines}")
+
+
+def test_of_a_well_formed_answer_the_final_leaves_and_nothing_else(make: Make) -> None:
+    served = make(Stub())
+    with log_lines() as lines:
+        reply = served.post()
+    assert reply.status == 200
+    assert reply.fields["answer"] == SAFE["final"]
+    assert reply.fields["safety_label"] == "ALLOW"
+    secret = pieces("".join(SAFE[part] for part in PARTS[:3])) - pieces(SAFE["final"])
+    assert not secret & pieces(f"{reply}{lines}")
+    assert not pieces(SAFE["final"]) & pieces("".join(lines))  # no content in the log at all
+
+
+def test_half_a_character_in_an_answer_is_a_refusal(make: Make) -> None:
+    reply = make(Stub(answer(final="Canberra \ud83d"))).post()
+    assert (reply.status, reply.fields["answer"]) == (200, REFUSAL)
+
+
+def test_any_librarys_exception_is_logged_without_its_text() -> None:
+    try:
+        raise ValueError(WELL_FORMED) from RuntimeError(WELL_FORMED)
+    except ValueError:
+        record = logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, "Exception in ASGI", (), sys.exc_info())
+    line = QuietFormatter("%(message)s").format(record)
+    assert line.splitlines()[0] == "Exception in ASGI"
+    assert line.splitlines()[1].startswith("ValueError at test_serve.py:")
+    assert not pieces(WELL_FORMED) & pieces(line)
+
+
+def test_the_api_page_needs_no_other_machine_and_shows_no_thinking(make: Make) -> None:
+    app = make(Stub()).app
+    page, schema = (asyncio.run(call(app, b"", {}, path, "GET")) for path in ("/docs", "/openapi.json"))
+    assert (page.status, schema.status) == (200, 200)
+    assert "//" not in page.body.replace("// ", "")
+    assert "think-" not in page.body + schema.body
+    assert set(schema.fields["paths"]) == {"/think", "/health"}
+    for path in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        assert asyncio.run(call(app, b"", {}, f"/static-offline-docs/{path}", "GET")).status == 200
+
+
+# ---- the audit row
+
+
+def test_the_row_holds_the_keyed_hashes_of_what_was_said(make: Make, tmp_path: Path) -> None:
+    served = make(Stub())
+    reply = served.post(QUESTION | {"user_id": "user 7"})
+    served.post()
+    first, second = rows_of(tmp_path / "audit.sqlite")
+    hashed = served.audit.keyed_hash
+    assert first["request_id"] == reply.fields["request_id"]
+    assert first["user_id_hash"] == hashed("user_id_hash", "user 7")
+    assert first["query_hash"] == hashed("query_hash", QUESTION["query"])
+    assert (
+        first["thinking_hash"]
+        == reply.fields["thinking_hash"]
+        == hashed("thinking_hash", release(WELL_FORMED).thinking)
+    )
+    assert first["answer_hash"] == hashed("answer_hash", SAFE["final"])
+    assert (first["safety_label"], first["model_hash"], first["num_tokens"]) == ("ALLOW", "m" * 64, len(WELL_FORMED))
+    assert second["user_id_hash"] is None
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    for text in ("user 7", QUESTION["query"], *SAFE.values()):
+        assert text.encode() not in content
+
+
+def test_without_a_row_there_is_no_answer(make: Make, tmp_path: Path) -> None:
+    served = make(Stub())
+    database = sqlite3.connect(tmp_path / "audit.sqlite")
+    database.executescript("DROP TABLE requests")
+    with log_lines() as lines:
+        reply = served.post()
+    assert (reply.status, reply.headers["retry-after"]) == (503, "5")
+    assert set(reply.fields) == {"detail"}
+    assert "no such table" in "".join(lines)
+    assert "no such table" not in reply.body
+    assert not pieces(WELL_FORMED) & pieces(f"{reply}{lines}")
+
+
+def test_the_commands_verify_and_match(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = make(Stub())
+    request_ids = [served.post().fields["request_id"] for _ in range(2)]
+    audit, thoughts, whole, other = (str(tmp_path / name) for name in ("audit.sqlite", "thoughts", "whole", "other"))
+    Path(thoughts).write_text(release(WELL_FORMED).thinking + "\n")
+    Path(whole).write_text(WELL_FORMED)
+    Path(other).write_text(answer())
+    assert main(["--verify-audit", audit]) == 0
+    assert "2 rows, none edited, removed or moved" in capsys.readouterr().out
+    for text_file in (thoughts, whole):
+        assert main(["--match-thinking", audit, text_file]) == 0
+        found = capsys.readouterr().out.splitlines()
+        assert [line.split()[-1] for line in found] == request_ids
+        assert found[0].startswith("row 1, ")
+    assert main(["--match-thinking", audit, other]) == 1
+    assert main(["--match-thinking", audit, str(tmp_path / "missing")]) == 2
+    sqlite3.connect(audit).executescript("UPDATE requests SET safety_label = 'REFUSE' WHERE number = 2")
+    capsys.readouterr()
+    assert main(["--verify-audit", audit]) == 1
+    assert capsys.readouterr().out == f"{audit}: row 2 has been changed\n"
+
+
+# ---- what is asked, and by whom
+
+
+def test_the_model_gets_what_was_asked(make: Make) -> None:
+    stub = Stub()
+    served = make(stub)
+    served.post(QUESTION | {"max_new_tokens": 5, "temperature": 1, "top_p": 0.5})
+    served.post()
+    (query, asked), (_, default) = stub.asked
+    assert query == QUESTION["query"]
+    assert 100 < asked.pop("max_seconds") < 108.1
+    assert asked == {"max_new_tokens": 5, "temperature": 1.0, "top_p": 0.5}
+    del default["max_seconds"]
+    assert default == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0}
+
+
+MUST = {
+    "query": f"query must be text of at most {MAX_QUERY_CHARACTERS} characters that is not blank",
+    "user_id": f"user_id must be text of at most {MAX_USER_ID_CHARACTERS} characters or null",
+    "max_new_tokens": f"max_new_tokens must be a whole number from 1 to {MAX_NEW_TOKENS}",
+    "temperature": "temperature must be a number from 0 (always the likeliest token) to 2",
+    "top_p": "top_p must be a number above 0 and up to 1",
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "the body is not JSON in UTF-8"),
+        (b"{", "the body is not JSON in UTF-8"),
+        (b'{"query": "\xff"}', "the body is not JSON in UTF-8"),
+        (b'{"query": "\\ud800"}', "the body is not JSON in UTF-8"),
+        (b"[" * 60_000, "the body is not JSON in UTF-8"),
+        ([], 'the body must be a JSON object such as {"query": '),
+        ("text", "the body must be a JSON object"),
+        ({}, "query is missing; it must be text"),
+        ({"query": ""}, MUST["query"]),
+        ({"query": " \n\u3000"}, MUST["query"]),
+        ({"query": 5}, MUST["query"]),
+        ({"query": None}, MUST["query"]),
+        ({"query": "x" * (MAX_QUERY_CHARACTERS + 1)}, MUST["query"]),
+        (QUESTION | {"user_id": 7}, MUST["user_id"]),
+        (QUESTION | {"user_id": "x" * (MAX_USER_ID_CHARACTERS + 1)}, MUST["user_id"]),
+        *((QUESTION | {"max_new_tokens": value}, MUST["max_new_tokens"]) for value in (0, 2049, 1.5, "9", True, None)),
+        *((QUESTION | {"temperature": value}, MUST["temperature"]) for value in (-0.1, 2.1, "1", True, float("nan"))),
+        *((QUESTION | {"top_p": value}, MUST["top_p"]) for value in (0, 1.1, None, float("inf"))),
+        (QUESTION | {"max_tokens": 5}, "there is a field too many; those that may be are query, user_id"),
+        ({"query": 5, "top_p": 0}, f"{MUST['query']}; {MUST['top_p']}"),
+        (QUESTION | {f"my secret {number}": 5 for number in range(2000)}, "there is a field too many"),
+    ],
+)  # fmt: skip
+def test_a_bad_request_is_told_what_to_write(make: Make, tmp_path: Path, body: Any, words: str) -> None:
+    stub = Stub()
+    reply = make(stub).post(body)
+    assert reply.status == 422
+    assert reply.fields["detail"].startswith(words)
+    assert len(reply.body) < 500
+    assert "secret" not in reply.body
+    assert stub.asked == []
+    assert rows_of(tmp_path / "audit.sqlite") == []
+
+
+def test_a_query_too_long_for_the_model_is_a_bad_request(make: Make, tmp_path: Path) -> None:
+    reply = make(Stub(InputError("query is 2000 tokens long"))).post()
+    assert (reply.status, reply.fields) == (422, {"detail": "query is 2000 tokens long"})
+    assert rows_of(tmp_path / "audit.sqlite") == []
+
+
+def test_the_longest_fields_fit_into_the_longest_body(make: Make) -> None:
+    longest = {"query": "首" * MAX_QUERY_CHARACTERS, "user_id": "é" * MAX_USER_ID_CHARACTERS}
+    assert make(Stub()).post(longest).status == 200  # json.dumps writes six bytes a character
+
+
+def test_a_body_beyond_the_limit_is_not_read_and_one_of_another_type_neither(make: Make) -> None:
+    stub = Stub()
+    served = make(stub)
+    assert served.post(json.dumps(QUESTION).encode().ljust(MAX_BODY_BYTES)).status == 200
+    reply = served.post(json.dumps(QUESTION).encode().ljust(MAX_BODY_BYTES + 1))
+    assert (reply.status, reply.fields) == (413, {"detail": f"the body must have at most {MAX_BODY_BYTES} bytes"})
+    for headers in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
+        reply = served.post(headers=headers)
+        assert reply.status == 415
+        assert "application/json" in reply.fields["detail"]
+    assert served.post(headers={"content-type": "Application/JSON; charset=utf-8"}).status == 200
+    assert len(stub.asked) == 2
+
+
+def test_a_token_is_asked_for_where_one_is_set(make: Make) -> None:
+    stub = Stub()
+    served = make(stub, token="s3crét")
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic s3crét"},
+        {"authorization": "s3crét"},
+    ):
+        reply = served.post(b"not even JSON", JSON | headers)
+        assert reply.status == 401
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert "Authorization: Bearer" in reply.fields["detail"]
+    assert stub.asked == []
+    assert served.post(headers=JSON | {"authorization": "Bearer s3crét"}).status == 200
+    assert asyncio.run(call(served.app, b"", {}, "/health", "GET")).fields == {"status": "ok", "model_hash": "m" * 64}
+
+
+def test_a_token_may_be_any_bytes(make: Make) -> None:
+    served = make(Stub(), token=os.fsdecode(b"s3cr\xe9t"))
+    for token, status in ((b"s3cret", 401), (b"s3cr\xe9t", 200)):
+        assert served.post(headers=JSON | {"authorization": f"Bearer {os.fsdecode(token)}"}).status == status
+
+
+def test_other_machines_are_let_in_only_with_a_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("SO8T_TOKEN", raising=False)
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(InputError, match="SO8T_TOKEN"):
+            bind(host, 0, has_token=False)
+    bind("0.0.0.0", 0, has_token=True).close()
+    for host in ("127.0.0.1", "localhost", "127.1.2.3"):
+        bind(host, 0, has_token=False).close()
+    for token in ("", None):
+        if token is not None:
+            monkeypatch.setenv("SO8T_TOKEN", token)
+        assert main([str(tmp_path), "--host", "0.0.0.0", "--audit", str(tmp_path / "a.sqlite")]) == 2
+        assert "set the environment variable SO8T_TOKEN" in capsys.readouterr().err
+    assert not (tmp_path / "a.sqlite").exists()
+
+
+def test_bad_input_of_the_command_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit = ["--audit", str(tmp_path / "audit.sqlite"), "--port"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        cases = [
+            ([str(tmp_path), *audit, port], f"cannot listen on 127.0.0.1, port {port} "),
+            ([str(tmp_path), *audit, "65536"], "--port 65536 is no port; choose one from 0 to 65535"),
+            ([str(tmp_path), "--host", "no such host", *audit, "0"], "cannot listen on no such host, port 0 "),
+            ([str(tmp_path), "--host", "x" * 99, *audit, "0"], "cannot listen on xxx"),
+            ([str(tmp_path), *audit, "0"], f"{tmp_path} is neither a run with a checkpoint nor a model folder"),
+            ([str(tmp_path), "--audit", str(tmp_path / "no" / "a")], "no/a cannot be opened as an audit file"),
+            (["--verify-audit", str(tmp_path / "none")], "there is no audit file"),
+            (["--match-thinking", str(tmp_path / "none"), "README.md"], "there is no audit file"),
+            (["--match-thinking", str(tmp_path / "none"), str(tmp_path)], f"{tmp_path} cannot be read as UTF-8 text"),
+        ]
+        for arguments, words in cases:
+            assert main(arguments) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("so8t.serve: ")
+            assert words in line
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+
+
+def test_what_is_not_installed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "so8t.serve: uvicorn is not installed; pip install -r requirements-serve.txt\n"
+
+
+# ---- time and places
+
+
+class Waiting(Stub):
+    """Does not answer before `go` is set, whatever its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def __call__(self, query: str, **sampling: Any) -> tuple[str, int]:
+        self.go.wait(10)
+        return super().__call__(query, **sampling)
+
+
+def test_past_the_bound_of_the_queue_there_is_a_503_at_once(make: Make) -> None:
+    stub = Waiting()
+    served = make(stub, queue_length=3)
+    app = served.app
+
+    async def run() -> tuple[Reply, list[Reply], Reply]:
+        waiting = [asyncio.create_task(call(app)) for _ in range(3)]
+        async with asyncio.timeout(10):
+            while served.thinker._places._value:
+                await asyncio.sleep(0.001)
+        refused = await call(app)
+        stub.go.set()
+        return refused, list(await asyncio.gather(*waiting)), await call(app)
+
+    refused, answered, later = asyncio.run(run())
+    assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+    assert refused.fields == {"detail": "too many requests are waiting; try again later"}
+    assert [reply.status for reply in answered] == [200, 200, 200]
+    assert later.status == 200
+    assert len(stub.asked) == 4
+
+
+def test_a_request_past_its_time_gets_a_503_and_one_that_waits_behind_it_is_never_begun(make: Make) -> None:
+    stub = Waiting()
+    app = make(stub, queue_length=2, request_seconds=0.5).app
+
+    async def run() -> tuple[list[Reply], float, Reply]:
+        started = time.monotonic()
+        late = list(await asyncio.gather(call(app), call(app)))
+        seconds = time.monotonic() - started
+        stub.go.set()
+        while True:  # the place of the one that is under way is free when it is done
+            if (later := await call(app)).status == 200:
+                return late, seconds, later
+
+    late, seconds, _ = asyncio.run(run())
+    assert [reply.status for reply in late] == [503, 503]
+    assert late[0].fields == {"detail": "it took too long; try again later"}
+    assert 0.4 < seconds < 8  # long before the model would be done
+    assert len(stub.asked) == 2
+    assert 0 < stub.asked[0][1]["max_seconds"] <= 0.45
+
+
+def test_a_request_whose_time_is_over_when_its_turn_comes_is_not_begun(make: Make, tmp_path: Path) -> None:
+    stub = Stub()
+    served = make(stub)
+    with pytest.raises(Busy):
+        asyncio.run(served.thinker.ask(ThinkRequest(**QUESTION), time.monotonic()))
+    assert stub.asked == []
+    assert rows_of(tmp_path / "audit.sqlite") == []
+
+
+# ---- the real server
+
+# the command, but for the model, which takes seconds to load: here the query says for how long to think
+STUB_SERVER = """
+import pathlib, sys, time, types
+from so8t.serve import command
+
+class Slow:
+    folder, model_hash = pathlib.Path("stub"), "m" * 64
+    def __call__(self, query, **sampling):
+        time.sleep(float(query))
+        return sys.argv[2], 1
+
+sys.modules["so8t.serve.generate"] = types.SimpleNamespace(load_generator=lambda path: Slow())
+sys.exit(command.main(["stub", "--port", "0", "--audit", sys.argv[1]]))
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def post(self, body: Any = QUESTION) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", "/think", json.dumps(body), JSON)
+        response = connection.getresponse()
+        return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read().decode())
+
+
+@contextmanager
+def running(arguments: Sequence[object], log: Path) -> Iterator[Server]:
+    environment = {name: value for name, value in os.environ.items() if name != "SO8T_TOKEN"}
+    command = [sys.executable, *map(str, arguments)]
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
+        while b"/think" not in log.read_bytes():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        port = int(log.read_text().partition("127.0.0.1:")[2].partition("/")[0])
+        try:
+            yield Server(process, port, log)
+        finally:
+            process.kill()
+
+
+def stub_server(audit: Path, log: Path) -> AbstractContextManager[Server]:
+    return running(["-c", STUB_SERVER, audit, WELL_FORMED], log)
+
+
+def knock_until_refused(port: int) -> None:
+    for _ in range(1000):
+        socket.create_connection(("127.0.0.1", port)).close()
+        time.sleep(0.01)
+
+
+def statuses(replies: Sequence[Reply]) -> Counter[int]:
+    return Counter(reply.status for reply in replies)
+
+
+def test_a_run_answers_200_at_once_and_a_kill_under_load_loses_no_row_of_an_answer(
+    memorised_run: Path, tmp_path: Path
+) -> None:
+    audit, row = tmp_path / "audit.sqlite", json.loads((memorised_run.parent / "rows.jsonl").read_text())
+    arguments = ["-m", "so8t.serve", memorised_run, "--port", "0", "--audit", audit]
+    with running(arguments, tmp_path / "log") as server, ThreadPoolExecutor(200) as many, ThreadPoolExecutor(20) as few:
+        known = {"query": row["query"], "user_id": "user 7"}
+        replies = [server.post(known)]
+        assert replies[0].fields["answer"] == row["final"]
+        assert replies[0].fields["safety_label"] == "ALLOW"
+        burst = list(many.map(server.post, [known | {"max_new_tokens": 1}] * 200))
+        assert statuses(burst)[200] >= QUEUE_LENGTH
+        assert statuses(burst).keys() <= {200, 503}
+        assert {reply.headers["retry-after"] for reply in burst if reply.status == 503} <= {"5"}
+        load = [few.submit(server.post, known | {"max_new_tokens": 1}) for _ in range(300)]
+        while sum(post.done() for post in load) < 30:
+            time.sleep(0.005)
+        server.process.kill()
+        server.process.wait()
+        under_load = [post.result() for post in load if post.exception() is None]  # the rest got no reply
+    assert statuses(under_load)[200] >= 30
+    assert len(under_load) < 300
+    replies += [*burst, *under_load]
+    answered = {reply.fields["request_id"] for reply in replies if reply.status == 200}
+    assert len(answered) == statuses(replies)[200]
+    assert answered <= {row["request_id"] for row in rows_of(audit)}
+    assert main(["--verify-audit", str(audit)]) == 0
+    log = (tmp_path / "log").read_text()
+    secret = pieces(" ".join(row[part] for part in ("task", "safety", "policy"))) - pieces(row["final"])
+    assert not secret & pieces(f"{log}{replies}")
+    assert not pieces(row["final"]) & pieces(log)
+
+
+def test_a_client_that_has_gone_leaves_its_place_to_others(tmp_path: Path) -> None:
+    audit, body = tmp_path / "audit.sqlite", b'{"query": "1"}'
+    head = b"POST /think HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n"
+    with stub_server(audit, tmp_path / "log") as server, ThreadPoolExecutor(1) as client:
+        first = client.submit(server.post, {"query": "1"})
+        time.sleep(0.2)  # it is under way
+        with ExitStack() as stack:
+            for sent in [body] * (QUEUE_LENGTH - 1) + [body[:5]]:
+                other = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                other.sendall(head + sent)
+            time.sleep(0.3)  # they wait
+            assert server.post({"query": "0"}).status == 503
+        time.sleep(0.1)
+        assert (server.post({"query": "0"}).status, first.result().status) == (200, 200)
+    assert len(rows_of(audit)) == 2
+    assert "Exception" not in (tmp_path / "log").read_text()
+
+
+def test_a_full_disk_means_no_answer_and_a_freed_one_answers_again(small_disk: Path, tmp_path: Path) -> None:
+    audit, ballast = small_disk / "audit.sqlite", small_disk / "ballast"
+    with stub_server(audit, tmp_path / "log") as server:
+        replies = [server.post({"query": "0"})]
+        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+        while replies[-1].status == 200 and len(replies) < 100:  # what was allotted before takes some rows
+            replies.append(server.post({"query": "0"}))
+        refused = replies.pop()
+        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+        assert refused.fields == {"detail": "the audit trail takes no rows, so there is no answer"}
+        ballast.unlink()
+        replies.append(server.post({"query": "0"}))
+        assert statuses(replies) == {200: len(replies)}
+    assert [row["request_id"] for row in rows_of(audit)] == [reply.fields["request_id"] for reply in replies]
+    assert "database or disk is full" in (tmp_path / "log").read_text()
+    assert main(["--verify-audit", str(audit)]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_stop_answers_what_it_has_been_asked_and_begins_nothing_new(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    audit = tmp_path / "audit.sqlite"
+    with stub_server(audit, tmp_path / "log") as server, ThreadPoolExecutor(4) as clients:
+        posts = [clients.submit(server.post, {"query": "0.4"}) for _ in range(4)]
+        while not rows_of(audit):  # one is answered, one under way, two wait
+            time.sleep(0.01)
+        server.process.send_signal(number)
+        with pytest.raises(ConnectionRefusedError):
+            knock_until_refused(server.port)
+        replies = [post.result() for post in posts]
+        assert server.process.wait(10) == (130 if number == signal.SIGINT else -number)
+    assert [reply.fields["answer"] for reply in replies] == [SAFE["final"]] * 4
+    assert len(rows_of(audit)) == 4
+    assert main(["--verify-audit", str(audit)]) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
