@@ -50,6 +50,21 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The folder of a tiny Phi-3 with the demo's tokenizer."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 1, "eos_token_id": 0}
+    Phi3ForCausalLM(Phi3Config(**sizes, **heads, bos_token_id=None)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def memorised_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the default model, gates far from the identity, that knows the sample's first row by heart."""
     import train
