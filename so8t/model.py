@@ -7,7 +7,7 @@ import bitsandbytes
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -30,14 +30,14 @@ def load_model_config(config: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(config.base_model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(_not_a_model(config, error)) from error
+        raise InputError(_not_a_model(config.base_model, error)) from error
 
 
 def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base_model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(_not_a_model(config, error)) from error
+        raise InputError(_not_a_model(config.base_model, error)) from error
     if not tokenizer.is_fast:
         raise InputError(
             f"model.base_model: the tokenizer of {config.base_model} gives no character offsets, which labels need; "
@@ -51,9 +51,18 @@ def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _not_a_model(config: ModelConfig, error: Exception) -> str:
+def _not_a_model(source: str | Path, error: Exception) -> str:
+    """What cannot be loaded: a checkpoint's folder, or else what model.base_model names; and which file of it."""
     reason = " ".join(str(error).split())
-    return f'model.base_model = "{config.base_model}" cannot be loaded as a folder or a hub id: {reason}'
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            safe_open(path, "pt")
+        except (OSError, SafetensorError) as unreadable:  # the reason does not say which file it is
+            reason = f"{path.name} is no safetensors file or torn ({unreadable})"
+    if isinstance(source, Path):
+        return f"{source} cannot be loaded: {reason}"
+    where = "" if Path(source).is_dir() else f" (in {Path.cwd()} there is no such folder)"
+    return f'model.base_model = "{source}" cannot be loaded as a folder or a hub id{where}: {reason}'
 
 
 def load_model(
@@ -154,7 +163,7 @@ def _load_base(
             if mismatched:
                 raise OSError(f"its config.json wants other shapes than its files have of {', '.join(mismatched)}")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(_not_a_model(config, error)) from error
+        raise InputError(_not_a_model(checkpoint or config.base_model, error)) from error
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     for layer in layers:
         # on a CPU with AVX512-BF16, one forward in eval mode repacks the weight into a layout without gradients
