@@ -3,6 +3,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -13,6 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # the imports are in the fixtures because they take seconds, which a test of the configuration need not wait for
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """It makes files outlive a power cut, which no test stages, and costs seconds on a busy disk."""
+    with patch("os.fsync"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from so8t.analyze.scores import Bounds, float16_bounds
 from so8t.config import InputError
-from so8t.logits.reader import LogitsRecord
+from so8t.logits import LogitsRecord
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 

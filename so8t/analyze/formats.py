@@ -24,7 +24,7 @@ from so8t.analyze.changes import row_keys
 from so8t.analyze.dynamics import training_dynamics
 from so8t.config import InputError
 from so8t.files import atomic_folder, atomic_write
-from so8t.logits.reader import LogitsRecord, read_file
+from so8t.logits import LogitsRecord, read_file
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 

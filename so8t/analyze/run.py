@@ -20,7 +20,7 @@ from so8t.analyze.changes import Changes, Comparison, Key, changes, compare, row
 from so8t.analyze.dynamics import SampleDynamics, training_dynamics
 from so8t.analyze.scores import Bounds, Calibration, CalibrationBin, Scores, StepScores, calibration, score_step
 from so8t.config import CONFIG_FILE, InputError, TrainingConfig, load_config
-from so8t.logits.reader import LogitsRecord, read_file, read_logits
+from so8t.logits import LogitsRecord, read_file, read_logits
 
 __all__ = [
     "Analysis",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from so8t.logits.reader import LogitsRecord
+from so8t.logits import LogitsRecord
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 

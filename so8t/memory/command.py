@@ -1,8 +1,8 @@
-"""The memory ledger: where the bytes of a run go, before it starts and beside what it took.
+"""The memory plan: where the bytes of a run will go, before it starts.
 
     python -m so8t.memory CONFIG [section.key=value ...] [--gpu-memory-gib 12] [--json]
 
-needs the model's config.json only: no weights, no GPU. The step is traced (memory_trace.py), rows of the data count as
+needs the model's config.json only: no weights, no GPU. The step of train.py is traced, rows of the data count as
 data.max_seq_length tokens. train.py prints the same table for its longest row before it loads weights.
 """
 
@@ -15,9 +15,12 @@ import torch
 
 from so8t import cli
 from so8t.config import load_config
-from so8t.memory.plan import CONTEXT_BYTES, GIB, device_memory, plan_memory
-from so8t.memory.trace import Shape
+from so8t.logits import plan_logits
+from so8t.memory.fakes import BatchShape
+from so8t.memory.plan import CONTEXT_BYTES, device_memory, plan_memory
+from so8t.memory.trace import StepSpec
 from so8t.model import load_model_config
+from so8t.text import GIB
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from train import forward  # here, because train.py imports this package; so8t is run from its folder
+
     config = load_config(options.config, options.overrides)
     model_config = load_model_config(config.model)
     capacity = None if options.gpu_memory_gib is None else int(options.gpu_memory_gib * GIB)
@@ -40,15 +45,17 @@ def _plan(options: argparse.Namespace) -> int:
     if capacity is None and device_type == "cuda":
         _, capacity = device_memory(torch.device("cuda"))
     rows = config.training.per_device_train_batch_size
-    shape = Shape(rows, config.data.max_seq_length, is_padded=rows > 1)
+    shape = BatchShape(rows, config.data.max_seq_length, is_padded=rows > 1)
+    logits = plan_logits(config, model_config.vocab_size, shape.tokens)
+    spec = StepSpec(config, model_config, device_type, forward, logits, shape)
     free = None if capacity is None else capacity - CONTEXT_BYTES
-    plan = plan_memory(config, model_config, shape, device_type, free, capacity)
+    plan = plan_memory(spec, free, capacity)
     if options.json:
         longest = None if plan.capacity is None else plan.largest_length(plan.capacity)
         print(json.dumps(plan.as_dict() | {"largest_length": longest}, indent=1))
         return 0
     print(plan.table(), flush=True)  # the rest takes a while
-    if plan.room is not None and plan.room < 0:
+    if plan.headroom is not None and plan.headroom < 0:
         print(f"it does not fit; what would make the peak smaller:\n{plan.advice()}", flush=True)
     if plan.capacity is not None:
         longest = plan.largest_length(plan.capacity)
