@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
-from so8t.config import CONFIG_FILE, Config, DataConfig, InputError, ModelConfig, QuantizationConfig, load_config
+from so8t.config import (
+    CONFIG_FILE,
+    Config,
+    DataConfig,
+    InputError,
+    ModelConfig,
+    ModelSpec,
+    QuantizationConfig,
+    load_config,
+)
 from so8t.data import Batch, load_dataset, split
 from so8t.evaluate import score
 from so8t.export.model_card import model_card
@@ -173,8 +182,8 @@ def write_and_check(
     base = replace(config.model, attn_implementation="sdpa")  # flash_attention_2 knows no float32
 
     def load_live(base: ModelConfig, quantization: QuantizationConfig) -> Model:
-        seed = config.training.seed
-        return load_model(base, quantization, config.qlora, config.so8t, device, seed=seed, checkpoint=checkpoint)
+        spec = ModelSpec(base, quantization, config.qlora, config.so8t)
+        return load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint)
 
     bits = config.quantization.bits
     quantized = None

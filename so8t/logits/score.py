@@ -22,6 +22,10 @@ class HostBuffer:
         self._positions = 0
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
+    @property
+    def nbytes(self) -> int:
+        return self._bytes.nbytes
+
     def fit(self, layout: Layout, positions: int, pinned: bool) -> None:
         """Make room for so many positions of this layout, if there is less."""
         if layout == self._layout and positions <= self._positions:
@@ -69,6 +73,12 @@ class HostTransfer:
         with torch.cuda.stream(self._stream):
             host.copy_(source, non_blocking=True)
         source.record_stream(self._stream)
+
+    def scalar(self, source: Tensor) -> Tensor:
+        """A 0-dim tensor on the host that `source` is on its way to."""
+        host = torch.empty((), dtype=source.dtype, pin_memory=self._stream is not None)
+        self.copy(host, source)
+        return host
 
     def hold(self) -> None:
         """Let the device, not the host, wait for the copies so far: their source may then be overwritten."""

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from so8t.analyze.run import Analysis, SampleDynamics
+from so8t.analyze import Analysis, SampleDynamics
 from so8t.config import PetConfig
 
 MAX_POINTS = 1000  # of a curve; a longer one is drawn as the means of so many stretches

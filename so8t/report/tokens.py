@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from so8t.analyze.run import Key, row_keys
-from so8t.logits.saver import LogitsRecord, read_logits
+from so8t.analyze import Key, row_keys
+from so8t.logits import LogitsRecord, read_logits
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 

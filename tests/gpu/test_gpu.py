@@ -1,7 +1,6 @@
 """What only a GPU can show. `pytest -m gpu` on a machine that has one; elsewhere every test here is skipped."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,3 @@ def test_memory_plan_is_within_a_tenth_of_what_the_gpu_took(tmp_path: Path) -> N
     short_run(tmp_path / "run", "training.bf16=true", "training.gradient_checkpointing=true")
     peak = json.loads((tmp_path / "run" / "memory.json").read_text())["peak"]
     assert peak["predicted_bytes"] == pytest.approx(peak["measured_bytes"], rel=0.1)
-
-
-def test_snapshot_of_a_step_is_for_memory_viz(tmp_path: Path) -> None:
-    short_run(tmp_path / "run", "training.memory_snapshot_step=3")
-    snapshot = pickle.loads((tmp_path / "run" / "memory_snapshot.pickle").read_bytes())
-    assert snapshot["device_traces"]
