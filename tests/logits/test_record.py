@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from logits_cases import HIDDEN, VOCAB, capture, make_batch, make_case, make_saver, save_one, settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from so8t.logits import read_logits
 from so8t.logits.record import is_consistent, position_layout
