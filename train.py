@@ -16,14 +16,15 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-# before torch is imported: rows of many lengths would otherwise strand memory in blocks of the wrong size
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+from so8t.driver import allocator_settings, unused_gpu
+
+os.environ.update(allocator_settings())  # before torch is imported
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from so8t import parallel
+from so8t import cli, parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
 from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, TrainingBatches, count, derive_seed, fixed_batches, load_dataset
@@ -50,6 +51,8 @@ class NonFiniteStep(Exception):
 def train(config: Config, ranks: parallel.Ranks) -> int:
     """Run the whole job, in the order of this function. Returns the exit code."""
     training, device, seed = config.training, ranks.device, config.training.seed
+    if device.type == "cpu" and (sentence := unused_gpu(torch.version.cuda)):
+        print(sentence)
     rows_per_batch = training.per_device_train_batch_size
 
     # ---- before any weight is loaded: the rows, where to start from, room on the disk
@@ -177,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
     options = parser.parse_args(arguments)
+    cli.print_anything()
     try:
         return train(load_config(options.config, options.overrides), parallel.start())
     except InputError as error:

@@ -22,7 +22,9 @@ class InputError(Exception):
 
 
 CONFIG_FILE = "config.toml"  # in a run and in each of its checkpoints: the resolved configuration
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no path holds NUL, no UTF-8 file lone surrogates
+# no path of Windows holds control characters, which "D:\temp" makes of \t; no UTF-8 file holds lone surrogates
+UNWRITABLE = re.compile("[\0-\x1f\ud800-\udfff]")
+BACKSLASHES = "in double quotes \\ begins an escape: write 'D:\\data' in single quotes, or D:/data"
 
 
 @dataclass(frozen=True)
@@ -297,14 +299,19 @@ def _build(section: Any, prefix: str, values: dict[str, Any]) -> Any:
 
 def _read_file(path: Path) -> Iterator[tuple[str, object]]:
     """The dotted name and the value of every key in the file."""
+    text = ""
     try:
-        document = tomli.loads(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        document = tomli.loads(text)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; write the path of a TOML file") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML: {error}; text needs quotes, true and false do not") from error
+        place = re.search(r"at line (\d+)", str(error))
+        has_backslash = place is not None and "\\" in text.split("\n")[int(place[1]) - 1]
+        remedy = BACKSLASHES if has_backslash else "text needs quotes, true and false do not"
+        raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
 
 
@@ -346,7 +353,8 @@ def _checked(source: str, name: str, readings: list[object]) -> Any:
             return _fit(ANNOTATIONS[name], reading)
         except ValueError:
             continue
-    raise InputError(f"{source}: {name} must be {_words(ANNOTATIONS[name])}, not {_shown(readings[0])}")
+    remedy = f"; {BACKSLASHES}" if re.search(r"(?<!\\)\\[bfnrtu]", _toml(readings[0])) else ""
+    raise InputError(f"{source}: {name} must be {_words(ANNOTATIONS[name])}, not {_shown(readings[0])}{remedy}")
 
 
 def _fit(annotation: Any, value: Any) -> Any:

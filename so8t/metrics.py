@@ -99,7 +99,7 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """One dict a step. A line that a full disk or a power cut left half-written is passed over."""
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
             records.append(json.loads(line))
     return records

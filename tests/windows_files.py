@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,9 @@ def _check_free(path: Path) -> None:
 
 def _used_paths() -> set[Path]:
     used = set()
-    for descriptor in os.listdir("/proc/self/fd"):
-        try:
-            used.add(os.readlink(f"/proc/self/fd/{descriptor}"))
-        except OSError:  # it was that of the listing, or another thread's
-            continue
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it was that of the listing, or another thread's
+            used.add(str(descriptor.readlink()))
     maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     used |= {fields[5] for line in maps.splitlines() if len(fields := line.split(maxsplit=5)) == 6}
     return {Path(name) for name in used if name.startswith("/")}

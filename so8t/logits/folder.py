@@ -90,7 +90,8 @@ class LogitsFolder:
             free += file.path.stat().st_size
         if free < needed:
             return False
-        return not any([_delete(file) for file in doomed])
+        errors = [_delete(file) for file in doomed]
+        return not any(errors)
 
     def _is_kept(self, file: LogitsFile) -> bool:
         return self._kept_steps > 0 and file.step % self._kept_steps == 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from so8t import driver
 from so8t.config import Config, InputError
 from so8t.logits.writer import BUFFERS
 from so8t.memory.trace import Shape, Trace, host_bytes, trace_step
@@ -41,6 +42,7 @@ class Plan:
     model_config: Any
     shape: Shape  # of the largest micro-batch
     device_type: str
+    free: int | None  # of the device, when the run began; None = not known
     capacity: int | None  # of the device; None = not known
     probe: tuple[Shape, ...]
     checkpointed_layers: int
@@ -182,12 +184,18 @@ def plan_memory(
         layers, reason = every.num_layers - kept, f"auto: one fewer needs more than {size_of(budget)}"
     chosen = trace(layers)
     layers = min(layers, chosen.num_layers)
-    return Plan(config, model_config, shape, device_type, capacity, tuple(probe), layers, reason, chosen)
+    return Plan(config, model_config, shape, device_type, free, capacity, tuple(probe), layers, reason, chosen)
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int | None]:
-    """Bytes that are free and that there are in all; not known of a CPU, whose memory is for others too."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
+    """Bytes that are free and that there are in all; not known of a CPU, whose memory is for others too.
+
+    Where the driver lends host memory to a full GPU, there are no more than are free: past them a run gets slow.
+    """
+    if device.type != "cuda":
+        return None, None
+    free, capacity = torch.cuda.mem_get_info(device)
+    return free, free if driver.lends_host_memory() else capacity
 
 
 def budget_of(free: int) -> int:
