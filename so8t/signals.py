@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+HANDLED = [signal.SIGINT, signal.SIGTERM]
 if sys.platform == "win32":
     import ctypes
 
-    HANDLED += (signal.SIGBREAK,)
+    HANDLED.append(signal.SIGBREAK)
     CONSOLE_ENDS = (2, 5, 6)  # CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT
     _Handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)
 

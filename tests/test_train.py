@@ -259,8 +259,10 @@ def test_probe_file_holds_the_fixed_rows_beside_the_training_batch(run: Run, tmp
 # ---- stopping and resuming
 
 
-# on Windows send_signal kills, whatever the number
-SIGNALS = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+if sys.platform == "win32":
+    SIGNALS = [signal.SIGTERM]  # send_signal kills with it
+else:
+    SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 LONG = "training.num_train_epochs=30"  # so that a signal surely meets the run alive
 
 

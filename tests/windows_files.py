@@ -8,7 +8,6 @@ Not pretended: other processes' files, libraries that write without Python, FILE
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -27,7 +26,11 @@ _is_hooked = False
 
 
 def pretend_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the monkeypatch is undone."""
+    """Until the monkeypatch is undone. On Windows nothing need be pretended."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
     global _is_hooked
     if not _is_hooked:  # for ever: an audit hook sees every open of Python, and cannot be taken away
         sys.addaudithook(_check)
@@ -95,5 +98,5 @@ def _used_paths() -> set[Path]:
 
 def _refusal(path: Path, winerror: int = ACCESS_DENIED) -> PermissionError:
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    error.winerror = winerror  # type: ignore[attr-defined]
+    vars(error)["winerror"] = winerror
     return error

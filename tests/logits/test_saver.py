@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -308,7 +308,8 @@ def test_a_file_that_somebody_reads_costs_a_warning_and_goes_with_a_later_rotati
 ) -> None:
     if not is_windows_files:
         pytest.skip("pytest --windows-files: elsewhere a file that is read can be deleted")
-    saver, readers = make_saver(tmp_path, max_files=2), []
+    saver = make_saver(tmp_path, max_files=2)
+    readers: list[BinaryIO] = []
 
     def before_step(step: int) -> None:
         saver.flush()
