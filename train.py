@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-# before torch is imported: rows of many lengths would otherwise strand memory in blocks of the wrong size
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+from so8t.driver import allocator_settings, unused_gpu
+
+os.environ.update(allocator_settings())  # before torch is imported
 
 import torch
 from torch import Tensor
@@ -81,6 +82,8 @@ def forward(
 def train(config: Config, process: parallel.Process) -> int:
     """Run the whole job, in the order of this function. Returns the exit code."""
     training, device, seed = config.training, process.device, config.training.seed
+    if device.type == "cpu" and (sentence := unused_gpu(torch.version.cuda)):
+        print(sentence)
     rows_per_batch = training.per_device_train_batch_size
 
     # ---- before any weight is loaded: the rows, where to start from, room on the disk and on the device
