@@ -206,7 +206,7 @@ class LogitsSaver:
         pending = Pending(kind, step, epoch, timestamp, len(head_weight), computed_in, buffer)
         self._pending[kind] = pending
         layout = position_layout(self._training, len(head_weight), computed_in)
-        buffer.fit(layout, max(num_positions, self._capacity[kind]), pinned=head_weight.is_cuda)
+        buffer.fit(layout, max(num_positions, self._capacity[kind]), pinned=not head_weight.is_cpu)
         return pending
 
     def _complete(self, pending: Pending, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
@@ -215,7 +215,7 @@ class LogitsSaver:
         assert self._transfer is not None
         pending.scorer.add_missing(hidden, head_weight, pending.computed_in)
         pending.scorer = None
-        ce_sum = torch.empty((), pin_memory=hidden.is_cuda)
+        ce_sum = torch.empty((), pin_memory=not hidden.is_cpu)
         self._transfer.copy(ce_sum, ce.detach())
         pending.ready = self._transfer.finished()
         pending.ce_sums.append(ce_sum)

@@ -187,7 +187,8 @@ def plan_memory(
 
 def device_memory(device: torch.device) -> tuple[int | None, int | None]:
     """Bytes that are free and that there are in all; not known of a CPU, whose memory is for others too."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
+    module = torch.get_device_module(device)
+    return module.mem_get_info(device) if hasattr(module, "mem_get_info") else (None, None)
 
 
 def budget_of(free: int) -> int:
