@@ -158,7 +158,7 @@ class TrainingConfig:
     memory_snapshot_step: Count = 0  # the step whose allocations are recorded for memory_viz on a GPU; 0 = none
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
     logging_steps: Positive = 1  # steps between refreshes of the progress line
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     eval_steps: Count = 100  # steps between validations; 0 = never
     save_steps: Count = 100  # steps between checkpoints; 0 = only at the end
     save_total_limit: Count = 2  # checkpoints kept; 0 = all
