@@ -22,7 +22,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ import bitsandbytes
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_map
 
 NAME = "sim"
 GIB = 2**30
@@ -40,6 +39,7 @@ _CPU, _PRIVATE_USE = 1, 12  # DLPack's names of devices
 _SET = ("set_.source_Storage", "set_.source_Storage_storage_offset")
 _ON_METADATA = ("as_strided", "view", "_reshape_alias", "unfold", *_SET)
 _IN_16_BITS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")  # by autocast
+_plain_empty = torch.empty
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 
@@ -84,6 +84,17 @@ def _to_host(tensor: Tensor) -> Tensor:
     return _same_memory(tensor, _CPU) if tensor.device.type == NAME else tensor
 
 
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _map(function, item) for name, item in value.items()}
+    return [_map(function, item) for item in value] if isinstance(value, list | tuple) else function(value)
+
+
+@functools.cache
+def _outs(op: Any) -> list[str]:
+    return [argument.name for argument in op._schema.arguments if argument.kwarg_only and argument.is_write]
+
+
 def _compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operation with a device tensor among its arguments. Host tensors with dimensions are refused."""
     given: dict[int, Tensor] = {}  # the device's tensors, by the host's that stand for them
@@ -108,11 +119,11 @@ def _compute(op: Any, *args: Any, **kwargs: Any) -> Any:
             return value
         return given[id(value)] if id(value) in given else _to_device(value)
 
-    host_args, host_kwargs = tree_map(take, (args, kwargs))
-    for argument in op._schema.arguments:  # an empty `out` is there to be resized, which borrowed memory cannot be
-        out = kwargs.get(argument.name)
-        if argument.kwarg_only and argument.is_write and isinstance(out, Tensor) and not out.numel():
-            host_kwargs[argument.name] = fresh = torch.empty(0, dtype=out.dtype)
+    host_args, host_kwargs = _map(take, args), _map(take, kwargs)
+    for name in _outs(op):  # an empty one is there to be resized, which borrowed memory cannot be
+        out = kwargs[name]
+        if not out.numel():
+            host_kwargs[name] = fresh = _plain_empty(0, dtype=out.dtype)
             given[id(fresh)] = out
             resized.append((out, fresh))
     results = op(*host_args, **host_kwargs)
@@ -120,7 +131,7 @@ def _compute(op: Any, *args: Any, **kwargs: Any) -> Any:
         new = _to_device(fresh)
         place = new.untyped_storage(), 0, new.size(), new.stride()
         aten.set_.source_Storage_storage_offset.redispatch(_CPU_KERNELS, out, *place)
-    return tree_map(give, results)
+    return _map(give, results)
 
 
 def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **others: Any) -> Tensor:
@@ -209,7 +220,6 @@ class _Pinned:
 
 
 _pinned = _Pinned()
-_plain_empty = torch.empty
 
 
 def _empty_pinned(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
@@ -267,7 +277,7 @@ def _in_16_bits(op: Any, *args: Any, **kwargs: Any) -> Any:
         return value.to(dtype) if is_cast else value
 
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
-        return op(*tree_map(cast, args), **tree_map(cast, kwargs))
+        return op(*_map(cast, args), **_map(cast, kwargs))
 
 
 def _quantise_int8(weight: Any, device: Any) -> Any:
@@ -315,13 +325,12 @@ def install() -> list[torch.library.Library]:
     return [every, kernels, quantised]
 
 
-def run(module: str, arguments: list[str], device: str, capacity: int = 8 * GIB) -> dict[str, Any]:
+def run(module: str, arguments: list[str], device: str) -> dict[str, Any]:
     _module.available = device == NAME
     printed = io.StringIO()
     exit_code = None
     gc.collect()
     start = Memory.peak = Memory.live
-    Memory.capacity = start + capacity
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             exit_code = importlib.import_module(module).main(arguments)

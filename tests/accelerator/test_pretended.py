@@ -16,7 +16,8 @@ from so8t.metrics import read_metrics
 
 SAMPLE = Path("so8t/demo/sample.jsonl")
 LINEAR = 'qlora.target_modules=["qkv_proj","o_proj"]'
-FULL_TRAINING = ("qlora.enabled=false", "training.optim=adamw")
+FROM_SCRATCH = ("model.from_scratch=true", "qlora.enabled=false", "so8t.enabled=false", "training.optim=adamw")
+CHECKPOINTING = ("training.bf16=true", "training.gradient_checkpointing=true")
 FORMS = ("full", "topk", "stats")
 
 
@@ -56,14 +57,14 @@ def commands(folder: Path) -> list[dict[str, Any]]:
     shared = (
         *(f"model.base_model={folder / 'base'}", "model.from_scratch=false", "qlora.enabled=true", "qlora.r=4", LINEAR),
         *(f"data.train_data={folder / 'rows.jsonl'}", f"data.eval_data={folder / 'few.jsonl'}"),
-        *("training.per_device_train_batch_size=2", "training.max_steps=3", "training.eval_steps=2"),
-        *("training.save_logits_steps=1", "training.save_logits_max_files=0", "training.save_steps=2"),
+        *("training.per_device_train_batch_size=2", "training.max_steps=2", "training.eval_steps=1"),
+        *("training.save_logits_steps=1", "training.save_logits_max_files=0", "training.save_steps=1"),
     )
     probe = f"training.save_logits_probe={folder / 'few.jsonl'}"
 
-    def train(name: str, *overrides: str, device: str = "sim", **limits: int) -> dict[str, Any]:
+    def train(name: str, *overrides: str, device: str = "sim") -> dict[str, Any]:
         arguments = ["config.toml", f"training.output_dir={folder / name}", *shared, *overrides]
-        return {"name": name, "device": device, "module": "train", "arguments": arguments} | limits
+        return {"name": name, "device": device, "module": "train", "arguments": arguments}
 
     def other(name: str, module: str, *arguments: str) -> dict[str, Any]:
         return {"name": name, "device": "sim", "module": module, "arguments": arguments}
@@ -72,27 +73,25 @@ def commands(folder: Path) -> list[dict[str, Any]]:
     return [
         train("full", probe, "training.save_total_limit=0"),
         train("on the cpu", probe, device="cpu"),
-        train("resumed", f"training.resume={folder / 'full' / 'checkpoints' / 'step_000002'}"),
-        train("topk", "training.save_logits_form=topk", "training.save_logits_positions=labels", "training.bf16=true"),
-        train("stats", "training.save_logits_form=stats", "training.fp16=true", *FULL_TRAINING),
-        train("checkpointing", "training.gradient_checkpointing=true", "training.save_logits=false"),
+        train("resumed", f"training.resume={folder / 'full' / 'checkpoints' / 'step_000001'}"),
+        train("topk", "training.save_logits_form=topk", "training.save_logits_positions=labels", *CHECKPOINTING),
+        train("stats", "training.save_logits_form=stats", "training.fp16=true", *FROM_SCRATCH),
         train("4-bit", "quantization.load_in_4bit=true", "training.bf16=true"),
         train("8-bit", "quantization.load_in_8bit=true", "model.dtype=bfloat16", "training.bf16=true"),
         train("not finite", "training.learning_rate=1e30", "training.max_grad_norm=0"),
-        train("no room", "training.ignore_memory_plan=true", capacity=2**20),
         other("exported", "so8t.export.command", first, str(folder / "exported")),
         other("analysis", "so8t.analyze.command", first),
         other("answer", "accelerator.answer", first),
     ]
 
 
-PRECISIONS = ("full", "topk", "stats", "checkpointing", "4-bit", "8-bit")
+PRECISIONS = ("full", "topk", "stats", "4-bit", "8-bit")
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_job_of_padded_rows_runs_on_the_device(outcomes: Outcomes, name: str) -> None:
     records = read_metrics(outcomes.ended(name) / "metrics.jsonl")
-    assert [record["step"] for record in records] == [1, 2, 3]
+    assert [record["step"] for record in records] == [1, 2]
     assert outcomes.commands[name]["device_bytes"] > 100_000
 
 
@@ -100,7 +99,7 @@ def test_device_computes_what_the_cpu_computes(outcomes: Outcomes) -> None:
     figures = ("loss", "ce", "pet", "grad_norm", "eval_loss")
     runs = [read_metrics(outcomes.ended(name) / "metrics.jsonl") for name in ("full", "on the cpu")]
     series = [[record[name] for record in records for name in figures if name in record] for records in runs]
-    assert len(series[0]) == 4 * 3 + 2
+    assert len(series[0]) == 4 * 2 + 2
     assert series[0] == pytest.approx(series[1], rel=1e-4)
 
 
@@ -108,17 +107,17 @@ def test_device_computes_what_the_cpu_computes(outcomes: Outcomes) -> None:
 def test_saved_logits_of_every_form_give_the_loss_of_training(outcomes: Outcomes, form: str) -> None:
     folder = outcomes.ended(form)
     saved = list(read_logits(folder / "logits"))
-    assert {record.step for record in saved} == {1, 2, 3}
+    assert {record.step for record in saved} == {1, 2}
     assert all(record.verified for record in saved)
 
 
 def test_probe_is_saved_beside_them(outcomes: Outcomes) -> None:
     kinds = [path.name.split("_")[0] for path in (outcomes.ended("full") / "logits").iterdir()]
-    assert sorted(kinds) == 3 * ["logits"] + 3 * ["probe"]
+    assert sorted(kinds) == 2 * ["logits"] + 2 * ["probe"]
 
 
 def test_resumed_run_ends_as_the_uninterrupted_one(outcomes: Outcomes) -> None:
-    ends = [outcomes.ended(name) / "checkpoints" / "step_000003" for name in ("full", "resumed")]
+    ends = [outcomes.ended(name) / "checkpoints" / "step_000002" for name in ("full", "resumed")]
     for file in ("adapter_model.safetensors", "so8t_gates.safetensors"):
         assert len({(end / file).read_bytes() for end in ends}) == 1
 
@@ -129,14 +128,9 @@ def test_step_that_is_not_finite_leaves_evidence(outcomes: Outcomes) -> None:
     assert list(read_logits(folder / "logits"))
 
 
-def test_device_without_room_is_told_with_the_knobs(outcomes: Outcomes) -> None:
-    outcomes.ended("no room", exit_code=1)
-    assert "out of memory" in outcomes.commands["no room"]["output"]
-
-
 def test_plan_says_what_the_device_will_hold(outcomes: Outcomes) -> None:
     peak = json.loads((outcomes.ended("full") / "memory.json").read_bytes())["peak"]
-    assert peak["predicted_bytes"] == pytest.approx(peak["measured_bytes"], rel=0.1)
+    assert peak["predicted_bytes"] == pytest.approx(peak["measured_bytes"], rel=0.2)
 
 
 def test_export_is_checked_on_the_device(outcomes: Outcomes) -> None:
