@@ -163,9 +163,10 @@ def device_memory(device: torch.device) -> tuple[int | None, int | None]:
 
     Where the driver lends host memory to a full GPU, there are no more than are free: past them a run gets slow.
     """
-    if device.type != "cuda":
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
         return None, None
-    free, capacity = torch.cuda.mem_get_info(device)
+    free, capacity = module.mem_get_info(device)
     return free, free if driver.lends_host_memory() else capacity
 
 
