@@ -32,7 +32,7 @@ from so8t.gates import orthogonality_error
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.losses import Observer, ce_sum, pet_sum
 from so8t.memory import MemoryLedger, OutOfMemory, Shape, device_memory, plan_memory, shape_of
-from so8t.metrics import Metrics, step_figures
+from so8t.metrics import Metrics, step_figures, write_run_file
 from so8t.model import Model, describe, head_weight, hidden_states, load_model, load_model_config, load_tokenizer
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
 from so8t.schedule import lr_at, pet_weight_at
@@ -67,6 +67,8 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     state = load_training_state(checkpoint, fingerprint, data.micro_batches_per_step)
     output_dir = make_output_dir(config, ranks.is_main)
     dataset.policy.write(output_dir, ranks.is_main)
+    if ranks.is_main:
+        write_run_file(output_dir, device, total_steps, fingerprint)
     shape, *probe_shapes = Shape(rows_per_batch, dataset.longest, rows_per_batch > 1), *map(shape_of, probe_batches)
     sizes = model_config.vocab_size, shape.tokens, sum(probe_shape.tokens for probe_shape in probe_shapes)
     print(plan_logits(training, *sizes, total_steps, output_dir, config.model.dtype))
