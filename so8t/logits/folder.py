@@ -60,16 +60,21 @@ class LogitsFolder:
                 self.rotate(newest)
 
     def rotate(self, saved: LogitsFile) -> None:
-        """Delete what the limits leave no room for, now that `saved` is safe."""
-        cut_off, older = self._others(saved)
-        for file in cut_off:
-            file.path.unlink()
+        """Delete what the limits leave no room for, now that `saved` is safe.
+
+        Raises OSError once all others are gone if one cannot be deleted, as on Windows while somebody reads it: it goes
+        with a later rotation.
+        """
+        doomed, older = self._others(saved)
         count, size = (0, 0) if self._is_kept(saved) else (1, saved.path.stat().st_size)
         for file in reversed(older):
             count += 1
             size += file.path.stat().st_size
             if 0 < self._max_files < count or 0 < self._max_bytes < size:
-                file.path.unlink()
+                doomed.append(file)
+        errors = [error for error in map(_delete, doomed) if error is not None]
+        if errors:
+            raise errors[0]
 
     def make_room(self, needed: int, new: LogitsFile) -> bool:
         """On a full disk: delete the oldest files until `needed` bytes are free.
@@ -85,9 +90,7 @@ class LogitsFolder:
             free += file.path.stat().st_size
         if free < needed:
             return False
-        for file in doomed:
-            file.path.unlink()
-        return True
+        return not any([_delete(file) for file in doomed])
 
     def _is_kept(self, file: LogitsFile) -> bool:
         return self._kept_steps > 0 and file.step % self._kept_steps == 0
@@ -98,6 +101,15 @@ class LogitsFolder:
         cut_off = [file for file in others if file.step >= new.step]
         older = [file for file in others if file.step < new.step and not self._is_kept(file)]
         return cut_off, older
+
+
+def _delete(file: LogitsFile) -> OSError | None:
+    """What kept the file from being deleted."""
+    try:
+        file.path.unlink()
+    except OSError as error:
+        return error
+    return None
 
 
 def is_disk_full(error: BaseException | None) -> bool:
