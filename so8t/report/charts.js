@@ -54,6 +54,14 @@ function extentOf(chart, isLog) {
   return [chart.from_zero ? 0 : low - room, high + room];
 }
 
+/** A curve of the second run has the colour of the first one's, and is dotted; alone, each has a dash of its own. */
+function styleOf(chart, index) {
+  const ofFirst = chart.series.filter((one) => !one.of_run).length;
+  const isSecond = chart.series[index].of_run === 1;
+  const dashes = ofFirst === chart.series.length ? DASHES[index % 5] : isSecond ? "3 3" : "";
+  return {colour: `var(--series-${((isSecond ? index - ofFirst : index) % 5) + 1})`, dashes};
+}
+
 function draw(figure, chart, isLog) {
   const holder = figure.querySelector(".plot"), width = Math.max(holder.clientWidth, 200);
   const [low, high] = extentOf(chart, isLog);
@@ -90,9 +98,8 @@ function draw(figure, chart, isLog) {
   if (chart.diagonal) root.append(svg("line", {x1: x(0), y1: y(0), x2: x(1), y2: y(1), class: "diagonal"}));
 
   const drawable = (value) => value !== null && (!isLog || value > 0);
-  const ofFirst = chart.series.filter((one) => !one.of_run).length;
   chart.series.forEach((one, index) => {
-    const colour = `var(--series-${(one.of_run ? index - ofFirst : index) % 5 + 1})`;
+    const {colour, dashes} = styleOf(chart, index);
     if (one.bounds.length && !isLog) {
       const edge = [...one.bounds.map(([at, , most]) => [at, most]), ...one.bounds.toReversed().map(([at, least]) => [at, least])];
       root.append(svg("polygon", {points: edge.map(([at, value]) => `${x(at)},${y(value)}`).join(" "), fill: colour, opacity: 0.2}));
@@ -102,7 +109,7 @@ function draw(figure, chart, isLog) {
       if (drawable(value)) path += `${isDown ? "L" : "M"}${x(at).toFixed(1)} ${y(value).toFixed(1)}`;
       isDown = drawable(value);
     }
-    if (!chart.is_scatter) root.append(svg("path", {d: path, class: "curve", stroke: colour, "stroke-dasharray": one.of_run ? "3 3" : ofFirst === chart.series.length ? DASHES[index % 5] : ""}));
+    if (!chart.is_scatter) root.append(svg("path", {d: path, class: "curve", stroke: colour, "stroke-dasharray": dashes}));
     if (chart.is_scatter || one.points.length < 25) {
       for (const [at, value] of one.points) if (drawable(value)) root.append(mark(x(at), y(value), chart.is_scatter ? index : 0, colour));
     }
@@ -151,9 +158,9 @@ function addReadout(figure, root, chart, cursor, x, y) {
     tell(at, [name, `${chart.x} ${shown(at)}`, `${chart.y} ${shown(value)}`]);
   });
   root.addEventListener("keydown", (event) => {
-    const steps = {ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity};
-    if (!(event.key in steps)) return;
-    show(index < 0 ? (steps[event.key] > 0 && event.key === "End" ? ats.length : 0) : index + steps[event.key]);
+    const target = {ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0, End: ats.length - 1}[event.key];
+    if (target === undefined) return;
+    show(target);
     event.preventDefault();
   });
   const hide = () => {
@@ -166,10 +173,8 @@ function addReadout(figure, root, chart, cursor, x, y) {
 
 function drawLegend(figure, chart) {
   if (chart.series.length < 2) return;
-  const ofFirst = chart.series.filter((one) => !one.of_run).length;
   const items = chart.series.map((one, index) => {
-    const colour = `var(--series-${(one.of_run ? index - ofFirst : index) % 5 + 1})`;
-    const dashes = one.of_run ? "3 3" : ofFirst === chart.series.length ? DASHES[index % 5] : "";
+    const {colour, dashes} = styleOf(chart, index);
     const sample = svg("svg", {width: 26, height: 10, "aria-hidden": true});
     sample.append(chart.is_scatter ? mark(13, 5, index, colour) : svg("path", {d: "M1 5H25", class: "curve", stroke: colour, "stroke-dasharray": dashes}));
     return html("li", {}, sample, one.name);
