@@ -1,5 +1,6 @@
 """Checkpoints: atomic save, rotation, and what a run may resume from."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from so8t.files import atomic_folder, atomic_write, delete_folder, sweep_tempora
 from so8t.model import Model, save_model
 
 STATE_FILE = "training_state.pt"
+log = logging.getLogger("so8t")
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -180,4 +182,7 @@ class Checkpoints:
         kept = folders[: len(folders) - len(abandoned)]
         limit = self._config.training.save_total_limit
         for folder in abandoned + (kept[:-limit] if limit else []):
-            delete_folder(folder)
+            try:
+                delete_folder(folder)
+            except OSError as error:  # as on Windows while somebody reads it: it goes with a later rotation
+                log.warning(f"the older checkpoint {folder} cannot be deleted now ({error})")

@@ -162,14 +162,12 @@ class TrainingConfig:
     fp16: bool = False  # autocast with a gradient scaler, for cards older than Ampere
     gradient_checkpointing: Literal["auto"] | bool | Count = _free(
         "auto"
-    )  # recompute layers: as few as fit, all, none, or n
-    memory_budget_gib: Amount = _free(
-        0.0
-    )  # GiB of tensors that "auto" may fill; 0 = what is free on the GPU, less a reserve
+    )  # recomputed layers: as few as fit, all, none, n
+    memory_budget_gib: Amount = _free(0.0)  # GiB that "auto" may fill; 0 = what is free on the GPU, less a reserve
     ignore_memory_plan: bool = _free(False)  # go on although the plan says that the GPU is too small
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
     logging_steps: Positive = _free(1)  # steps between refreshes of the progress line
-    report_to: Literal["none", "tensorboard"] = _free("none")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _free("none")
     eval_steps: Count = _free(100)  # steps between validations; 0 = never
     save_steps: Count = _free(100)  # steps between checkpoints; 0 = only at the end
     save_total_limit: Count = _free(2)  # checkpoints kept; 0 = all

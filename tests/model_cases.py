@@ -16,11 +16,12 @@ from so8t.losses import NO_TARGET
 from so8t.model import Model, head_weight, hidden_states, load_model
 from so8t.thinking import SECTIONS
 
-VOCAB, HIDDEN, LAYERS = 61, 32, 3
+# rows of 4-bit layers are multiples of 64, because bitsandbytes 0.50 reads others wrongly on CPUs with AVX512-BF16
+VOCAB, HIDDEN, LAYERS = 61, 64, 3
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
-    "intermediate_size": 48,
+    "intermediate_size": 128,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import train
 from so8t.config import DataConfig, load_config
@@ -56,17 +56,6 @@ save_logits_max_files = 2
 STEPS = 9
 
 Run = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 1, "eos_token_id": 0}
-    Phi3ForCausalLM(Phi3Config(**sizes, **heads, bos_token_id=None)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -53,18 +53,32 @@ class LogitsFolder:
                 self.rotate(newest)
 
     def rotate(self, saved: LogitsFile) -> None:
-        """Delete what the limits leave no room for, now that `saved` is safe."""
+        """Delete what the limits leave no room for, now that `saved` is safe.
+
+        Raises OSError once all others are gone if one cannot be deleted, as on Windows while somebody reads it: it goes
+        with a later rotation.
+        """
         others = [file for file in list_files(self.path) if file.kind == saved.kind and file.path != saved.path]
-        for file in others:
-            if file.step >= saved.step:  # left by a run that was cut off
-                file.path.unlink()
+        doomed = [file for file in others if file.step >= saved.step]  # left by a run that was cut off
         older = [file for file in others if file.step < saved.step and not self._is_kept(file)]
         count, size = (0, 0) if self._is_kept(saved) else (1, saved.path.stat().st_size)
         for file in reversed(older):
             count += 1
             size += file.path.stat().st_size
             if 0 < self._max_files < count or 0 < self._max_bytes < size:
-                file.path.unlink()
+                doomed.append(file)
+        errors = [error for error in map(_delete, doomed) if error is not None]
+        if errors:
+            raise errors[0]
 
     def _is_kept(self, file: LogitsFile) -> bool:
         return self._kept_steps > 0 and file.step % self._kept_steps == 0
+
+
+def _delete(file: LogitsFile) -> OSError | None:
+    """What kept the file from being deleted."""
+    try:
+        file.path.unlink()
+    except OSError as error:
+        return error
+    return None

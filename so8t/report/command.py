@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from so8t import cli
-from so8t.report.page import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def command() -> int:
+        from so8t.report.page import write_report  # here, because torch takes seconds that --help need not wait for
+
         path = write_report(options.run)
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, open it in a browser")
         return 0

@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import weakref
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from logits_cases import HIDDEN, VOCAB, capture, make_batch, make_case, make_saver, save_one, settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from so8t.logits import read_logits
 from so8t.logits.record import is_consistent, position_layout
@@ -82,7 +83,10 @@ def test_full_file_has_the_documented_keys_types_and_shapes(tmp_path: Path) -> N
     for name in ("input_ids", "sections", "sample_ids"):
         assert torch.equal(contents[name], getattr(case.batch, name))
     plain = (Tensor, int, float, str, bool, torch.Size)
-    assert {name for name, value in contents.items() if type(value) not in plain} == set()
+    assert {name for name, value in contents.items() if type(value) not in plain} == {"checksums"}
+    assert {
+        name: zlib.crc32(value.numpy().tobytes()) for name, value in contents.items() if isinstance(value, Tensor)
+    } == (contents["checksums"])
     assert contents["loss"] == pytest.approx(
         F.cross_entropy(case.logits.flatten(0, 1), case.batch.targets.flatten()).item()
     )
@@ -328,6 +332,47 @@ def test_reader_yields_oldest_step_first_and_skips_torn_and_foreign_files(
     assert [record.step for record in read_logits(str(next(folder.glob("logits_step_9_*"))))] == [9]
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         next(read_logits(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("positions", ["all", "labels"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_is_not_as_the_table_says_is_skipped_and_the_wrong_key_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str, positions: str
+) -> None:
+    contents = save_one(tmp_path, make_case(), form=form, positions=positions)
+    (path,) = (tmp_path / "logits").iterdir()
+    assert len(list(read_logits(path))) == 1
+    needed = {"logits_shape", "logits_dtype", "labels_shape", "timestamp", "checksums"} ^ contents.keys()
+    for name in sorted(needed):
+        broken: list[Any] = [None, "text", torch.zeros(3, 3, 3), [1]]
+        if isinstance(value := contents[name], Tensor):
+            broken += [value[:-1], value.double(), value[None]]
+            if not value.is_floating_point():
+                broken += [torch.full_like(value, 120) if value.dtype == torch.uint8 else value.clone().fill_(2**15)]
+                broken[-1:] = [] if name == "label_rank" or name == "sample_ids" else broken[-1:]
+        for bent in broken:
+            torch.save(contents | {name: bent}, path)
+            caplog.clear()
+            assert list(read_logits(path)) == [], (name, bent)
+            assert name in caplog.text or name == "labels", (name, bent)  # all others are held against the labels
+            assert caplog.text.count("\n") == 1
+        torch.save({key: value for key, value in contents.items() if key != name}, path)
+        caplog.clear()
+        read = list(read_logits(path))
+        assert read == [] or name == "positions"
+        assert "weights_only" not in caplog.text
+
+
+def test_nothing_advises_to_load_a_foreign_file_without_weights_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "model.pt")
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    assert list(read_logits(tmp_path)) == []
+    assert len(caplog.records) == 3
+    assert "weights_only" not in caplog.text
+    assert "it holds a list, not a dict" in caplog.text
 
 
 @pytest.mark.parametrize("form", FORMS)

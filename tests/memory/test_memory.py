@@ -33,7 +33,7 @@ LAYERS = 2
 SIZES: dict[str, Any] = {
     "vocab_size": 3000,
     "hidden_size": 128,
-    "intermediate_size": 352,
+    "intermediate_size": 384,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -190,6 +190,7 @@ def test_long_prompts_take_room_too(tmp_path: Path, tokenizer: Any, monkeypatch:
     labels[:, -2:] = 7
     contents |= {
         "input_ids": torch.randint(1000, 2000, (rows, length), dtype=torch.int32),
+        "vocab_size": 2048,
         "labels": labels,
         "sections": torch.ones(rows, length, dtype=torch.uint8),
         "sample_ids": torch.arange(rows),
