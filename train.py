@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-# before torch is imported: rows of many lengths would otherwise strand memory in blocks of the wrong size
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+from so8t.driver import allocator_settings, unused_gpu
+
+os.environ.update(allocator_settings())  # before torch is imported
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from so8t.evaluate import Probe, Validation, keep_evidence
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.losses import Tap, ce_sum, pet_sum
 from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, device_memory, plan_memory, shape_of
-from so8t.metrics import Metrics
+from so8t.metrics import Metrics, write_run_file
 from so8t.model import (
     Model,
     describe,
@@ -81,6 +82,8 @@ def forward(
 def train(config: Config, process: parallel.Process) -> int:
     """Run the whole job, in the order of this function. Returns the exit code."""
     training, device, seed = config.training, process.device, config.training.seed
+    if device.type == "cpu" and (sentence := unused_gpu(torch.version.cuda)):
+        print(sentence)
     rows_per_batch = training.per_device_train_batch_size
 
     # ---- before any weight is loaded: the rows, where to start from, room on the disk and on the device
@@ -101,6 +104,8 @@ def train(config: Config, process: parallel.Process) -> int:
     state = load_training_state(checkpoint, fingerprint, micro_batches_per_step)
     output_dir = make_output_dir(config, process.is_main)
     dataset.policy.write(output_dir, process.is_main)
+    if process.is_main:
+        write_run_file(output_dir, device, total_steps, fingerprint)
     largest = BatchShape(rows_per_batch, dataset.longest, is_padded=rows_per_batch > 1)
     probe_shapes = tuple(map(shape_of, probe_batches))
     probe_tokens = sum(shape.tokens for shape in probe_shapes)

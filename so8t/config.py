@@ -6,6 +6,7 @@ A field's annotation is all that the loader knows about it: type, choices (`Lite
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -24,6 +25,10 @@ class InputError(Exception):
 CONFIG_FILE = "config.toml"  # in a run and in each of its checkpoints: the resolved configuration
 # keys of older versions: ignored in a file, so that their runs still open
 RETIRED = {"training.memory_snapshot_step": "docs/memory.md shows torch's own three lines instead"}
+
+# no path of Windows holds control characters, which "D:\temp" makes of \t; no UTF-8 file holds lone surrogates
+UNWRITABLE = re.compile("[\0-\x1f\ud800-\udfff]")
+BACKSLASHES = "in double quotes \\ begins an escape: write 'D:\\data' in single quotes, or D:/data"
 
 log = logging.getLogger("so8t")
 
@@ -160,10 +165,10 @@ class TrainingConfig:
     max_grad_norm: Amount = 1.0  # 0 = no clipping
     bf16: bool = True  # autocast
     fp16: bool = False  # autocast with a gradient scaler, for cards older than Ampere
-    gradient_checkpointing: Literal["auto"] | bool | Count = _free(
-        "auto"
-    )  # recomputed layers: as few as fit, all, none, n
-    memory_budget_gib: Amount = _free(0.0)  # GiB that "auto" may fill; 0 = what is free on the GPU, less a reserve
+    # recompute layers: as few as fit, all, none, or n
+    gradient_checkpointing: Literal["auto"] | bool | Count = _free("auto")
+    # GiB of tensors that "auto" may fill; 0 = what is free on the GPU, less a reserve
+    memory_budget_gib: Amount = _free(0.0)
     ignore_memory_plan: bool = _free(False)  # go on although the plan says that the GPU is too small
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
     logging_steps: Positive = _free(1)  # steps between refreshes of the progress line
@@ -326,14 +331,19 @@ def _build(section: Any, prefix: str, values: dict[str, Any]) -> Any:
 
 def _read_file(path: Path) -> Iterator[tuple[str, object]]:
     """The dotted name and the value of every key in the file."""
+    text = ""
     try:
-        document = tomli.loads(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        document = tomli.loads(text)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; write the path of a TOML file") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:
-        raise InputError(f"{path} is not TOML: {error}; text needs quotes, true and false do not") from error
+        place = re.search(r"at line (\d+)", str(error))
+        has_backslash = place is not None and "\\" in text.split("\n")[int(place[1]) - 1]
+        remedy = BACKSLASHES if has_backslash else "text needs quotes, true and false do not"
+        raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
 
 
@@ -371,7 +381,8 @@ def _validate(source: str, name: str, value: object) -> Any:
         return _convert(KEYS[name].annotation, value)
     except ValueError as error:
         words = _describe(KEYS[name].annotation)
-        raise InputError(f"{source}: {name} must be {words}, not {_quote(value)}") from error
+        remedy = f"; {BACKSLASHES}" if re.search(r"(?<!\\)\\[bfnrtu]", _toml(value)) else ""
+        raise InputError(f"{source}: {name} must be {words}, not {_quote(value)}{remedy}") from error
 
 
 def _convert(annotation: Any, value: Any) -> Any:
@@ -398,7 +409,7 @@ def _convert(annotation: Any, value: Any) -> Any:
     elif annotation is int:
         fits = type(value) is int and abs(value) < 2**63
     elif annotation is str:
-        fits = type(value) is str
+        fits = type(value) is str and not UNWRITABLE.search(value)
     else:
         fits = type(value) is bool
     if not fits:

@@ -103,9 +103,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def pet_sum(hidden: Tensor, attention_mask: Tensor | None, huber_delta: float = 0.0) -> Tensor:
     """PET, a smoothness penalty: the second difference of `hidden` along the sequence, squared and summed.
 
-    hidden: [batch, seq, hidden_size]; attention_mask: [batch, seq], 1 = real token, None = all are real. Every window
-    of three neighbouring real tokens adds one term: the mean over hidden_size of (h[t+2] - 2 h[t+1] + h[t])^2, in
-    float32. With `huber_delta` > 0 the square becomes a straight line beyond |difference| = huber_delta (Huber 1964,
+    hidden: [batch, seq, hidden_size]; attention_mask: [batch, seq] on the host, 1 = real token, None = all are real.
+    Returns a float32 scalar on the device of `hidden`. Every window of three neighbouring real tokens adds one term:
+    the mean over hidden_size of (h[t+2] - 2 h[t+1] + h[t])^2, in float32. With `huber_delta` > 0 the square becomes a straight line beyond |difference| = huber_delta (Huber 1964,
     times two, so that both forms agree below it). Divide by the number of terms of the whole step.
     """
     hidden = hidden.float()
@@ -113,7 +113,8 @@ def pet_sum(hidden: Tensor, attention_mask: Tensor | None, huber_delta: float = 
     if attention_mask is not None:
         real = attention_mask.bool()
         # filled before squaring, so that nothing at a padded position, not even an inf, reaches loss or gradient
-        bend = bend.masked_fill(~(real[:, 2:] & real[:, 1:-1] & real[:, :-2])[..., None], 0.0)
+        padded = ~(real[:, 2:] & real[:, 1:-1] & real[:, :-2])[..., None]
+        bend = bend.masked_fill(padded.to(hidden.device, non_blocking=True), 0.0)
     if huber_delta > 0:
         penalty = 2 * F.huber_loss(bend, torch.zeros_like(bend), delta=huber_delta, reduction="none")
     else:

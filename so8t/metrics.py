@@ -5,14 +5,38 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from so8t import __version__
 from so8t.config import InputError, TrainingConfig
 from so8t.files import append_line, atomic_write
 from so8t.text import size_of
+
+RUN_FILE = "run.json"
+
+
+def write_run_file(output_dir: Path, device: torch.device, total_steps: int, data_fingerprint: str) -> None:
+    """run.json: when the run was last started, on what, with which versions and data. The report has it on top."""
+    device_name = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    run = {
+        "started": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "device": device_name,
+        "total_steps": total_steps,
+        "data": data_fingerprint[:16],
+        "so8t": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    with atomic_write(output_dir / RUN_FILE) as file:
+        file.write(json.dumps(run, indent=1).encode())
 
 
 class Metrics:

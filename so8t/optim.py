@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from so8t.config import TrainingConfig
+from so8t.driver import lends_host_memory
 from so8t.gates import SO8Gate
 from so8t.model import trainable_parameters
 
@@ -38,6 +39,11 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         if trainable[0].device.type == "cpu":
             print("optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU has nowhere to page them to")
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        elif lends_host_memory():
+            print(
+                "optim: paged_adamw_8bit pages nothing on Windows, whose driver cannot move managed memory on demand: "
+                "its states need room on the GPU like those of adamw_8bit"
+            )
         optimizer = bitsandbytes.optim.PagedAdamW8bit(groups, lr=config.learning_rate)
     return optimizer
 

@@ -34,7 +34,7 @@ def start() -> Process:
         device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device)
     if rank > 0:  # only rank 0 prints
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if world_size > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else None)
     return Process(rank, world_size, device)

@@ -269,7 +269,10 @@ def test_probe_file_of_a_step_belongs_to_the_checkpoint_of_that_step(run: Run, b
 # ---- stopping and resuming
 
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+if sys.platform == "win32":
+    SIGNALS = (signal.SIGTERM,)  # send_signal kills with it
+else:
+    SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LONG = "training.num_train_epochs=12"  # so that a signal surely meets the run alive
 
 
@@ -326,7 +329,9 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_to_the_bit(
     run, (expected, _) = stopped[number], unbroken
     steps_done = len(read_metrics(run.folder / "metrics.jsonl"))
     assert steps_done < len(series(expected))
-    if number == signal.SIGKILL:
+    if sys.platform == "win32":
+        assert run.exit_code == 1
+    elif number == signal.SIGKILL:
         assert run.exit_code == -signal.SIGKILL
     else:
         assert run.exit_code == 128 + number, run.errors
@@ -535,6 +540,7 @@ def test_real_job_has_the_users_values() -> None:
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 16)
     assert (training.learning_rate, training.weight_decay, training.warmup_ratio) == (2e-4, 0.01, 0.1)
     assert (training.lr_scheduler_type, training.num_train_epochs) == ("cosine", 3)
+    assert training.optim == "adamw_8bit"  # nothing to page on Windows
     assert (training.save_logits_steps, training.save_logits_max_files) == (100, 10)
     pet = config.pet
     assert (pet.lambda_exploration, pet.lambda_transition, pet.lambda_stabilization) == (0.01, 0.05, 0.1)

@@ -136,6 +136,7 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
         except OSError as error:
             raise InputError(f"cannot write into {out.parent} ({error.strerror}); choose another folder") from error
         report = write_and_check(config, checkpoint, tokenizer, batches, folder, dtype, max_shard_size)
+        gc.collect()  # Windows renames no folder whose files are mapped
         print("\n".join(report.sentences()))
         if not report.largest_difference <= report.tolerance:  # NaN is no agreement either
             wider = "" if dtype == "fp32" else "; if it is with --dtype fp32, the rounding of its weights is too coarse"

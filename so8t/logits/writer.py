@@ -38,7 +38,7 @@ class Record:
     batches: list[Batch] = field(default_factory=list)
     ce_sums: list[Tensor] = field(default_factory=list)
     scorer: Scorer | None = None  # of the last batch, until it is complete
-    ready: torch.cuda.Event | None = None  # comes when the last copy into `buffer` is done
+    ready: torch.Event | None = None  # comes when the last copy into `buffer` is done
 
 
 class SaverCounters:

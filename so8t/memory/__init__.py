@@ -12,4 +12,4 @@ if TYPE_CHECKING:
     from so8t.memory.plan import device_memory, plan_memory
     from so8t.memory.trace import StepSpec
 else:
-    __getattr__ = cli.on_demand(__name__, __all__, "fakes", "trace", "plan", "ledger")
+    __getattr__ = cli.on_demand(__name__, __all__, "fakes", "ledger", "plan", "trace")

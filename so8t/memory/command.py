@@ -51,7 +51,7 @@ def _plan(options: argparse.Namespace) -> int:
     from so8t.memory.trace import StepSpec
     from so8t.model import load_model_config
     from so8t.text import GIB
-    from train import forward  # so8t is run from its folder
+    from train import forward  # train.py imports this package; so8t is run from its folder
 
     model_config = load_model_config(config.model)
     positions = model_config.max_position_embeddings

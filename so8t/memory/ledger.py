@@ -1,6 +1,7 @@
 """What a run's memory really was, at the marks of train.py, beside what the plan said."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -8,15 +9,19 @@ from typing import Any
 
 import torch
 
+from so8t import driver
 from so8t.checkpoint import checkpoint_folders
 from so8t.data import Batch
 from so8t.files import atomic_write
 from so8t.memory.fakes import BatchShape, shape_of
 from so8t.memory.live_bytes import LiveBytes, Phase
 from so8t.memory.plan import Plan, ledger_rows
+from so8t.memory.process import peak_process_bytes
 from so8t.memory.trace import SAVING, Trace, all_tensors, held_bytes, held_tensors
 from so8t.model import Model
-from so8t.text import size_of
+from so8t.text import GIB, size_of
+
+log = logging.getLogger("so8t")
 
 
 class OutOfMemory(Exception):
@@ -44,6 +49,7 @@ class MemoryLedger:
         self._largest = BatchShape(0, 0, is_padded=False)
         self._last_mark = "start of the run"
         self._reserved = 0
+        self._is_lent = False
 
     def __enter__(self) -> "MemoryLedger":
         return self
@@ -79,6 +85,7 @@ class MemoryLedger:
             allocated = torch.accelerator.memory_allocated(self._device)
             torch.accelerator.reset_peak_memory_stats(self._device)
             self._reserved = max(self._reserved, torch.accelerator.memory_reserved(self._device))
+            self._notice_host_memory()
             self._phases[name] = Phase(allocated, peak).worse(before)
         elif self._is_counting or name == "load":
             self._phases[name] = self._live.phase().worse(before)
@@ -93,9 +100,7 @@ class MemoryLedger:
         self._step, self._last_mark = step + 1, "start of the step"
         if self._device.type != "cpu":
             return {"peak_memory_bytes": max(phase.peak for phase in self._phases.values())}
-        import resource  # POSIX only, like the signals of train.py
-
-        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"peak_memory_bytes": peak_process_bytes()}
 
     def summary(self) -> str:
         """Write memory.json and return its table: predicted for the largest micro-batch that was measured, measured."""
@@ -127,6 +132,20 @@ class MemoryLedger:
         if self._reserved:
             lines.append(f"  {'reserved by the allocator':42s}{'':12s}{size_of(self._reserved):>12s}")
         return "\n".join(lines)
+
+    def _notice_host_memory(self) -> None:
+        """Say once that the driver lends host memory: steps take many times longer, and nothing else tells why."""
+        free = self._plan.free
+        if free is None or self._reserved <= free or not driver.lends_host_memory() or self._is_lent:
+            return
+        self._is_lent = True
+        log.warning(
+            f"memory: {size_of(self._reserved)} are reserved, {size_of(free)} were free on the GPU at the start; the "
+            "driver lends host memory for the rest, and steps take many times longer. Write "
+            f"training.memory_budget_gib = {0.9 * free / GIB:.1f}, or a smaller data.max_seq_length; to end with out "
+            'of memory instead, set "CUDA - Sysmem Fallback Policy" in the NVIDIA Control Panel to "Prefer No Sysmem '
+            'Fallback"'
+        )
 
     def _saves_logits(self, step: int) -> bool:
         training = self._plan.spec.config.training

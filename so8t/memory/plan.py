@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from so8t import driver
 from so8t.config import Config, InputError
 from so8t.memory.fakes import BatchShape
 from so8t.memory.trace import SAVING, StepSpec, Trace, trace_step
@@ -32,6 +33,7 @@ class Plan:
     """What a run will need. All sizes are bytes."""
 
     spec: StepSpec
+    free: int | None  # bytes of the device when the run began; None = not known
     capacity: int | None  # of the device; None = not known
     checkpointed_layers: int
     reason: str  # why so many
@@ -153,12 +155,19 @@ def plan_memory(spec: StepSpec, free: int | None, capacity: int | None) -> Plan:
         layers, reason = number - (fitting - 1), f"auto: one fewer needs more than {size_of(budget)}"
     chosen = trace(layers)
     layers = chosen.num_layers if layers is None else min(layers, chosen.num_layers)
-    return Plan(spec, capacity, layers, reason, chosen)
+    return Plan(spec, free, capacity, layers, reason, chosen)
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int | None]:
-    """Bytes that are free and that there are in all; not known of a CPU, whose memory is for others too."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
+    """Bytes that are free and that there are in all; not known of a CPU, whose memory is for others too.
+
+    Where the driver lends host memory to a full GPU, there are no more than are free: past them a run gets slow.
+    """
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return None, None
+    free, capacity = module.mem_get_info(device)
+    return free, free if driver.lends_host_memory() else capacity
 
 
 def budget_of(free: int) -> int:

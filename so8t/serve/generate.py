@@ -96,7 +96,7 @@ def load_generator(path: Path) -> Generator:
         spec = ModelSpec(plain, QuantizationConfig(), QloraConfig(enabled=False), So8tConfig(enabled=False))
     else:
         raise InputError(f"{path} is neither a run with a checkpoint nor a model folder with a config.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = causal_lm(load_model(spec, device, seed=0, checkpoint=folder if checkpoints else None)).eval()
     tokenizer = load_tokenizer(replace(spec.model, base_model=str(folder)), model.config.vocab_size)
     if tokenizer.chat_template is None:

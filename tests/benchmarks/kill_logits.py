@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+if sys.platform == "win32":
+    sys.exit("Windows cannot fork")
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from logits_cases import capture, make_case, make_saver  # noqa: E402

@@ -1,14 +1,14 @@
 """Faults of the disk and of the device: they cost files, never training, whose losses stay the same to the bit."""
 
 import os
-import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -62,6 +62,10 @@ def test_full_disk_pauses_saving_and_deletes_no_older_file(
 
 
 def test_file_size_limit(tmp_path: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows limits no file's size")
+    import resource
+
     saver = make_saver(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES // 2, hard))
@@ -78,6 +82,8 @@ def test_file_size_limit(tmp_path: Path, undisturbed: list[float], caplog: pytes
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """An output folder in which nobody, not even root, may create a file."""
+    if sys.platform == "win32":
+        pytest.skip("only POSIX has folders whose mode forbids it")
     folder = tmp_path / "read_only"
     folder.mkdir()
     if os.geteuid() != 0:
@@ -243,3 +249,27 @@ def test_flush_returns_when_the_files_so_far_are_written(tmp_path: Path) -> None
     assert saved_steps(tmp_path / "logits") == [1, 2]
     saver.close()
     assert saver.counters.dropped == 0
+
+
+def test_a_file_that_somebody_reads_costs_a_warning_and_goes_with_a_later_rotation(
+    tmp_path: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture, is_windows_files: bool
+) -> None:
+    if not is_windows_files:
+        pytest.skip("pytest --windows-files: elsewhere a file that is read can be deleted")
+    saver = make_saver(tmp_path, max_files=2)
+    readers: list[BinaryIO] = []
+
+    def before_step(step: int) -> None:
+        saver.flush()
+        if step == 3:
+            readers.extend(path.open("rb") for path in (tmp_path / "logits").iterdir())
+        elif step == 6:
+            assert saved_steps(tmp_path / "logits") == [1, 2, 4, 5]
+            for reader in readers:
+                reader.close()
+
+    assert train_losses(saver, before_step=before_step) == undisturbed
+    assert saved_steps(tmp_path / "logits") == [7, 8]
+    assert saver.counters.failed == 0
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "older files cannot be deleted" in warning

@@ -342,7 +342,7 @@ def test_a_file_that_is_not_as_the_table_says_is_skipped_and_the_wrong_key_is_na
     contents = save_one(tmp_path, make_case(), form=form, positions=positions)
     (path,) = (tmp_path / "logits").iterdir()
     assert len(list(read_logits(path))) == 1
-    needed = {"logits_shape", "logits_dtype", "labels_shape", "timestamp", "checksums"} ^ contents.keys()
+    needed = contents.keys() - {"logits_shape", "logits_dtype", "labels_shape", "timestamp", "checksums"}
     for name in sorted(needed):
         broken: list[Any] = [None, "text", torch.zeros(3, 3, 3), [1]]
         if isinstance(value := contents[name], Tensor):
@@ -395,7 +395,7 @@ def test_record_shows_what_is_known_and_nan_for_the_rest(tmp_path: Path, form: s
 def test_token_texts_join_to_the_row_and_never_hold_half_a_character(tmp_path: Path, tokenizer: Any) -> None:
     text = "質問: 𩸽と🦊は? A quick answer.\n<final>はい、それは魚です。</final>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    case = make_case(rows=1, length=len(ids))
+    case = make_case(rows=1, length=len(ids), vocab=2048)
     case.batch.input_ids.copy_(torch.tensor([ids]))
     save_one(tmp_path, case)
     (record,) = saved_records(tmp_path)
