@@ -106,7 +106,7 @@ def pet_sum(hidden: Tensor, attention_mask: Tensor | None, huber_delta: float = 
     hidden: [batch, seq, hidden_size]; attention_mask: [batch, seq] on the host, 1 = real token, None = all are real.
     Returns a float32 scalar on the device of `hidden`. Every window of three neighbouring real tokens adds one term:
     the mean over hidden_size of (h[t+2] - 2 h[t+1] + h[t])^2, in float32. With `huber_delta` > 0 the square becomes a
-    straight line beyond |difference| = huber_delta (Huber 1964, times two, so that both forms agree below it). Divide by
+    straight line beyond |difference| = huber_delta (Huber 1964, times two, so that both agree below it). Divide by
     the number of terms of the whole step.
     """
     hidden = hidden.float()
