@@ -1,4 +1,4 @@
-"""The losses as sums over tokens, never means: the step divides once, by what it counted over all its micro-batches."""
+"""The losses as sums over tokens, not means: the step divides once, by counts over all its micro-batches."""
 
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ CHUNK_ROWS = 128  # rows of logits alive at once: 128 x 32064 in float32 is 16 M
 
 
 class Tap(Protocol):
-    """Is shown the logits of one micro-batch while `ce_sum` computes them: begin, add for every chunk, finish."""
+    """Receives the logits of one micro-batch while `ce_sum` computes them: begin, add for every chunk, finish."""
 
     def begin(self, head_weight: Tensor) -> None:
         """head_weight: [vocabulary, hidden_size]"""
