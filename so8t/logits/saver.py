@@ -74,7 +74,7 @@ class LogitsSaver:
         return LogitsTap(self, kind, step, epoch, batch)
 
     def after_step(self, step: int) -> None:
-        """Hand what this step's taps took to the writer. A record that was not completed is given up."""
+        """Hand this step's records to the writer thread; an incomplete one is given up."""
         for kind, record in list(self._records.items()):
             if self._writer is not None and record.step == step and record.scorer is None:
                 self._writer.submit(self._records.pop(kind))

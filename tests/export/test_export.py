@@ -30,8 +30,9 @@ from so8t.config import (
     load_config,
 )
 from so8t.data import collate, load_dataset
+from so8t.export.check import check_batches, compute
 from so8t.export.command import main
-from so8t.export.merge import DTYPES, REPORT_FILE, check_batches, compute, export, merge, newest_checkpoint
+from so8t.export.merge import DTYPES, REPORT_FILE, export, merge, newest_checkpoint
 from so8t.export.model_card import model_card
 from so8t.gates import bake, gates_of, largest_angle, rotation
 from so8t.logits import read_logits
