@@ -1,6 +1,7 @@
 """A forward pass by shapes on a CUDA device that is not there, where torch was built for CUDA: mixed devices raise."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,12 @@ def test_nothing_of_a_micro_batch_stays_on_the_host(
 ) -> None:
     monkeypatch.setattr(trace, "_give_shapes", give_shapes_on_cuda)
     config = load_config(JOB, ["so8t.layer_indices=[0]", *PRECISIONS[precision]])
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     phi = Phi3Config(**sizes, num_key_value_heads=4, vocab_size=2048, pad_token_id=1)
     with trace.fake_model(config, phi, "cuda", 1) as (model, live), live, torch.no_grad():
         batch = trace.fake_batch(Shape(2, 64, is_padded))
