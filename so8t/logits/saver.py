@@ -169,7 +169,7 @@ class LogitsSaver:
         record = Record(kind, step, epoch, datetime.now().strftime("%Y%m%d_%H%M%S"), buffer)
         self._records[kind] = record  # before the buffer grows, so that a failure there gives it back
         planned = self._plan.probe_tokens if kind == "probe" else self._plan.max_tokens
-        buffer.fit(self._plan.layout, max(batch.targets.numel(), planned), pinned=device.type == "cuda")
+        buffer.fit(self._plan.layout, max(batch.targets.numel(), planned), pinned=device.type != "cpu")
         return record
 
 

@@ -147,7 +147,10 @@ class Scorer:
 
 
 def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes."""
+    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes.
+
+    index: on the host, where its numbers are known without a wait.
+    """
     gaps = (index.diff() > 1).nonzero().squeeze(1) + 1
     bounds = [0, *gaps.tolist(), len(index)]
     for start, end in itertools.pairwise(bounds):
@@ -156,7 +159,7 @@ def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def score_rows(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:
-    """Fill results [n, ...] from logits [n, vocabulary] and targets [n], -100 = none."""
+    """Fill results [n, ...] from logits [n, vocabulary] and targets [n], -100 = none; all on one device."""
     for start in range(0, len(logits), SCORE_ROWS):
         rows = slice(start, start + SCORE_ROWS)
         _score_part(logits[rows], targets[rows], {name: result[rows] for name, result in results.items()})
