@@ -14,13 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 import train
+from so8t import driver
 from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, Row, collate
 from so8t.logits import LogitsSaver
 from so8t.logits.writer import BUFFERS
 from so8t.memory.command import main
 from so8t.memory.ledger import MemoryLedger, OutOfMemory, is_out_of_memory
-from so8t.memory.plan import CONTEXT_BYTES, GIB, Plan, plan_memory
+from so8t.memory.plan import CONTEXT_BYTES, GIB, Plan, device_memory, plan_memory
 from so8t.memory.trace import LiveBytes, Shape, held_bytes, trace_step
 from so8t.model import load_model, load_model_config
 from so8t.optim import make_amp, make_optimizer
@@ -318,6 +319,29 @@ def test_run_leaves_predicted_beside_measured(tmp_path: Path, models: dict[str, 
     assert moments.keys() >= {"load", "forward", "save step", "backward", "update", "evaluation"}
     for name in ("forward", "save step", "backward"):
         assert 0.9 <= moments[name]["measured_bytes"] / moments[name]["predicted_bytes"] <= 1.01, name
+
+
+def test_memory_that_the_driver_lends_is_told_once(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, reserved = make_config(tmp_path, models["phi3"]), 2 * GIB
+    monkeypatch.setattr(driver, "lends_host_memory", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 12 * GIB))
+    assert device_memory(torch.device("cuda")) == (3 * GIB, 3 * GIB)  # what others hold is not there for the plan
+    for name in ("max_memory_allocated", "memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.accelerator, name, lambda device: 0)
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: reserved)
+    with_free = replace(plan(config, Shape(1, 512, False)), free=3 * GIB)
+    ledger = MemoryLedger(with_free, torch.device("cuda"), tmp_path, is_main=True)
+    ledger.mark("forward")
+    assert caplog.records == []
+    reserved = 4 * GIB
+    ledger.mark("forward")
+    ledger.mark("backward")
+    (record,) = caplog.records
+    assert "4.00 GiB are reserved, 3.00 GiB were free on the GPU at the start" in record.getMessage()
+    assert "training.memory_budget_gib = 2.7" in record.getMessage()
+    assert "CUDA - Sysmem Fallback Policy" in record.getMessage()
 
 
 def test_out_of_memory_names_the_moment_the_knobs_and_the_last_checkpoint(
