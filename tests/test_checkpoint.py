@@ -163,6 +163,6 @@ def test_paths_that_are_too_long_are_told_before_training(config: Config) -> Non
 
 def test_output_dir_that_cannot_be_written_is_named(config: Config) -> None:
     output_dir = Path(config.training.output_dir)
-    output_dir.write_text("a file")
+    output_dir.write_text("a file", encoding="utf-8")
     with pytest.raises(InputError, match=r"training\.output_dir: cannot write into .*; choose another"):
         make_output_dir(config, True)

@@ -51,7 +51,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     metrics = make_metrics(tmp_path)
     metrics.after_step(1, FIGURES | {"loss": math.nan, "grad_norm": math.inf})
     metrics.close()
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert (found["loss"], found["grad_norm"]) == (None, None)
 

@@ -88,7 +88,7 @@ def copy_rows(path: Path, start: int, end: int) -> None:
 
 def write_config(base: Path, rows: Path, output_dir: Path) -> str:
     path = output_dir.with_suffix(".toml")
-    path.write_text(CONFIG.format(base=base, rows=rows, output_dir=output_dir))
+    path.write_text(CONFIG.format(base=base, rows=rows, output_dir=output_dir), encoding="utf-8")
     return str(path)
 
 
@@ -293,7 +293,7 @@ def stopped(
     """One run for each signal, all at the same time."""
     folders = {number: tmp_path_factory.mktemp(number.name) / "run" for number in SIGNALS}
     configs = {number: write_config(base, unbroken[1], folder) for number, folder in folders.items()}
-    pipes: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"encoding": "utf-8", "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     waiting = {
         number: subprocess.Popen([sys.executable, "train.py", config, LONG], **pipes)
         for number, config in configs.items()
@@ -372,7 +372,7 @@ def test_two_processes_train_like_one(base: Path, run: Run, tmp_path: Path) -> N
     config = write_config(base, tmp_path / "rows.jsonl", tmp_path / "two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", config]
     one_each = "training.gradient_accumulation_steps=1"
-    result = subprocess.run([*command, *options, one_each], capture_output=True, text=True)
+    result = subprocess.run([*command, *options, one_each], capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("trainable: ") == 1
     figures = ("loss", "pet", "grad_norm", "num_targets")
@@ -435,7 +435,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with (tmp_path / "rows.jsonl").open("a") as file:
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"query": "no answer"}\n')
     run("run", exit_code=2)
     assert "rows.jsonl:11: " in capsys.readouterr().err
@@ -448,7 +448,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
 ) -> None:
     expected = run("clean", "training.max_steps=2")
     origin = '"source": "own", "license": "MIT"'
-    with (tmp_path / "rows.jsonl").open("a") as file:
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(f'{{"instruction": "Who?", "output": "wren@brindlewick-mail.com", {origin}}}\n')
         file.write('{"instruction": "Who?", "output": "Wren."}\n')
     folder = run("run", "training.max_steps=2")
@@ -456,7 +456,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
     output = capsys.readouterr().out
     assert "data: 10 rows, " in output
     assert "data.policy left out 2 rows (provenance 1, email 1); 3 steps an epoch" in output
-    report = json.loads((folder / "policy.json").read_text())
+    report = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
     assert (report["mode"], report["rows_read"], report["rows_used"]) == ("exclude", 12, 10)
     assert {rule: number for rule, number in report["counts"].items() if number} == {"provenance": 1, "email": 1}
     places = [(Path(row["file"]).name, row["line"], row["rule"]) for row in report["dropped"]]
@@ -465,7 +465,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
     run("strict", "data.policy.mode=error", exit_code=2)
     error = capsys.readouterr().err
     assert "rows.jsonl:11: breaks data.policy.email" in error
-    for told in (output, error, (folder / "policy.json").read_text()):
+    for told in (output, error, (folder / "policy.json").read_text(encoding="utf-8")):
         assert "wren" not in told.lower()
     assert not (tmp_path / "strict").exists()
 
@@ -492,8 +492,8 @@ def test_resuming_with_other_rows_in_the_same_file_is_refused(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("run", "training.max_steps=2")
-    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "rows.jsonl").write_text("\n".join([rows[1], rows[0], *rows[2:]]))
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join([rows[1], rows[0], *rows[2:]]), encoding="utf-8")
     run("run", "training.max_steps=2", exit_code=2)
     assert "the rows have changed" in capsys.readouterr().err
 
@@ -538,7 +538,7 @@ def test_real_job_has_the_users_values() -> None:
 
 
 def test_the_loop_stays_readable() -> None:
-    lines = Path("train.py").read_text().splitlines()
+    lines = Path("train.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 200
     start = next(number for number, line in enumerate(lines) if line.lstrip().startswith("for step in range"))
     indent = len(lines[start]) - len(lines[start].lstrip())
@@ -554,5 +554,5 @@ def test_the_loop_stays_readable() -> None:
 
 def test_metrics_lines_are_plain_json(run: Run) -> None:
     folder = run("run", "training.max_steps=1")
-    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    (line,) = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(name))["step"] == 1

@@ -604,7 +604,10 @@ def test_the_folder_that_the_configuration_names_is_read(tmp_path: Path) -> None
     make_run(tmp_path)
     (tmp_path / "logits").rename(tmp_path / "beliefs")
     config = tmp_path / "config.toml"
-    config.write_text(config.read_text().replace('save_logits_dir = "logits"', 'save_logits_dir = "beliefs"'))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('save_logits_dir = "logits"', 'save_logits_dir = "beliefs"'),
+        encoding="utf-8",
+    )
     assert len(analyze(tmp_path).steps) == 4
     assert len(analyze(tmp_path / "beliefs").steps) == 4
 
@@ -625,7 +628,7 @@ def folder_without_a_file(run: Path) -> list[str]:
 
 def foreign_files(run: Path) -> list[str]:
     torch.save({"weights": torch.ones(2)}, run / "model.pt")
-    (run / "notes.pt").write_text("mine")
+    (run / "notes.pt").write_text("mine", encoding="utf-8")
     return [str(run)]
 
 

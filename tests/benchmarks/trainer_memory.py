@@ -67,7 +67,7 @@ class SavingTrainer(Trainer):
 def our_peak(model_folder: Path, folder: Path, length: int) -> tuple[int, int]:
     """The peak, and how much of it are the two host buffers that logits wait in."""
     path = folder / "config.toml"
-    path.write_text(CONFIG.format(model=model_folder, folder=folder, linear=LINEAR))
+    path.write_text(CONFIG.format(model=model_folder, folder=folder, linear=LINEAR), encoding="utf-8")
     config = load_config(path)
     tables = config.model, config.quantization, config.qlora, config.so8t
     model = load_model(*tables, torch.device("cpu"), seed=0, checkpointed_layers=ALL_LAYERS)

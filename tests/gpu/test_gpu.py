@@ -58,7 +58,7 @@ def test_loop_waits_for_the_gpu_once_a_step(tmp_path: Path) -> None:
 
 def test_memory_plan_is_within_a_tenth_of_what_the_gpu_took(tmp_path: Path) -> None:
     short_run(tmp_path / "run", "training.bf16=true", "training.gradient_checkpointing=true")
-    peak = json.loads((tmp_path / "run" / "memory.json").read_text())["peak"]
+    peak = json.loads((tmp_path / "run" / "memory.json").read_text(encoding="utf-8"))["peak"]
     assert peak["predicted_bytes"] == pytest.approx(peak["measured_bytes"], rel=0.1)
 
 

@@ -341,9 +341,9 @@ def test_rotation_never_touches_a_file_that_is_not_its_own(tmp_path: Path) -> No
     ]
     (folder / "logits_step_2_epoch_0_20260101_000000.pt").mkdir(parents=True)  # a folder is none either
     for name in foreign:
-        (folder / name).write_text("mine")
+        (folder / name).write_text("mine", encoding="utf-8")
     train_losses(make_saver(tmp_path, max_files=1), 5)
-    assert all((folder / name).read_text() == "mine" for name in foreign)
+    assert all((folder / name).read_text(encoding="utf-8") == "mine" for name in foreign)
     assert len(list(folder.iterdir())) == len(foreign) + 2
 
 
@@ -470,12 +470,12 @@ def test_folder_deleted_in_mid_run_comes_back(tmp_path: Path, undisturbed: list[
 
 
 def test_folder_that_is_a_file(tmp_path: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "logits").write_text("mine")
+    (tmp_path / "logits").write_text("mine", encoding="utf-8")
     saver = make_saver(tmp_path)
     assert train_losses(saver) == undisturbed
     assert saver.figures()["logits_failed"] == 8
     assert len(warnings_of(caplog)) == 1
-    assert (tmp_path / "logits").read_text() == "mine"
+    assert (tmp_path / "logits").read_text(encoding="utf-8") == "mine"
 
 
 class StuckDisk:
@@ -615,7 +615,7 @@ def test_exception_in_training_leaves_the_files_of_the_steps_before_it(tmp_path:
 @pytest.mark.skipif(sys.platform == "win32", reason="its processes are forks")
 def test_kill_at_any_instant_tears_no_file_and_loses_no_rotation() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "kill_logits.py"
-    result = subprocess.run([sys.executable, script, "--points", "10"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, script, "--points", "10"], capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "10 runs" in result.stdout
 

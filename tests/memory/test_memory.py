@@ -65,7 +65,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_config(folder: Path, base_model: Path, *overrides: str) -> Config:
     path = folder / "config.toml"
     linear = PHI3_LINEAR if "phi3" in base_model.name else LLAMA_LINEAR
-    path.write_text(f"""
+    path.write_text(
+        f"""
 [model]
 base_model = "{base_model}"
 dtype = "float32"
@@ -79,7 +80,9 @@ output_dir = "{folder}/run"
 bf16 = false
 optim = "adamw_8bit"
 gradient_accumulation_steps = 1
-""")
+""",
+        encoding="utf-8",
+    )
     return load_config(path, overrides)
 
 
@@ -308,7 +311,7 @@ def test_run_leaves_predicted_beside_measured(tmp_path: Path, models: dict[str, 
         "training.gradient_checkpointing=1",
     ]
     assert train.main(["config.toml", *overrides]) == 0
-    found = json.loads((tmp_path / "run" / "memory.json").read_text())
+    found = json.loads((tmp_path / "run" / "memory.json").read_text(encoding="utf-8"))
     assert found["checkpointed_layers"] == 1
     # the prediction takes every token for a target, and these rows have prompts
     assert 0.9 <= found["peak"]["measured_bytes"] / found["peak"]["predicted_bytes"] <= 1.01
