@@ -21,6 +21,8 @@ from so8t.optim import make_optimizer
 
 TOTAL_STEPS, MICRO_BATCHES = 50, 4
 
+pytestmark = pytest.mark.disk
+
 
 @pytest.fixture
 def config(tmp_path: Path, base_models: dict[str, Path]) -> Config:

@@ -132,6 +132,7 @@ def assert_same_logits(one: Path, other: Path) -> None:
         assert torch.equal(record.contents["logits"], records[1][step].contents["logits"])
 
 
+@pytest.mark.disk
 def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run("run")
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -245,6 +246,7 @@ def test_validation_is_the_mean_over_all_tokens_and_logged_when_due(run: Run, tm
     assert records[1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.disk
 def test_probe_file_holds_the_fixed_rows_beside_the_training_batch(run: Run, tmp_path: Path) -> None:
     probe = tmp_path / "probe.jsonl"
     copy_rows(probe, 20, 23)
@@ -337,7 +339,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_to_the_bit(
     "options",
     [
         ("training.fp16=true",),
-        ("qlora.enabled=false", 'training.lr_scheduler_type="linear"'),
+        pytest.param(("qlora.enabled=false", 'training.lr_scheduler_type="linear"'), marks=pytest.mark.disk),
         ("quantization.load_in_4bit=true", 'training.optim="paged_adamw_8bit"', "training.gradient_checkpointing=true"),
         ("quantization.load_in_8bit=true", "training.gradient_checkpointing=true", "pet.huber_delta=0.1"),
     ],
@@ -383,6 +385,7 @@ def test_two_processes_train_like_one(base: Path, run: Run, tmp_path: Path) -> N
 # ---- numbers that are not finite
 
 
+@pytest.mark.disk
 def test_step_that_is_not_finite_stops_before_the_weights_and_leaves_evidence(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,6 +129,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.disk
 def test_a_run_that_learns_nothing_exports_the_logits_that_it_saved(bases: dict[str, Path], tmp_path: Path) -> None:
     write_config(bases["phi3"], tmp_path)
     saving = ("training.save_logits=true", "training.save_logits_steps=1", "training.save_logits_dtype=fp32")
@@ -216,6 +217,7 @@ def test_weights_that_are_not_finite_are_not_exported(
     assert "out" not in names(tmp_path)
 
 
+@pytest.mark.disk
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     phi3_run: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

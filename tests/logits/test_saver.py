@@ -24,6 +24,7 @@ from so8t.logits import LogitsSaver, plan_logits, read_logits
 from so8t.logits.score import Scorer
 from so8t.losses import ce_sum
 
+pytestmark = pytest.mark.disk
 FILE_BYTES = 24 * VOCAB * 4  # of one file of train_losses, in round numbers
 
 
