@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -34,6 +35,13 @@ def _windows_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 # the imports are in the fixtures because they take seconds, which a test of the configuration need not wait for
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """It makes files outlive a power cut, which no test stages, and costs seconds on a busy disk."""
+    with patch("os.fsync"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def base_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of tiny models, by the names that model_cases gives them."""
@@ -47,6 +55,21 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained("so8t/demo")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The folder of a tiny Phi-3 with the demo's tokenizer."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 1, "eos_token_id": 0}
+    Phi3ForCausalLM(Phi3Config(**sizes, **heads, bos_token_id=None)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

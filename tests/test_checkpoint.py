@@ -31,7 +31,7 @@ def config(tmp_path: Path, base_models: dict[str, Path]) -> Config:
     return replace(config, training=training)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(base_models: dict[str, Path]) -> Model:
     return load(base_models["phi3"])
 

@@ -1,3 +1,5 @@
+"""What the commands share."""
+
 import os
 import subprocess
 import sys
@@ -13,6 +15,19 @@ def command():
     raise OSError(sys.argv[1])
 sys.exit(cli.run("so8t.test", command))
 """
+COMMANDS = ("analyze", "report", "export", "memory", "serve")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_comes_without_waiting_for_torch(command: str) -> None:
+    code = (
+        f"import sys; from so8t.{command}.command import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print([name for name in sys.modules if name in ('torch', 'transformers', 'bitsandbytes')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert f"usage: python -m so8t.{command}" in done.stdout
+    assert done.stdout.endswith("[]\n")
 
 
 @pytest.mark.disk
