@@ -1,6 +1,7 @@
 """What the commands share: they start at once, and end with one sentence."""
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Collection
 from typing import Any
@@ -30,6 +31,7 @@ def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> in
 
     The latter is an OSError or one of `failures`. Either is one sentence on stderr.
     """
+    print_anything()
     try:
         return command()
     except InputError as error:
@@ -40,3 +42,10 @@ def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> in
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def print_anything() -> None:
+    """From here on, what the console's or pipe's encoding lacks (cp932 has no é) is shown as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None under pythonw, another thing in a notebook
+            stream.reconfigure(errors="backslashreplace")

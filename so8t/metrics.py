@@ -3,7 +3,7 @@
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
@@ -16,17 +16,9 @@ from tqdm import tqdm
 from so8t import __version__
 from so8t.config import InputError, TrainingConfig
 from so8t.files import append_line, atomic_write
+from so8t.text import size_of
 
 RUN_FILE = "run.json"
-
-
-def step_figures(measured: Sequence[float], num_targets: int, num_triples: int, pet_weight: float) -> dict[str, float]:
-    """What a step's sums over tokens come to: the CE a target, the PET a triple, and the loss they make up."""
-    ce_total, pet_total, grad_norm, gate_error = measured
-    ce, pet = ce_total / num_targets, pet_total / num_triples
-    loss = ce + pet_weight * pet if pet_weight else ce
-    figures = {"loss": loss, "ce": ce, "pet": pet, "pet_weight": pet_weight}
-    return figures | {"grad_norm": grad_norm, "gate_error": gate_error, "num_targets": num_targets}
 
 
 def write_run_file(output_dir: Path, device: torch.device, total_steps: int, data_fingerprint: str) -> None:
@@ -88,7 +80,7 @@ class Metrics:
         first, last = self._first, self._last
         return (
             f"loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}, "
-            f"{self._tokens / self._seconds:.0f} tokens/s, peak memory {last['peak_memory_bytes'] / 2**30:.2f} GiB; "
+            f"{self._tokens / self._seconds:.0f} tokens/s, peak memory {size_of(last['peak_memory_bytes'])}; "
             f"every step is in {self._path}"
         )
 
@@ -96,10 +88,10 @@ class Metrics:
         self._progress.close()
         self._close_tracker()
 
-    def after_step(self, step: int, values: Mapping[str, float]) -> None:
+    def after_step(self, step: int, **values: float) -> None:
         """Record the step: `values` and tokens_per_sec. inf and NaN become null.
 
-        `values` has at least loss, lr, num_tokens, seconds and peak_memory_bytes.
+        Among the values are loss, lr, num_tokens, seconds and peak_memory_bytes.
         """
         if not self._is_main:
             return
@@ -114,7 +106,7 @@ class Metrics:
         self._progress.update()
         if step % self._logging_steps == 0:
             self._progress.set_postfix_str(
-                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed:.0f} tokens/s, peak {peak / 2**30:.2f} GiB"
+                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed:.0f} tokens/s, peak {size_of(peak)}"
             )
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -32,6 +33,13 @@ def _windows_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 # the imports are in the fixtures because they take seconds, which a test of the configuration need not wait for
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """It makes files outlive a power cut, which no test stages, and costs seconds on a busy disk."""
+    with patch("os.fsync"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -377,7 +377,12 @@ def test_a_file_that_is_let_go_in_a_moment_is_waited_for(tmp_path: Path) -> None
         write(tmp_path / f"{number}.bin", b"old")
         write_folder(tmp_path / f"folder_{number}", a=b"old")
     readers = [path.open("rb") for path in tmp_path.rglob("*") if path.is_file()]
-    timer = threading.Timer(0.2, lambda: [reader.close() for reader in readers])
+
+    def close() -> None:
+        for reader in readers:
+            reader.close()
+
+    timer = threading.Timer(0.2, close)
     timer.start()
     write(tmp_path / "0.bin", b"new")
     write_folder(tmp_path / "folder_0", a=b"new")

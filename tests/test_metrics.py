@@ -11,7 +11,7 @@ import torch
 from so8t.config import InputError, TrainingConfig
 from so8t.metrics import RUN_FILE, Metrics, read_metrics, write_run_file
 
-FIGURES = {"loss": 3.0, "lr": 1e-3, "num_tokens": 100, "seconds": 0.5, "peak_memory_bytes": 2**30}
+VALUES = {"loss": 3.0, "lr": 1e-3, "num_tokens": 100, "seconds": 0.5, "peak_memory_bytes": 2**30}
 
 
 def make_metrics(folder: Path, first_step: int = 1, is_main: bool = True, **keys: Any) -> Metrics:
@@ -21,7 +21,7 @@ def make_metrics(folder: Path, first_step: int = 1, is_main: bool = True, **keys
 def record(folder: Path, steps: range, first_step: int = 1, **keys: Any) -> Metrics:
     metrics = make_metrics(folder, first_step, **keys)
     for step in steps:
-        metrics.after_step(step, FIGURES | {"loss": 3.0 + step})
+        metrics.after_step(step, **VALUES | {"loss": 3.0 + step})
     metrics.close()
     return metrics
 
@@ -52,7 +52,7 @@ def test_half_a_line_left_by_a_power_cut_costs_that_line_only(tmp_path: Path) ->
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     metrics = make_metrics(tmp_path)
-    metrics.after_step(1, FIGURES | {"loss": math.nan, "grad_norm": math.inf})
+    metrics.after_step(1, **VALUES | {"loss": math.nan, "grad_norm": math.inf})
     metrics.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
@@ -62,7 +62,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
 def test_constant_loss_is_shown_as_that_constant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = make_metrics(tmp_path)
     for step in range(1, 9):
-        metrics.after_step(step, FIGURES)
+        metrics.after_step(step, **VALUES)
     metrics.close()
     shown = capsys.readouterr().err
     assert "loss 3.0000, lr 1.00e-03, 200 tokens/s, peak " in shown
@@ -81,7 +81,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_gets_every_figure_when_asked_for(tmp_path: Path) -> None:
+def test_tensorboard_gets_every_value_when_asked_for(tmp_path: Path) -> None:
     record(tmp_path, range(1, 4), report_to="tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

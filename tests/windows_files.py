@@ -8,11 +8,11 @@ Not pretended: other processes' files, libraries that write without Python, FILE
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ _is_hooked = False
 
 
 def pretend_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the monkeypatch is undone."""
+    """Until the monkeypatch is undone. On Windows nothing need be pretended."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
     global _is_hooked
     if not _is_hooked:  # for ever: an audit hook sees every open of Python, and cannot be taken away
         sys.addaudithook(_check)
@@ -84,11 +88,9 @@ def _check_free(path: Path) -> None:
 
 def _used_paths() -> set[Path]:
     used = set()
-    for descriptor in os.listdir("/proc/self/fd"):
-        try:
-            used.add(os.readlink(f"/proc/self/fd/{descriptor}"))
-        except OSError:  # it was that of the listing, or another thread's
-            continue
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it was that of the listing, or another thread's
+            used.add(str(descriptor.readlink()))
     maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     used |= {fields[5] for line in maps.splitlines() if len(fields := line.split(maxsplit=5)) == 6}
     return {Path(name) for name in used if name.startswith("/")}
@@ -96,5 +98,5 @@ def _used_paths() -> set[Path]:
 
 def _refusal(path: Path, winerror: int = ACCESS_DENIED) -> PermissionError:
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    error.winerror = winerror  # type: ignore[attr-defined]
+    vars(error)["winerror"] = winerror
     return error

@@ -65,7 +65,7 @@ def export_cartography(paths: Sequence[Path], out: Path) -> str:
                 for guid, probs in complete
             ]
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            (folder / "training_dynamics" / f"dynamics_epoch_{index}.jsonl").write_text(text)
+            (folder / "training_dynamics" / f"dynamics_epoch_{index}.jsonl").write_bytes(text.encode())
     unit = "steps of the probe" if kind == "probe" else "epochs of training"
     return f"{out}: {len(complete)} of {len(samples)} rows over {len(epochs)} {unit}"
 

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
-from so8t.config import CONFIG_FILE, Config, DataConfig, InputError, ModelConfig, QuantizationConfig, load_config
+from so8t.config import (
+    CONFIG_FILE,
+    Config,
+    DataConfig,
+    InputError,
+    ModelConfig,
+    ModelSpec,
+    QuantizationConfig,
+    load_config,
+)
 from so8t.data import Batch, load_dataset, split
 from so8t.evaluate import score
 from so8t.export.model_card import model_card
@@ -127,6 +136,7 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
         except OSError as error:
             raise InputError(f"cannot write into {out.parent} ({error.strerror}); choose another folder") from error
         report = write_and_check(config, checkpoint, tokenizer, batches, folder, dtype, max_shard_size)
+        gc.collect()  # Windows renames no folder whose files are mapped
         print("\n".join(report.sentences()))
         if not report.largest_difference <= report.tolerance:  # NaN is no agreement either
             wider = "" if dtype == "fp32" else "; if it is with --dtype fp32, the rounding of its weights is too coarse"
@@ -173,8 +183,8 @@ def write_and_check(
     base = replace(config.model, attn_implementation="sdpa")  # flash_attention_2 knows no float32
 
     def load_live(base: ModelConfig, quantization: QuantizationConfig) -> Model:
-        seed = config.training.seed
-        return load_model(base, quantization, config.qlora, config.so8t, device, seed=seed, checkpoint=checkpoint)
+        spec = ModelSpec(base, quantization, config.qlora, config.so8t)
+        return load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint)
 
     bits = config.quantization.bits
     quantized = None

@@ -23,6 +23,10 @@ are P = [B, T] with save_logits_positions "all", and with "labels" P = [N], thos
 | `checksums` | all | dict: name of a tensor -> CRC-32 of its bytes, so that later damage shows |
 | `kind`, `form`, `vocab_size` | all | "logits" or "probe"; "full", "topk" or "stats"; int |
 | `format_version` | all | int |
+
+A file of kind "logits" holds a micro-batch as step N trained on it, that is with the weights after step N - 1. One of
+kind "probe" is scored after the update: it belongs to the checkpoint of step N. Older versions of so8t scored it
+before the update.
 """
 
 import math

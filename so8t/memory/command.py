@@ -1,8 +1,8 @@
-"""The memory ledger: where the bytes of a run go, before it starts and beside what it took.
+"""The memory plan: where the bytes of a run will go, before it starts.
 
     python -m so8t.memory CONFIG [section.key=value ...] [--gpu-memory-gib 12] [--json]
 
-needs the model's config.json only: no weights, no GPU. The step is traced (trace.py), rows of the data count as
+needs the model's config.json only: no weights, no GPU. The step of train.py is traced, rows of the data count as
 data.max_seq_length tokens. train.py prints the same table for its longest row before it loads weights.
 """
 
@@ -45,9 +45,13 @@ def _plan(options: argparse.Namespace) -> int:
     # here, because they take seconds that --help need not wait for
     import torch
 
-    from so8t.memory.plan import CONTEXT_BYTES, GIB, device_memory, plan_memory
-    from so8t.memory.trace import Shape
+    from so8t.logits import plan_logits
+    from so8t.memory.fakes import BatchShape
+    from so8t.memory.plan import CONTEXT_BYTES, device_memory, plan_memory
+    from so8t.memory.trace import StepSpec
     from so8t.model import load_model_config
+    from so8t.text import GIB
+    from train import forward  # train.py imports this package; so8t is run from its folder
 
     model_config = load_model_config(config.model)
     positions = model_config.max_position_embeddings
@@ -61,13 +65,15 @@ def _plan(options: argparse.Namespace) -> int:
     if capacity is None and device_type == "cuda":
         _, capacity = device_memory(torch.device("cuda"))
     rows = config.training.per_device_train_batch_size
-    shape = Shape(rows, config.data.max_seq_length, is_padded=rows > 1)
+    shape = BatchShape(rows, config.data.max_seq_length, is_padded=rows > 1)
+    logits = plan_logits(config, model_config.vocab_size, shape.tokens)
+    spec = StepSpec(config, model_config, device_type, forward, logits, shape)
     free = None if capacity is None else capacity - CONTEXT_BYTES
     with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):
-        plan = plan_memory(config, model_config, shape, device_type, free, capacity)
+        plan = plan_memory(spec, free, capacity)
     if not options.json:
         print(plan.table(), flush=True)  # the rest takes a while
-    if not options.json and plan.room is not None and plan.room < 0:
+    if not options.json and plan.headroom is not None and plan.headroom < 0:
         with _told_if_slow("trying what would make the peak smaller .."):
             advice = plan.advice()
         print(f"it does not fit; what would make the peak smaller:\n{advice}", flush=True)

@@ -19,14 +19,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 import train
 from so8t.checkpoint import Checkpoints
-from so8t.config import Config, InputError, QloraConfig, QuantizationConfig, So8tConfig, load_config
+from so8t.config import (
+    Config,
+    InputError,
+    ModelConfig,
+    ModelSpec,
+    QloraConfig,
+    QuantizationConfig,
+    So8tConfig,
+    load_config,
+)
 from so8t.data import collate, load_dataset
 from so8t.export.command import main
 from so8t.export.merge import DTYPES, REPORT_FILE, check_batches, compute, export, merge, newest_checkpoint
 from so8t.export.model_card import model_card
 from so8t.gates import bake, gates_of, largest_angle, rotation
 from so8t.logits import read_logits
-from so8t.memory.trace import LiveBytes
+from so8t.memory.live_bytes import LiveBytes
 from so8t.model import Model, adapt, load_model
 from so8t.optim import make_optimizer
 from so8t.policy import PolicyReport
@@ -92,8 +101,7 @@ def write_run(
     """A run folder with a checkpoint of each of these steps, and its last model; LoRA is as far off as the gates."""
     config = write_config(base, folder, *overrides)
     for step in steps:
-        tables = config.model, config.quantization, config.qlora, config.so8t
-        model = load_model(*tables, torch.device("cpu"), seed=step)
+        model = load_model(config.model_spec, torch.device("cpu"), seed=step)
         randomize_lora(model)
         checkpoints = Checkpoints(config, steps[-1], "fingerprint", 1, True)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -402,7 +410,7 @@ print(type(model).__name__, [name for name in sys.modules if name.startswith(("s
 def test_neither_check_nor_merge_holds_a_second_model() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8}
     base: Any = LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).bfloat16()
-    model = adapt(base, QuantizationConfig(), QloraConfig(r=4), So8tConfig())
+    model = adapt(base, ModelSpec(ModelConfig("unused"), QuantizationConfig(), QloraConfig(r=4), So8tConfig()))
     batch = make_batch((20, 10))
     with LiveBytes() as live:
         live.hold(model.parameters())
