@@ -139,7 +139,7 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     adapter |= {"config.toml", "so8t_gates.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.pt"}
     expected = {f"checkpoints/step_{step:06d}/{name}" for step in (8, 9) for name in adapter}
     expected |= {f"logits/logits_step_{step}_epoch_{(step - 1) // 3}_TIME.pt" for step in (6, 8)}
-    assert files == sorted(expected | {"config.toml", "memory.json", "metrics.jsonl", "policy.json"})
+    assert files == sorted(expected | {"config.toml", "memory.json", "metrics.jsonl", "policy.json", "run.json"})
     records = read_metrics(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     documented = {"step", "epoch", "loss", "ce", "pet", "pet_weight", "lr", "grad_norm", "num_targets", "seconds"}
