@@ -41,3 +41,10 @@ def test_what_a_console_cannot_show_is_escaped_and_ends_no_command(encoding: str
     assert done.stdout.splitlines() == [shown]
     assert done.stderr.splitlines() == [b"so8t.test: " + shown]
     assert done.returncode == 1
+
+
+def test_so_does_that_of_the_loop() -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", "train.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "usage: train.py" in done.stdout
+    assert "| torch\n" not in done.stderr

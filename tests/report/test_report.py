@@ -280,7 +280,7 @@ def test_the_curves_say_what_the_metrics_say(run: Path, page: str) -> None:
 def test_losses_that_were_not_finite_leave_a_gap(run: Path) -> None:
     records = [record | {"loss": None, "pet": None} for record in read_metrics(run / "metrics.jsonl")]
     loss = training_charts(records, PetConfig())[0]
-    assert loss.caption.startswith("from not finite to not finite")
+    assert loss.numbers == "from not finite to not finite"
     assert [value for _, value in loss.series[0].points] == [None] * len(records)
 
 
