@@ -2,4 +2,6 @@
 
 from so8t.quiet import keep_chatter_out
 
+__version__ = "0.1.0"
+
 keep_chatter_out()  # before any module of so8t imports bitsandbytes

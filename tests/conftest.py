@@ -1,8 +1,10 @@
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -12,7 +14,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--windows-files", action="store_true", help="pretend the file semantics of Windows")
+
+
+@pytest.fixture
+def is_windows_files(request: pytest.FixtureRequest) -> bool:
+    """Whether files behave as on Windows, by nature or by --windows-files."""
+    return sys.platform == "win32" or bool(request.config.getoption("--windows-files"))
+
+
+@pytest.fixture(autouse=True)
+def _windows_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.config.getoption("--windows-files"):
+        from windows_files import pretend_windows
+
+        pretend_windows(monkeypatch)
+
+
 # the imports are in the fixtures because they take seconds, which a test of the configuration need not wait for
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """It makes files outlive a power cut, which no test stages, and costs seconds on a busy disk."""
+    with patch("os.fsync"):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +93,8 @@ def memorised_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux mounts one so simply")
     folder = tmp_path / "small_disk"
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)], capture_output=True)

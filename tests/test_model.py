@@ -51,7 +51,7 @@ from transformers import (
     T5Config,
 )
 
-from so8t.config import InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig
+from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
 from so8t.data import Batch, collate, split
 from so8t.evaluate import score
 from so8t.gates import gates_of
@@ -449,7 +449,7 @@ def test_four_bit_weights_are_quantized_as_the_config_says(
         bnb_4bit_use_double_quant=double,
     )
     config = ModelConfig(str(base_models["phi3"]), dtype="bfloat16")
-    model = load_model(config, quantization, QloraConfig(), So8tConfig(), CPU, seed=0)
+    model = load_model(ModelSpec(config, quantization, QloraConfig(), So8tConfig()), CPU, seed=0)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.weight.quant_state

@@ -22,6 +22,10 @@ class HostBuffer:
         self._positions = 0
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
+    @property
+    def nbytes(self) -> int:
+        return self._bytes.nbytes
+
     def fit(self, layout: Layout, positions: int, pinned: bool) -> None:
         """Make room for so many positions of this layout, if there is less."""
         if layout == self._layout and positions <= self._positions:
@@ -52,30 +56,34 @@ class HostBuffer:
 
 
 class HostTransfer:
-    """Copies results into host memory: on a CUDA stream beside the computation, plainly on a CPU."""
+    """Copies results into host memory: on an accelerator's stream beside the computation, plainly on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def copy(self, host: Tensor, source: Tensor) -> None:
-        """Start a copy. On CUDA, `host` is pinned memory that may not be read before `finished()` has come."""
+        """Start a copy. On an accelerator `host` is pinned and may not be read before `finished()` has come."""
         if self._stream is None:
             host.copy_(source)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._stream:
             host.copy_(source, non_blocking=True)
         source.record_stream(self._stream)
+
+    def scalar(self, source: Tensor) -> Tensor:
+        """A 0-dim tensor on the host that `source` is on its way to."""
+        host = torch.empty((), dtype=source.dtype, pin_memory=self._stream is not None)
+        self.copy(host, source)
+        return host
 
     def hold(self) -> None:
         """Let the device, not the host, wait for the copies so far: their source may then be overwritten."""
         if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            torch.accelerator.current_stream(self._device).wait_stream(self._stream)
 
-    def finished(self) -> torch.cuda.Event | None:
+    def finished(self) -> torch.Event | None:
         """An event to synchronize with before the host reads what was copied; None = it may read now."""
         return None if self._stream is None else self._stream.record_event()
 

@@ -51,7 +51,7 @@ def make_run(folder: Path, layers: int) -> None:
     (folder / "rows.jsonl").write_bytes(b"".join(rows))
     (folder / "config.toml").write_text(CONFIG.format(folder=folder))
     config = load_config(folder / "config.toml")
-    model = load_model(config.model, config.quantization, config.qlora, config.so8t, torch.device("cpu"), seed=0)
+    model = load_model(config.model_spec, torch.device("cpu"), seed=0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     Checkpoints(config, 1, "", 1, True).save(1, model, tokenizer, make_optimizer(model, config.training), scaler)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,16 +19,26 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 import train
 from so8t.checkpoint import Checkpoints
-from so8t.config import Config, InputError, QloraConfig, QuantizationConfig, So8tConfig, load_config
+from so8t.config import (
+    Config,
+    InputError,
+    ModelConfig,
+    ModelSpec,
+    QloraConfig,
+    QuantizationConfig,
+    So8tConfig,
+    load_config,
+)
 from so8t.data import collate, load_dataset
 from so8t.export.command import main
 from so8t.export.merge import DTYPES, REPORT_FILE, check_batches, compute, export, merge, newest_checkpoint
 from so8t.export.model_card import model_card
 from so8t.gates import bake, gates_of, largest_angle, rotation
 from so8t.logits import read_logits
-from so8t.memory.trace import LiveBytes
+from so8t.memory.live_bytes import LiveBytes
 from so8t.model import Model, adapt, load_model
 from so8t.optim import make_optimizer
+from so8t.policy import PolicyReport
 
 SAMPLE = Path("so8t/demo/sample.jsonl")
 CONFIG = """
@@ -90,8 +101,7 @@ def write_run(
     """A run folder with a checkpoint of each of these steps, and its last model; LoRA is as far off as the gates."""
     config = write_config(base, folder, *overrides)
     for step in steps:
-        tables = config.model, config.quantization, config.qlora, config.so8t
-        model = load_model(*tables, torch.device("cpu"), seed=step)
+        model = load_model(config.model_spec, torch.device("cpu"), seed=step)
         randomize_lora(model)
         checkpoints = Checkpoints(config, steps[-1], "fingerprint", 1, True)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -150,6 +160,66 @@ def test_a_model_trained_from_scratch_needs_no_weights_of_its_base(
     batch = some_batch(run, tokenizer)
     expected = logits_of(model, batch)
     torch.testing.assert_close(plain_logits(tmp_path / "out", batch.input_ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def scratch_run(bases: dict[str, Path], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained from scratch on a base that is named relative to the working directory, as config.toml does."""
+    overrides = (*FULL, "model.from_scratch=true", "model.base_model=so8t/demo")
+    return write_run(bases["phi3"], tokenizer, tmp_path_factory.mktemp("scratch_run"), *overrides)[0]
+
+
+def test_a_checkpoint_exports_from_any_folder_and_without_its_optimizers_state(
+    scratch_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(scratch_run, tmp_path / "run")
+    checkpoint = newest_checkpoint(run)
+    (checkpoint / "training_state.pt").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert newest_checkpoint(checkpoint) == checkpoint
+    assert export(checkpoint, tmp_path / "out", "fp32").largest_difference < 1e-4
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_of_the_checkpoint_that_cannot_be_read_is_named(
+    scratch_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = shutil.copytree(scratch_run, tmp_path / "run")
+    path = newest_checkpoint(run) / name
+    path.write_bytes(path.read_bytes()[:50])
+    assert main([str(run), str(tmp_path / "out")]) == 2
+    error = complaint(capsys)
+    assert str(path.parent) in error
+    assert "so8t/demo" not in error
+    assert name in error or name == "tokenizer.json"  # of which the library says only that it is torn
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("policy.json", b""),
+        ("policy.json", b"\xff\xfe"),
+        ("policy.json", b"{}"),
+        ("policy.json", b'{"mode": "error", "rows_read": 1, "rows_used": 1, "counts": [], "dropped": []}'),
+        ("metrics.jsonl", b"{}\n"),
+        ("metrics.jsonl", b'{"step": 1, "loss": [2]}\n'),
+    ],
+)
+def test_documents_of_another_make_are_refused_before_anything_is_merged(
+    phi3_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    contents: bytes,
+) -> None:
+    monkeypatch.setattr("so8t.export.merge.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    run = shutil.copytree(phi3_run, tmp_path / "run")
+    (run / name).write_bytes(contents)
+    assert main([str(run), str(tmp_path / "out")]) == 2
+    assert name in complaint(capsys)
+    assert "out" not in names(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -340,7 +410,7 @@ print(type(model).__name__, [name for name in sys.modules if name.startswith(("s
 def test_neither_check_nor_merge_holds_a_second_model() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8}
     base: Any = LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).bfloat16()
-    model = adapt(base, QuantizationConfig(), QloraConfig(r=4), So8tConfig())
+    model = adapt(base, ModelSpec(ModelConfig("unused"), QuantizationConfig(), QloraConfig(r=4), So8tConfig()))
     batch = make_batch((20, 10))
     with LiveBytes() as live:
         live.hold(model.parameters())
@@ -442,6 +512,6 @@ def test_card_does_not_claim_a_check_that_nobody_made(tmp_path: Path) -> None:
     assert statement + "This run left no policy.json: nothing in so8t checked its rows for that." in card
     for told in ("base_model: org/model\n", "The run left no metrics.jsonl.", "It has no gates."):
         assert told in card
-    policy = {"mode": "exclude", "rows_read": 6, "rows_used": 6, "counts": {"email": 0}, "dropped": []}
+    policy = PolicyReport("exclude", rows_read=6, rows_used=6, counts={"email": 0}, dropped=[])
     card = model_card("out", config, 1, [], policy, None, [])
     assert statement + "The rule `nsfw` was off: nothing in so8t checked that. The data policy" in card

@@ -1,5 +1,4 @@
 import shutil
-import signal
 import sqlite3
 import stat
 import subprocess
@@ -167,7 +166,8 @@ def test_no_row_is_added_to_a_file_whose_end_was_tampered_with(path: Path) -> No
 def test_the_key_is_for_its_owner_only_and_stays(path: Path) -> None:
     write_rows(path, 1)
     key = path.with_name("audit.sqlite.key")
-    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    if sys.platform != "win32":  # which has no modes: files.py asks icacls
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
     content = key.read_bytes()
     write_rows(path, 1)
     assert key.read_bytes() == content
@@ -277,7 +277,7 @@ def test_kill_loses_no_row_that_was_written(path: Path) -> None:
                 last = process.stdout.readline()
             process.kill()
             last = (last + process.stdout.read()).splitlines()[-1]
-        assert process.returncode == -signal.SIGKILL
+        assert process.returncode != 0
         number, _, problems = verify(path)
         assert problems == []
         assert number in (int(last), int(last) + 1)  # it may have died between the row and the print
