@@ -14,8 +14,8 @@ from so8t.memory.trace import SAVING, StepSpec, Trace, trace_step
 from so8t.text import GIB, MIB, size_of
 
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
-FRAGMENTATION = 0.05  # assumed: of the peak, stranded in the allocator
-LENGTH_BLOCK, LENGTH_BLOCKS = 256, 128  # largest_length searches in blocks of tokens, up to so many
+FRAGMENTATION = 0.05  # assumed: share of the peak
+LENGTH_BLOCK = 256  # tokens: largest_length searches in such steps
 WHY = {
     "embeddings and head": "not quantised: bitsandbytes leaves them as they were loaded",
     "other weights": "norms and biases, as they were loaded",
@@ -107,7 +107,7 @@ class Plan:
         )
 
     def advice(self) -> str:
-        """Each option that makes the peak smaller, with the bytes that it saves alone, best first."""
+        """Each option that makes the peak smaller, with the bytes it saves on its own, best first."""
         savings = {}
         for option, config, shape in _options(self.spec.config, self.spec.micro_batch):
             layers = None if config.training.gradient_checkpointing is True else self.checkpointed_layers
@@ -116,15 +116,20 @@ class Plan:
         return "\n".join(_line(option, savings[option], "saved") for option in best_first if savings[option] > 0)
 
     def largest_length(self, capacity: int) -> int:
-        """The longest micro-batch of one row that fits with all layers checkpointed, in blocks of 256 tokens."""
+        """The longest micro-batch of one row that fits with all layers checkpointed, in steps of 256 tokens.
+
+        At most as long as the model has positions; 0 if not even the first step fits.
+        """
         spec = replace(self.spec, probe=())
 
-        def peak(blocks: int) -> int:
-            shape = BatchShape(1, LENGTH_BLOCK * blocks, is_padded=False)
+        def peak(length: int) -> int:
+            shape = BatchShape(1, length, is_padded=False)
             return trace_step(spec.changed(spec.config, shape), None).peak
 
+        positions = spec.model_config.max_position_embeddings
+        lengths = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         limit = budget_of(capacity - CONTEXT_BYTES)
-        return LENGTH_BLOCK * bisect_right(range(1, LENGTH_BLOCKS + 1), limit, key=peak)
+        return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]
 
 
 def plan_memory(spec: StepSpec, free: int | None, capacity: int | None) -> Plan:
@@ -171,12 +176,12 @@ def device_memory(device: torch.device) -> tuple[int | None, int | None]:
 
 
 def budget_of(free: int) -> int:
-    """Bytes of tensors that fit into so many free bytes, less what the allocator strands."""
+    """Bytes of tensors that fit into `free` bytes, less what fragmentation takes."""
     return int(free / (1 + FRAGMENTATION))
 
 
 def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:
-    """What a step holds, and what it adds for a while, by name; not all of that at one moment.
+    """What a step holds, and what it adds for a time, by name; not all of it at once.
 
     accumulates: whether gradients stay from one micro-batch to the next.
     """
