@@ -18,11 +18,11 @@ _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written; the older ones are as they were."""
+    """A checkpoint could not be written; older ones are unchanged."""
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest step first. Anything else in the folder is not ours."""
+    """The run's checkpoints, oldest step first. Other files in the folder are ignored."""
     folders = [path for path in (output_dir / "checkpoints").glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
     return sorted(folders, key=step_of)
 
@@ -125,7 +125,7 @@ def load_training_state(
 class Checkpoints:
     """Writes `checkpoints/step_NNNNNN` every save_steps and at the end, and keeps the newest save_total_limit of them.
 
-    No random state is among it: every random number of a step is a function of (seed, step).
+    No random state is saved: every random number of a step is a function of (seed, step).
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The configuration: one frozen dataclass per TOML table, one sentence for whatever cannot be meant.
+"""The configuration: one frozen dataclass per TOML table, one clear sentence for every value that cannot be used.
 
-A field's annotation is all that the loader knows about it: type, choices (`Literal`) and limits (`Limit`).
+The loader reads type, choices (`Literal`) and limits (`Limit`) from a field's annotation.
 """
 
 import json
@@ -151,7 +151,7 @@ class PetConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """[training]: the loop and what it leaves on disk. Every `*_steps` counts optimizer updates."""
+    """[training]: the loop and the files it writes. Every `*_steps` counts optimizer updates."""
 
     output_dir: Name = field(metadata={"free_on_resume": True})
     num_train_epochs: Positive = 3
@@ -194,7 +194,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The tables that a model is made by."""
+    """The tables that define a model."""
 
     model: ModelConfig
     quantization: QuantizationConfig
@@ -248,7 +248,7 @@ class Config:
 
 
 def _tables(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every table inside of `section` by its dotted name, each followed by those inside of it."""
+    """Every table inside `section` with its dotted name, each followed by its own tables."""
     for key, annotation in get_type_hints(section).items():
         if is_dataclass(annotation):
             yield prefix + key, annotation
@@ -319,7 +319,7 @@ def changed_keys(saved: Config, current: Config) -> list[str]:
 
 
 def _build(section: Any, prefix: str, values: dict[str, Any]) -> Any:
-    """A `section` of the values of its keys, whose dotted names begin with `prefix`, and of the tables inside of it."""
+    """Build a `section` from `values`, whose dotted names begin with `prefix`, with the tables inside it."""
     names = {item.name: prefix + item.name for item in fields(section)}
     return section(
         **{
@@ -341,8 +341,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:
         place = re.search(r"at line (\d+)", str(error))
-        has_backslash = place is not None and "\\" in text.split("\n")[int(place[1]) - 1]
-        remedy = BACKSLASHES if has_backslash else "text needs quotes, true and false do not"
+        line = text.split("\n")[int(place[1]) - 1] if place else text  # a string that does not end has no line
+        remedy = BACKSLASHES if "\\" in line else "text needs quotes, true and false do not"
         raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
 
@@ -361,7 +361,7 @@ def _read_table(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tupl
 
 
 def _read_override(override: str) -> tuple[str, object]:
-    """The dotted name of the key and its value: TOML, else bare text, as shells eat quotes."""
+    """The dotted name of the key and its value: TOML, or bare text, because shells remove quotes."""
     name, equals, text = (part.strip() for part in override.partition("="))
     if not equals:
         raise InputError(f"command line: {_quote(override)} sets nothing; write section.key=value")
@@ -374,7 +374,7 @@ def _read_override(override: str) -> tuple[str, object]:
 
 
 def _validate(source: str, name: str, value: object) -> Any:
-    """`value` as the key holds it."""
+    """Check that there is such a key, and convert `value` to its type."""
     if name not in KEYS:
         raise InputError(f"{source}: there is no key {_quote(name)}; {_nearest(name)}")
     try:
@@ -386,7 +386,7 @@ def _validate(source: str, name: str, value: object) -> Any:
 
 
 def _convert(annotation: Any, value: Any) -> Any:
-    """`value` as a field of this annotation holds it; ValueError if it cannot. A bool is no number."""
+    """Convert `value` to the type of the annotation, or raise ValueError. A bool is not a number."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Union:
         for argument in arguments:
@@ -418,7 +418,7 @@ def _convert(annotation: Any, value: Any) -> Any:
 
 
 def _describe(annotation: Any) -> str:
-    """What to write for a field of this annotation."""
+    """Describe the values that the annotation allows."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Union:
         return " or ".join(map(_describe, arguments))
@@ -433,7 +433,7 @@ def _describe(annotation: Any) -> str:
 
 
 def _nearest(name: str) -> str:
-    """Advice for a name that is no field: the key of that or a like name, in its own table if it is there."""
+    """Suggest a key for an unknown name: one with a similar name, preferably in the same table."""
     table, _, key = name.rpartition(".")
     near = get_close_matches(key.lower(), [known.name for known in KEYS.values()], 1, 0.7)
     homes = [known for known, its in KEYS.items() if its.name in near]

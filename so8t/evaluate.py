@@ -72,7 +72,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Validation:
-    """What is logged every eval_steps and after the last step; 0 = never."""
+    """Logged every eval_steps and after the last step; 0 = never."""
 
     batches: Sequence[Batch]
     eval_steps: int

@@ -1,4 +1,4 @@
-"""The losses as sums over tokens, never means: the step divides once, by what it counted over all its micro-batches."""
+"""The losses as sums over tokens, not means: the step divides once, by counts over all its micro-batches."""
 
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ CHUNK_ROWS = 128  # rows of logits alive at once: 128 x 32064 in float32 is 16 M
 
 
 class Tap(Protocol):
-    """Is shown the logits of one micro-batch while `ce_sum` computes them: begin, add for every chunk, finish."""
+    """Receives the logits of one micro-batch while `ce_sum` computes them: begin, add for every chunk, finish."""
 
     def begin(self, head_weight: Tensor) -> None:
         """head_weight: [vocabulary, hidden_size]"""
@@ -35,9 +35,9 @@ def head_dtype(head_weight: Tensor) -> torch.dtype:
 def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, tap: Tap | None = None) -> Tensor:
     """Cross-entropy of `hidden @ head_weight.T` against `targets`, summed over the positions that have a target.
 
-    hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; targets: [batch, seq], -100 = no loss.
-    Keep `targets` on the host: its rows are then found without a GPU->CPU sync. Returns a float32 scalar on
-    the device of `hidden`. The whole logits tensor never exists; `tap` sees its chunks as they come.
+    hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size], on one device; targets: [batch, seq],
+    on the host, where their rows are found without a GPU->CPU sync, -100 = no loss. Returns a float32 scalar on the
+    device of `hidden`. The whole logits tensor never exists; `tap` sees its chunks as they come.
     """
     rows = (targets.flatten() != NO_TARGET).nonzero().squeeze(1)
     kept_targets = targets.flatten()[rows].to(hidden.device, non_blocking=True)
@@ -105,8 +105,9 @@ def pet_sum(hidden: Tensor, attention_mask: Tensor | None, huber_delta: float = 
 
     hidden: [batch, seq, hidden_size]; attention_mask: [batch, seq] on the host, 1 = real token, None = all are real.
     Returns a float32 scalar on the device of `hidden`. Every window of three neighbouring real tokens adds one term:
-    the mean over hidden_size of (h[t+2] - 2 h[t+1] + h[t])^2, in float32. With `huber_delta` > 0 the square becomes a straight line beyond |difference| = huber_delta (Huber 1964,
-    times two, so that both forms agree below it). Divide by the number of terms of the whole step.
+    the mean over hidden_size of (h[t+2] - 2 h[t+1] + h[t])^2, in float32. With `huber_delta` > 0 the square becomes a
+    straight line beyond |difference| = huber_delta (Huber 1964, times two, so that both agree below it). Divide by
+    the number of terms of the whole step.
     """
     hidden = hidden.float()
     bend = hidden[:, 2:] - 2 * hidden[:, 1:-1] + hidden[:, :-2]

@@ -1,4 +1,4 @@
-"""The optimizer and its precision: which parameters decay, how many bits a state has. Never a silent fallback."""
+"""The optimizer and its precision: which parameters decay, how many bits a state has. There is no silent fallback."""
 
 import warnings
 from typing import Any

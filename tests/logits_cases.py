@@ -128,7 +128,9 @@ def train_losses(
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 16, "num_attention_heads": 2}
     model = Phi3ForCausalLM(
-        Phi3Config(VOCAB, num_hidden_layers=1, num_key_value_heads=2, resid_pdrop=0.2, pad_token_id=0, **sizes)
+        Phi3Config(
+            vocab_size=VOCAB, num_hidden_layers=1, num_key_value_heads=2, resid_pdrop=0.2, pad_token_id=0, **sizes
+        )
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     losses = []

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -23,55 +22,22 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
-from so8t.config import (
-    CONFIG_FILE,
-    Config,
-    DataConfig,
-    InputError,
-    ModelConfig,
-    ModelSpec,
-    QuantizationConfig,
-    load_config,
-)
-from so8t.data import Batch, load_dataset, split
-from so8t.evaluate import score
+from so8t.config import CONFIG_FILE, Config, InputError, ModelSpec, QuantizationConfig, load_config
+from so8t.data import Batch
+from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute
 from so8t.export.model_card import model_card
 from so8t.files import atomic_folder, atomic_write
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle
-from so8t.losses import CHUNK_ROWS
 from so8t.metrics import read_metrics
-from so8t.model import GATES_FILE, Model, causal_lm, head_weight, load_model, load_model_config, load_tokenizer
+from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer
 from so8t.policy import PolicyReport, read_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPORT_FILE = "so8t_export.json"
-CHECK_ROWS = 16
-
-# How far a logit may be off by the rounding of the weights, as a share of the largest logit. SmolLM2 is off by 0.005,
-# 0.0005 and 1e-6, tiny random models by up to 0.013 and 0.002. One of SmolLM2's ten gates forgotten makes 0.017 to
-# 0.026: what bfloat16 may hide, an export with --dtype fp32 finds.
-TOLERANCES = {"bf16": 0.02, "fp16": 0.004, "fp32": 1e-4}
 
 
 class ExportError(Exception):
     """The export failed; nothing stands under the name that was asked for."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model makes of some rows, in float32. The logits, hidden @ head_weight.T, are too many to be kept."""
-
-    hidden: list[Tensor]  # a row each, [seq, hidden_size]
-    head_weight: Tensor  # [vocabulary, hidden_size]
-    nll: float  # mean over the targets
-
-
-class Agreement(NamedTuple):
-    """How near two models are to each other on the same rows."""
-
-    largest_difference: float  # between two logits
-    largest_logit: float
-    top1: float  # share of the positions at which the same token is the likeliest
 
 
 @dataclass(frozen=True)
@@ -159,16 +125,6 @@ def newest_checkpoint(run: Path) -> Path:
     return checkpoint
 
 
-def check_key(config: DataConfig) -> str:
-    return "data.eval_data" if config.eval_data else "data.train_data"
-
-
-def check_batches(config: DataConfig, tokenizer: Any) -> list[Batch]:
-    """Rows of data.eval_data, or without it of data.train_data, spread over the files; one a batch."""
-    rows = load_dataset(check_key(config), config.eval_data or config.train_data, tokenizer, config).rows
-    return split(rows[:: -(-len(rows) // CHECK_ROWS)], rows_per_batch=1)
-
-
 def write_and_check(
     config: Config,
     checkpoint: Path,
@@ -180,18 +136,10 @@ def write_and_check(
 ) -> Report:
     """Write the merged model into `folder`, load it from there, and compare it with the live one on `batches`."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    base = replace(config.model, attn_implementation="sdpa")  # flash_attention_2 knows no float32
-
-    def load_live(base: ModelConfig, quantization: QuantizationConfig) -> Model:
-        spec = ModelSpec(base, quantization, config.qlora, config.so8t)
-        return load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint)
-
-    bits = config.quantization.bits
-    quantized = None
-    if bits:
-        quantized = compute(load_live(replace(base, dtype="float32"), config.quantization), batches)
-        gc.collect()  # modules refer to one another in circles
-    model = load_live(base, QuantizationConfig())
+    quantized = as_trained(config, checkpoint, device, batches) if config.quantization.bits else None
+    gc.collect()  # modules refer to one another in circles
+    spec = replace(live_spec(config), quantization=QuantizationConfig())
+    model = load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint)
     live = compute(model, batches)
     angles: list[Tensor] = [gate.angles for gate in gates_of(model).values()]
     gates_largest_angle = largest_angle(torch.cat(angles)).item() if angles else None
@@ -219,55 +167,22 @@ def write_and_check(
         top1_agreement=agreement.top1,
         nll_live=live.nll,
         nll_exported=exported.nll,
-        quantized_bits=bits,
+        quantized_bits=config.quantization.bits,
         quantized_nll=quantized.nll if quantized else None,
         quantized_top1_agreement=compare(quantized, exported).top1 if quantized else None,
     )
 
 
-def compute(model: Model, batches: Sequence[Batch]) -> Outputs:
-    """Score the rows, one a batch."""
-    multiply_in_float32(causal_lm(model))
-    scores = list(score(model, batches, torch.autocast(causal_lm(model).device.type, enabled=False)))
-    nll = torch.stack([ce for _, _, ce in scores]).sum().item() / sum(batch.num_targets for batch in batches)
-    # detached, because merging casts the parameter
-    return Outputs([hidden[0] for _, hidden, _ in scores], head_weight(model).detach(), nll)
+def live_spec(config: Config) -> ModelSpec:
+    """The model of the run, with an attention that knows float32: flash_attention_2 does not."""
+    return replace(config.model_spec, model=replace(config.model, attn_implementation="sdpa"))
 
 
-def multiply_in_float32(model: PreTrainedModel) -> None:
-    """Cast each module's weights up while it runs, and back afterwards, so that no second model is needed.
-
-    The rounding of 16-bit arithmetic would hide what the check looks for, and most CPUs only emulate it, slowly.
-    """
-    dtype = model.dtype
-    if dtype == torch.float32:
-        return
-
-    def cast_up(module: nn.Module, args: Any) -> None:
-        module.float()
-
-    def cast_back(module: nn.Module, args: Any, output: Any) -> None:
-        module.to(dtype)
-
-    model.get_output_embeddings().float()  # multiplied by its weight alone, so no hook of it would run
-    for module in model.modules():
-        if any(parameter.dtype == dtype for parameter in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(cast_up)
-            module.register_forward_hook(cast_back)
-
-
-@torch.no_grad()
-def compare(one: Outputs, other: Outputs) -> Agreement:
-    """Over every position of every row, a few at a time."""
-    differences, sizes, same = [], [], []
-    for rows in zip(one.hidden, other.hidden, strict=True):
-        for chunk, other_chunk in zip(*(torch.split(hidden, CHUNK_ROWS) for hidden in rows), strict=True):
-            logits, other_logits = F.linear(chunk, one.head_weight), F.linear(other_chunk, other.head_weight)
-            differences.append((logits - other_logits).abs().amax())
-            sizes.append(logits.abs().amax())
-            same.append(logits.argmax(dim=-1) == other_logits.argmax(dim=-1))
-    largest_difference, largest_logit = (torch.stack(values).amax().item() for values in (differences, sizes))
-    return Agreement(largest_difference, largest_logit, torch.cat(same).float().mean().item())
+def as_trained(config: Config, checkpoint: Path, device: torch.device, batches: Sequence[Batch]) -> Outputs:
+    """The outputs of the model on the quantised weights that it was trained on."""
+    spec = live_spec(config)
+    spec = replace(spec, model=replace(spec.model, dtype="float32"))
+    return compute(load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint), batches)
 
 
 @torch.no_grad()

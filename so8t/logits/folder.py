@@ -1,4 +1,4 @@
-"""The folder of saved logits: which files are its own, and which are deleted once a new one is safe.
+"""The folder of saved logits: which files belong to it, and which are deleted once a new one is safe.
 
 It keeps the newest `save_logits_max_files` files, at most `save_logits_max_gib` of them, and besides, for ever, every
 `save_logits_keep_every`-th. Files of the same or a later step than the one just saved were left by a run that was cut
@@ -46,7 +46,7 @@ class LogitsFolder:
         return LogitsFile(self.path / f"{kind}_step_{step}_epoch_{epoch}_{timestamp}.pt", kind, step, timestamp)
 
     def tidy(self) -> None:
-        """Do what a killed process left undone: half-written files, and the rotation after its last one."""
+        """Finish what a killed process left: delete half-written files, and rotate after its last file."""
         if self.path.is_dir():
             sweep_temporaries(self.path)
             for newest in {file.kind: file for file in list_files(self.path)}.values():
@@ -76,7 +76,7 @@ class LogitsFolder:
 
 
 def _delete(file: LogitsFile) -> OSError | None:
-    """What kept the file from being deleted."""
+    """Delete the file; returns the error if that failed."""
     try:
         file.path.unlink()
     except OSError as error:

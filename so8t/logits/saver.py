@@ -80,7 +80,7 @@ class LogitsSaver:
         return LogitsTap(self, kind, step, epoch, batch)
 
     def after_step(self, step: int) -> None:
-        """Hand what this step's taps took to the writer. A record that was not completed is given up."""
+        """Hand this step's records to the writer thread; an incomplete one is given up."""
         for kind, record in list(self._records.items()):
             if self._writer is not None and record.step == step and record.scorer is None:
                 self._writer.submit(self._records.pop(kind))
@@ -175,7 +175,7 @@ class LogitsSaver:
         record = Record(kind, step, epoch, datetime.now().strftime("%Y%m%d_%H%M%S"), buffer)
         self._records[kind] = record  # before the buffer grows, so that a failure there gives it back
         planned = self._plan.probe_tokens if kind == "probe" else self._plan.max_tokens
-        buffer.fit(self._plan.layout, max(batch.targets.numel(), planned), pinned=device.type == "cuda")
+        buffer.fit(self._plan.layout, max(batch.targets.numel(), planned), pinned=device.type != "cpu")
         self._buffer_bytes[id(buffer)] = buffer.nbytes
         return record
 

@@ -16,7 +16,7 @@ SCORE_ROWS = CHUNK_ROWS // 4  # rows held in float32 at once, as logits and as p
 
 
 class HostBuffer:
-    """Memory for all tensors of a record, used again by the next; pinned where a GPU copies into it."""
+    """Memory for all tensors of a record, reused by the next one; pinned where a GPU copies into it."""
 
     def __init__(self) -> None:
         self._layout: Layout = {}
@@ -28,7 +28,7 @@ class HostBuffer:
         return self._bytes.nbytes
 
     def fit(self, layout: Layout, positions: int, pinned: bool) -> None:
-        """Make room for so many positions of this layout, if there is less."""
+        """Grow to `positions` of this layout, if there is less room."""
         if layout == self._layout and positions <= self._positions:
             return
         self._positions = 0
@@ -81,7 +81,7 @@ class HostTransfer:
         source.record_stream(self._stream)
 
     def scalar(self, source: Tensor) -> Tensor:
-        """A 0-dim tensor on the host that `source` is on its way to."""
+        """Start to copy a 0-dim tensor; returns the one on the host."""
         host = torch.empty((), dtype=source.dtype, pin_memory=self._stream is not None)
         self.copy(host, source)
         return host
@@ -137,7 +137,7 @@ class Scorer:
 
     @torch.no_grad()
     def add_missing(self, hidden: Tensor, head_weight: Tensor, computed_in: torch.dtype) -> None:
-        """Score what is stored and was not added yet; afterwards all is on its way to the host.
+        """Score the stored positions that were not added, then start the copy of all results to the host.
 
         hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; the logits are those of `F.linear` in
         the dtype `computed_in`.
@@ -155,7 +155,10 @@ class Scorer:
 
 
 def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes."""
+    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes.
+
+    index: on the host, where its numbers are known without a wait.
+    """
     gaps = (index.diff() > 1).nonzero().squeeze(1) + 1
     bounds = [0, *gaps.tolist(), len(index)]
     for start, end in itertools.pairwise(bounds):
@@ -164,7 +167,7 @@ def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def score_rows(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:
-    """Fill results [n, ...] with what logits [n, vocabulary] say about themselves and targets [n], -100 = none."""
+    """Fill results [n, ...] from logits [n, vocabulary] and targets [n], -100 = none; all on one device."""
     for start in range(0, len(logits), SCORE_ROWS):
         rows = slice(start, start + SCORE_ROWS)
         _score_part(logits[rows], targets[rows], {name: result[rows] for name, result in results.items()})

@@ -42,7 +42,7 @@ class Record:
 
 
 class SaverCounters:
-    """What became of the files, counted by both threads; and a warning of each sort, once."""
+    """Counts of files saved, dropped and failed, kept by both threads; each kind of warning is given once."""
 
     def __init__(self) -> None:
         self.saved = self.dropped = self.failed = 0
@@ -52,7 +52,7 @@ class SaverCounters:
         self._lock = threading.Lock()
 
     def waited(self, seconds: float) -> None:
-        """The loop waited so long, for a buffer or for a flush."""
+        """Record how long the loop waited for a buffer or a flush."""
         with self._lock:
             self.waits.append(1000 * seconds)
             self._add(logits_wait_ms=1000 * seconds)
@@ -148,7 +148,7 @@ class Writer:
         return self._submitted - self._done
 
     def close(self, timeout: float) -> None:
-        """Flush and end the thread; what is not written in time counts as dropped."""
+        """Flush and end the thread; files that are not written in time count as dropped."""
         left = self.flush(timeout)
         self._queue.put(None)
         if not left:  # a thread that still frees tensors while Python shuts down aborts the process

@@ -1,4 +1,4 @@
-"""What a run's memory really was, at the marks of train.py, beside what the plan said."""
+"""The memory that a run took, measured at the marks of train.py, beside the plan."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ class OutOfMemory(Exception):
 
 
 class MemoryLedger:
-    """Tensor bytes between two marks: those of the accelerator's allocator at every step, on a CPU counted in a few.
+    """Tensor bytes between two marks: from the accelerator's allocator at every step, on a CPU counted in a few.
 
     Counting slows a step down. On a CPU it is done in the first two steps, in the first two that save logits and in the
     first that evaluates. As a context manager the ledger turns an out-of-memory
@@ -63,7 +63,7 @@ class MemoryLedger:
             raise OutOfMemory(self._explanation(error)) from error
 
     def start(self, model: Model, optimizer: torch.optim.Optimizer, first_step: int, total_steps: int) -> None:
-        """Before the first step. The optimizer's states come with that step, or came with a checkpoint."""
+        """Call it before the first step. The optimizer's states are made in that step, or come from a checkpoint."""
         self._model, self._optimizer, self._step = model, optimizer, first_step
         self._live.hold(all_tensors(held_tensors(model, optimizer.state.values())))
         eval_steps = self._plan.spec.config.training.eval_steps
@@ -75,7 +75,7 @@ class MemoryLedger:
         self._count(first_step in self._counted_steps)
 
     def mark(self, name: str) -> None:
-        """The phase since the last mark was `name`."""
+        """End a phase: what happened since the last mark was `name`."""
         if name == "forward" and self._saves_logits(self._step):
             name = SAVING
         self._last_mark = name

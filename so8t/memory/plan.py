@@ -14,7 +14,7 @@ from so8t.memory.trace import SAVING, StepSpec, Trace, trace_step
 from so8t.text import GIB, MIB, size_of
 
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
-FRAGMENTATION = 0.05  # assumed: of the peak, stranded in the allocator
+FRAGMENTATION = 0.05  # assumed: share of the peak
 LENGTH_BLOCK = 256  # tokens: largest_length searches in such steps
 WHY = {
     "embeddings and head": "not quantised: bitsandbytes leaves them as they were loaded",
@@ -107,7 +107,7 @@ class Plan:
         )
 
     def advice(self) -> str:
-        """Each option that makes the peak smaller, with the bytes that it saves alone, best first."""
+        """Each option that makes the peak smaller, with the bytes it saves on its own, best first."""
         savings = {}
         for option, config, shape in _options(self.spec.config, self.spec.micro_batch):
             layers = None if config.training.gradient_checkpointing is True else self.checkpointed_layers
@@ -176,12 +176,12 @@ def device_memory(device: torch.device) -> tuple[int | None, int | None]:
 
 
 def budget_of(free: int) -> int:
-    """Bytes of tensors that fit into so many free bytes, less what the allocator strands."""
+    """Bytes of tensors that fit into `free` bytes, less what fragmentation takes."""
     return int(free / (1 + FRAGMENTATION))
 
 
 def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:
-    """What a step holds, and what it adds for a while, by name; not all of that at one moment.
+    """What a step holds, and what it adds for a time, by name; not all of it at once.
 
     accumulates: whether gradients stay from one micro-batch to the next.
     """

@@ -1,4 +1,4 @@
-"""One training step on tensors that have shapes but no bytes: what it keeps and what it peaks at, known in seconds.
+"""One training step on tensors that have shapes but no bytes: what it keeps and its peak, known in seconds.
 
 The loop's own `forward`, the model's code, bitsandbytes and peft run under torch's FakeTensorMode (fakes.py) while
 `LiveBytes` counts storages: dtypes, shapes and lifetimes are the same. What a kernel takes for itself shows only where
@@ -47,7 +47,7 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True)
 class StepSpec:
-    """The step that is planned, by all that is known of it before a weight is loaded."""
+    """The step to plan: all that is known about it before any weight is loaded."""
 
     config: Config
     model_config: Any  # the model's config.json
@@ -65,7 +65,7 @@ class StepSpec:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the ledger is made of."""
+    """The result of a trace, or of a measurement."""
 
     held: dict[str, int]  # bytes between steps, by kind
     phases: dict[str, Phase]
@@ -95,7 +95,7 @@ def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
 
 
 def _run_step(spec: StepSpec, model: Model, mark: Mark) -> None:
-    """The loop's `forward` and what its update and its watchers need, with the loop's marks."""
+    """The loop's `forward`, then what the update and the watchers need, with the marks of the loop."""
     training, pet = spec.config.training, spec.config.pet
     pet_weight = max(pet.lambda_exploration, pet.lambda_transition, pet.lambda_stabilization) if pet.enabled else 0.0
     autocast, batch = make_autocast(training, "cpu"), fake_batch(spec.micro_batch)
@@ -148,7 +148,7 @@ class _LayersTap:
 
 
 class _ScoringTap:
-    """Scores two chunks of logits as LogitsSaver does: every later one is like the second, and nothing stays behind."""
+    """Scores two chunks of logits as LogitsSaver does; every later chunk is like the second, and nothing is kept."""
 
     def __init__(self, plan: LogitsPlan) -> None:
         self._layout = {name: value for name, value in plan.layout.items() if name != "logits"}
@@ -167,7 +167,7 @@ class _ScoringTap:
 
 
 def held_tensors(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[str, list[Tensor]]:
-    """All tensors that stay between steps, by kind; of a real model or a fake one, its optimizer's states with it."""
+    """All tensors that are kept between steps, by kind: of a real or fake model and its optimizer's states."""
     held: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     gates = {id(module.angles) for module in model.modules() if isinstance(module, SO8Gate)}
     head = causal_lm(model).get_output_embeddings().weight

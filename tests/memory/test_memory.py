@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 import train
+from so8t import driver
 from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, Row, collate
 from so8t.logits import LogitsSaver, plan_logits
@@ -21,7 +22,7 @@ from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, plan_memory
 from so8t.memory.command import main
 from so8t.memory.ledger import is_out_of_memory
 from so8t.memory.live_bytes import LiveBytes
-from so8t.memory.plan import CONTEXT_BYTES, Plan
+from so8t.memory.plan import CONTEXT_BYTES, Plan, device_memory
 from so8t.memory.trace import SAVING, Trace, held_bytes, trace_step
 from so8t.model import load_model
 from so8t.optim import make_amp, make_optimizer
@@ -66,7 +67,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_config(folder: Path, base_model: Path, *overrides: str) -> Config:
     path = folder / "config.toml"
     linear = PHI3_LINEAR if "phi3" in base_model.name else LLAMA_LINEAR
-    path.write_text(f"""
+    path.write_text(
+        f"""
 [model]
 base_model = "{base_model}"
 dtype = "float32"
@@ -80,7 +82,9 @@ output_dir = "{folder}/run"
 bf16 = false
 optim = "adamw_8bit"
 gradient_accumulation_steps = 1
-""")
+""",
+        encoding="utf-8",
+    )
     return load_config(path, overrides)
 
 
@@ -323,7 +327,7 @@ def test_run_leaves_predicted_beside_measured(tmp_path: Path, models: dict[str, 
         "training.gradient_checkpointing=1",
     ]
     assert train.main(["config.toml", *overrides]) == 0
-    found = json.loads((tmp_path / "run" / "memory.json").read_text())
+    found = json.loads((tmp_path / "run" / "memory.json").read_text(encoding="utf-8"))
     assert found["checkpointed_layers"] == 1
     # the prediction takes every token for a target, and these rows have prompts
     assert 0.9 <= found["peak"]["measured_bytes"] / found["peak"]["predicted_bytes"] <= 1.01
@@ -337,6 +341,29 @@ def test_run_leaves_predicted_beside_measured(tmp_path: Path, models: dict[str, 
     assert phases.keys() >= {"load", "forward", SAVING, "backward", "update", "evaluation"}
     for name in ("forward", SAVING, "backward"):
         assert 0.9 <= phases[name]["measured_bytes"] / phases[name]["predicted_bytes"] <= 1.01, name
+
+
+def test_memory_that_the_driver_lends_is_told_once(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reserved, cuda = 2 * GIB, torch.device("cuda")
+    monkeypatch.setattr(driver, "lends_host_memory", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 12 * GIB))
+    assert device_memory(cuda) == (3 * GIB, 3 * GIB)  # what others hold is not there for the plan
+    for name in ("max_memory_allocated", "memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.accelerator, name, lambda device: 0)
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: reserved)
+    with_free = replace(plan(make_config(tmp_path, models["phi3"]), BatchShape(1, 512, False)), free=3 * GIB)
+    ledger = MemoryLedger(with_free, cuda, tmp_path, is_main=True)
+    ledger.mark("forward")
+    assert caplog.records == []
+    reserved = 4 * GIB
+    ledger.mark("forward")
+    ledger.mark("backward")
+    (record,) = caplog.records
+    assert "4.00 GiB are reserved, 3.00 GiB were free on the GPU at the start" in record.getMessage()
+    assert "training.memory_budget_gib = 2.7" in record.getMessage()
+    assert "CUDA - Sysmem Fallback Policy" in record.getMessage()
 
 
 def test_out_of_memory_names_the_phase_the_options_and_the_last_checkpoint(
