@@ -32,6 +32,14 @@ answer naturally echoes its question ("The difference between .. and .. is"), an
 greater length than the safety and policy thoughts, of which more than a stock phrase ("consult a qualified
 professional") has no reason to leave.
 
+That is the form, of training rows too. Before an answer leaves, `release` also asks for *copies* that are not literal.
+Of a thought it looks at the letters that the query has not, which are those that somebody could learn; they are
+*shared* where `SHORTEST_RUN` letters or more in a row stand in the final too. A final stays inside that shares more
+than `FREE_LETTERS` letters of a thought and more than `LARGEST_RUN` of them in one run or `LARGEST_SHARE` in all, or
+of the three thoughts together more than `FREE_LETTERS_TOGETHER` and `LARGEST_SHARE_TOGETHER`. So a word left out,
+changed, put in or moved makes no difference; what is said in other words, translated, or in shorter pieces than that,
+no comparison of letters finds.
+
 The **safety label** is read off the verdict that opens the safety thought: what stands before its first colon or
 full stop, which must be one of `VERDICTS` and nothing more. "Safe: plain arithmetic." is ALLOW and "Unsafe: it is
 fraud." REFUSE; a thought that opens in any other way, "Not safe" or "Safe, but ..", leaves it open and is ESCALATE.
@@ -55,6 +63,10 @@ SECTIONS = ("padding", "prompt", "task", "safety", "policy", "final", "answer")
 # in letters and digits, see the module's docstring
 SHORTEST_QUOTE = 16
 LONGEST_ECHO = {"task": 72, "safety": 36, "policy": 36}
+
+SHORTEST_RUN = 6
+FREE_LETTERS, LARGEST_RUN, LARGEST_SHARE = 10, 0.55, 2 / 3
+FREE_LETTERS_TOGETHER, LARGEST_SHARE_TOGETHER = 20, 0.4
 
 SafetyLabel = Literal["ALLOW", "REFUSE", "ESCALATE"]
 VERDICTS: dict[str, SafetyLabel] = {
@@ -155,11 +167,16 @@ def final_only(text: str) -> str | None:
         return None
 
 
-def release(text: str) -> Released:
-    """Decide what of a generated text may leave; whatever is not well-formed leaves as REFUSAL and ESCALATE."""
+def release(text: str, query: str) -> Released:
+    """Decide what of a generated text may leave.
+
+    What is not well-formed, or copies more of its thoughts than `query` tells, leaves as REFUSAL and ESCALATE.
+    """
     try:
         answer = parse(text)
     except ThinkingError:
+        return Released(REFUSAL, "ESCALATE", text.strip())
+    if _copies(answer, query):
         return Released(REFUSAL, "ESCALATE", text.strip())
     thoughts = text[: answer.spans["final"][0]]
     return Released(answer.final.strip(), safety_label(answer.safety), thoughts.strip())
@@ -169,6 +186,11 @@ def safety_label(safety: str) -> SafetyLabel:
     """The label that the safety thought stands for, see the module's docstring."""
     verdict = re.split("[:.。]", _fold(safety), maxsplit=1)[0].strip()
     return _FOLDED_VERDICTS.get(verdict, "ESCALATE")
+
+
+def is_blank(text: str) -> bool:
+    """Say whether nothing is left of `text` without white space and invisible characters."""
+    return not _fold(text).strip()
 
 
 def has_tags(text: str) -> bool:
@@ -211,6 +233,32 @@ def _repeats(folded_final: str, folded_thought: str, longest_echo: int) -> bool:
     shorter, longer = sorted((final, thought), key=len)
     runs = set(_runs(shorter, longest_echo + 1))
     return bool(runs) and not runs.isdisjoint(_runs(longer, longest_echo + 1))
+
+
+def _copies(answer: Thinking, query: str) -> bool:
+    final, known = (set(_runs(_letters(_fold(text)), SHORTEST_RUN)) for text in (answer.final, query))
+    num_shared = num_own = 0
+    for thought in (answer.task, answer.safety, answer.policy):
+        letters = _letters(_fold(thought))
+        own = [not is_known for is_known in _covered(letters, known)]
+        in_final = _covered(letters, final)
+        shared = bytes(is_own and is_shared for is_own, is_shared in zip(own, in_final, strict=True))
+        longest_run = max(map(len, shared.split(b"\0")))
+        if sum(shared) > FREE_LETTERS and (
+            longest_run > LARGEST_RUN * sum(own) or sum(shared) > LARGEST_SHARE * sum(own)
+        ):
+            return True
+        num_shared, num_own = num_shared + sum(shared), num_own + sum(own)
+    return num_shared > FREE_LETTERS_TOGETHER and num_shared > LARGEST_SHARE_TOGETHER * num_own
+
+
+def _covered(letters: str, runs: set[str]) -> bytearray:
+    """For each letter, whether it stands in one of `runs`, all of SHORTEST_RUN letters."""
+    covered = bytearray(len(letters))
+    for start, run in enumerate(_runs(letters, SHORTEST_RUN)):
+        if run in runs:
+            covered[start : start + SHORTEST_RUN] = b"\1" * SHORTEST_RUN
+    return covered
 
 
 def _letters(folded: str) -> str:

@@ -141,17 +141,17 @@ def test_a_query_is_changed_only_where_it_is_tag_like() -> None:
     ],
 )
 def test_the_label_is_the_verdict_that_opens_the_safety_thought(safety: str, label: SafetyLabel) -> None:
-    released = release(answer(safety=safety))
+    released = release(answer(safety=safety), "")
     assert (released.answer, released.safety_label) == (ENGLISH["final"], label)
 
 
 def test_what_stays_inside_is_everything_before_the_final_or_everything() -> None:
     text = answer(**JAPANESE)
-    released = release(f"\n{text}\n")
+    released = release(f"\n{text}\n", "")
     assert released.answer == JAPANESE["final"]
     assert f"{released.thinking}\n<final>{JAPANESE['final']}</final>" == text
-    assert release(released.thinking).thinking == released.thinking
-    assert release(f"{text} はい ") == (REFUSAL, "ESCALATE", f"{text} はい")
+    assert release(released.thinking, "").thinking == released.thinking
+    assert release(f"{text} はい ", "") == (REFUSAL, "ESCALATE", f"{text} はい")
 
 
 def test_the_refusal_could_be_a_final_itself() -> None:
@@ -293,7 +293,7 @@ def test_render_refuses_what_would_not_come_back() -> None:
 @settings(max_examples=1000)
 def test_nothing_comes_out_of_a_malformed_answer(text: str) -> None:
     assert final_only(text) is None
-    assert release(text) == (REFUSAL, "ESCALATE", text.strip())
+    assert release(text, "") == (REFUSAL, "ESCALATE", text.strip())
 
 
 @given(st.data())

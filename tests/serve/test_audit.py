@@ -23,14 +23,14 @@ def path(tmp_path: Path) -> Path:
 
 def write_rows(path: Path, count: int) -> list[tuple[int, str]]:
     audit = AuditTrail(path)
-    written = [audit.append(replace(ROW, request_id=f"r{number}")) for number in range(1, count + 1)]
+    written = [audit.append([replace(ROW, request_id=f"r{number}")])[0] for number in range(1, count + 1)]
     audit.close()
     return written
 
 
 def append(audit: AuditTrail, count: int) -> None:
     for _ in range(count):
-        audit.append(ROW)
+        audit.append([ROW])
 
 
 def verify(path: Path) -> tuple[int, str, list[str]]:
@@ -155,10 +155,10 @@ def test_a_row_is_on_the_disk_before_append_returns(path: Path) -> None:
 
 def test_no_row_is_added_to_a_file_whose_end_was_tampered_with(path: Path) -> None:
     audit = AuditTrail(path)
-    audit.append(ROW)
+    audit.append([ROW])
     change(path, "UPDATE head SET number = 0, row_hash = '0'")
     with pytest.raises(AuditError, match="seal"):
-        audit.append(ROW)
+        audit.append([ROW])
     audit.close()
     with pytest.raises(InputError, match=r"audit\.sqlite: the seal of the last row"):
         AuditTrail(path)
@@ -228,17 +228,17 @@ def test_a_thinking_is_matched_with_its_rows(path: Path) -> None:
     audit = AuditTrail(path)
     for number, thinking in enumerate(("one", "two", "one"), start=1):
         row = replace(ROW, request_id=f"r{number}", thinking_hash=audit.keyed_hash("thinking_hash", thinking))
-        audit.append(row)
-    assert [(number, request_id) for number, _, request_id in audit.matching("one")] == [(1, "r1"), (3, "r3")]
-    assert audit.matching("three") == []
+        audit.append([row])
+    assert [(number, request_id) for number, _, request_id in audit.matching({"one", "four"})] == [(1, "r1"), (3, "r3")]
+    assert audit.matching({"three"}) == []
 
 
 def test_checking_reads_along_while_rows_are_written_and_changes_nothing(path: Path) -> None:
     audit = AuditTrail(path)
-    audit.append(ROW)
+    audit.append([ROW])
     reader = AuditTrail(path, read_only=True)
     assert reader.verify()[0] == 1
-    audit.append(ROW)
+    audit.append([ROW])
     assert reader.verify()[::2] == (2, [])
     reader.close()
     audit.close()
@@ -263,7 +263,7 @@ from pathlib import Path
 from so8t.serve.audit import AuditRow, AuditTrail
 audit = AuditTrail(Path(sys.argv[1]))
 while True:
-    number, _ = audit.append(AuditRow("r", None, "q", "t", "a", "ALLOW", "m", 1, 1))
+    ((number, _),) = audit.append([AuditRow("r", None, "q", "t", "a", "ALLOW", "m", 1, 1)])
     print(number, flush=True)
 """
 
@@ -285,13 +285,13 @@ def test_kill_loses_no_row_that_was_written(path: Path) -> None:
 
 def test_a_full_disk_refuses_the_row_and_a_freed_one_takes_it(small_disk: Path) -> None:
     audit = AuditTrail(small_disk / "audit.sqlite")
-    audit.append(ROW)
+    audit.append([ROW])
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
     with pytest.raises(AuditError, match="could not be written"):
         append(audit, 100)  # what was allotted before may take some
     assert audit.verify()[2] == []
     ballast.unlink()
-    number, _ = audit.append(ROW)
+    ((number, _),) = audit.append([ROW])
     assert audit.verify()[::2] == (number, [])
     audit.close()
