@@ -116,8 +116,11 @@ def render(task: str, safety: str, policy: str, final: str) -> str:
     return text
 
 
-def parse(text: str) -> Thinking:
-    """Take a well-formed answer apart, in linear time; raises ThinkingError for anything else."""
+def parse(text: str, query: str = "") -> Thinking:
+    """Take a well-formed answer apart, in linear time; raises ThinkingError for anything else.
+
+    What a thought has from `query` may be repeated.
+    """
     if _HALF_CHARACTER.search(text):
         raise ThinkingError("there is half of a surrogate pair, which is no character; save the text as UTF-8")
     positions: dict[str, int] = {}
@@ -154,7 +157,7 @@ def parse(text: str) -> Thinking:
             where = f"in its characters {left.start + 1} to {right.end}"
             raise ThinkingError(f"there is tag-like text inside <{name}>, {where}; a part must not contain tags")
     for part, longest_echo in LONGEST_ECHO.items():
-        if _repeats(folded["final"], folded[part], longest_echo):
+        if _repeats(folded["final"], folded[part], longest_echo, _fold(query)):
             raise ThinkingError(f"<final> repeats <{TAG_NAMES[part]}>; say it in other words or leave it out")
     return Thinking(**contents, spans=spans)
 
@@ -173,7 +176,7 @@ def release(text: str, query: str) -> Released:
     What is not well-formed, or copies more of its thoughts than `query` tells, leaves as REFUSAL and ESCALATE.
     """
     try:
-        answer = parse(text)
+        answer = parse(text, query)
     except ThinkingError:
         return Released(REFUSAL, "ESCALATE", text.strip())
     if _copies(answer, query):
@@ -221,17 +224,17 @@ def neutralise(text: str) -> str:
 
 def repeats(text: str, source: str, longest_echo: int) -> bool:
     """Say whether `text` is `source`, or quotes it whole or in a run of more than `longest_echo` letters."""
-    return _repeats(_fold(text), _fold(source), longest_echo)
+    return _repeats(_fold(text), _fold(source), longest_echo, "")
 
 
-def _repeats(folded_final: str, folded_thought: str, longest_echo: int) -> bool:
+def _repeats(folded_final: str, folded_thought: str, longest_echo: int, folded_query: str) -> bool:
     if folded_final.split() == folded_thought.split():
         return True
-    final, thought = _letters(folded_final), _letters(folded_thought)
-    if len(thought) >= SHORTEST_QUOTE and thought in final:
+    final, thought, query = map(_letters, (folded_final, folded_thought, folded_query))
+    if len(thought) >= SHORTEST_QUOTE and thought in final and thought not in query:
         return True
     shorter, longer = sorted((final, thought), key=len)
-    runs = set(_runs(shorter, longest_echo + 1))
+    runs = set(_runs(shorter, longest_echo + 1)).difference(_runs(query, longest_echo + 1))
     return bool(runs) and not runs.isdisjoint(_runs(longer, longest_echo + 1))
 
 

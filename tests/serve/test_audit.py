@@ -164,6 +164,66 @@ def test_no_row_is_added_to_a_file_whose_end_was_tampered_with(path: Path) -> No
         AuditTrail(path)
 
 
+@pytest.mark.parametrize("what", ["removed", "moved", "replaced", "log removed"])
+def test_no_row_is_written_to_a_file_that_the_path_no_longer_names(path: Path, what: str) -> None:
+    audit, moved = AuditTrail(path), path.with_name("moved")
+    audit.append([ROW])
+    audit.check()
+    if what == "log removed":
+        Path(f"{path}-wal").unlink()
+    else:
+        path.rename(moved)
+    if what == "replaced":
+        path.write_bytes(moved.read_bytes())
+    if what == "removed":
+        moved.unlink()
+    for write in (lambda: audit.append([ROW]), audit.check):
+        with pytest.raises(AuditError, match="is gone, moved or exchanged"):
+            write()
+    if what == "moved":
+        moved.rename(path)
+        assert audit.append([ROW])[0][0] == 2
+    audit.close()
+
+
+def test_an_older_copy_put_in_place_while_a_server_runs_takes_no_rows(path: Path) -> None:
+    audit = AuditTrail(path)
+    audit.append([ROW])
+    with sqlite3.connect(path) as database:
+        older = database.execute("SELECT number, row_hash, seal FROM head").fetchone()
+    audit.append([ROW])
+    change(
+        path,
+        "DELETE FROM requests WHERE number = 2",
+        "UPDATE head SET (number, row_hash, seal) = ({}, '{}', '{}')".format(*older),
+    )
+    assert verify(path)[::2] == (1, [])  # only the server that wrote the row knows
+    with pytest.raises(AuditError, match="row 2 has been written and is no longer there"):
+        audit.append([ROW])
+
+
+@pytest.mark.parametrize("left", [None, b""])
+def test_no_new_file_is_begun_beside_the_key_of_one_that_is_gone(path: Path, left: bytes | None) -> None:
+    write_rows(path, 2)
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    with pytest.raises(InputError, match="its rows have been removed or moved away; put them back"):
+        AuditTrail(path)
+    path.unlink(missing_ok=True)
+    Path(f"{path}.key").rename(f"{path}.key.old")
+    write_rows(path, 1)
+    assert verify(path)[::2] == (1, [])
+
+
+def test_rows_of_one_batch_are_all_written_or_none(path: Path) -> None:
+    audit = AuditTrail(path)
+    assert [number for number, _ in audit.append([ROW, ROW, ROW])] == [1, 2, 3]
+    with pytest.raises(AuditError):
+        audit.append([ROW, replace(ROW, num_tokens=2**70)])
+    assert audit.verify()[::2] == (3, [])
+
+
 def test_the_key_is_for_its_owner_only_and_stays(path: Path) -> None:
     write_rows(path, 1)
     key = path.with_name("audit.sqlite.key")
