@@ -33,8 +33,9 @@ greater length than the safety and policy thoughts, of which more than a stock p
 professional") has no reason to leave.
 
 That is the form, of training rows too. Before an answer leaves, `release` also asks for *copies* that are not literal.
-Of a thought it looks at the letters that the query has not, which are those that somebody could learn; they are
-*shared* where `SHORTEST_RUN` letters or more in a row stand in the final too. A final stays inside that shares more
+Of a thought it looks at the letters that somebody could learn, which are those that do not stand in the query in runs
+of `SHORTEST_KNOWN` or more: a list of guesses in the query makes nothing known. They are *shared* where `SHORTEST_RUN`
+letters or more in a row stand in the final too. A final stays inside that shares more
 than `FREE_LETTERS` letters of a thought and more than `LARGEST_RUN` of them in one run or `LARGEST_SHARE` in all, or
 of the three thoughts together more than `FREE_LETTERS_TOGETHER` and `LARGEST_SHARE_TOGETHER`. So a word left out,
 changed, put in or moved makes no difference; what is said in other words, translated, or in shorter pieces than that,
@@ -64,7 +65,7 @@ SECTIONS = ("padding", "prompt", "task", "safety", "policy", "final", "answer")
 SHORTEST_QUOTE = 16
 LONGEST_ECHO = {"task": 72, "safety": 36, "policy": 36}
 
-SHORTEST_RUN = 6
+SHORTEST_RUN, SHORTEST_KNOWN = 6, 12
 FREE_LETTERS, LARGEST_RUN, LARGEST_SHARE = 10, 0.55, 2 / 3
 FREE_LETTERS_TOGETHER, LARGEST_SHARE_TOGETHER = 20, 0.4
 
@@ -239,12 +240,13 @@ def _repeats(folded_final: str, folded_thought: str, longest_echo: int, folded_q
 
 
 def _copies(answer: Thinking, query: str) -> bool:
-    final, known = (set(_runs(_letters(_fold(text)), SHORTEST_RUN)) for text in (answer.final, query))
+    final = set(_runs(_letters(_fold(answer.final)), SHORTEST_RUN))
+    known = set(_runs(_letters(_fold(query)), SHORTEST_KNOWN))
     num_shared = num_own = 0
     for thought in (answer.task, answer.safety, answer.policy):
         letters = _letters(_fold(thought))
-        own = [not is_known for is_known in _covered(letters, known)]
-        in_final = _covered(letters, final)
+        own = [not is_known for is_known in _covered(letters, known, SHORTEST_KNOWN)]
+        in_final = _covered(letters, final, SHORTEST_RUN)
         shared = bytes(is_own and is_shared for is_own, is_shared in zip(own, in_final, strict=True))
         longest_run = max(map(len, shared.split(b"\0")))
         if sum(shared) > FREE_LETTERS and (
@@ -255,12 +257,12 @@ def _copies(answer: Thinking, query: str) -> bool:
     return num_shared > FREE_LETTERS_TOGETHER and num_shared > LARGEST_SHARE_TOGETHER * num_own
 
 
-def _covered(letters: str, runs: set[str]) -> bytearray:
-    """For each letter, whether it stands in one of `runs`, all of SHORTEST_RUN letters."""
+def _covered(letters: str, runs: set[str], length: int) -> bytearray:
+    """For each letter, whether it stands in one of `runs`, all of that length."""
     covered = bytearray(len(letters))
-    for start, run in enumerate(_runs(letters, SHORTEST_RUN)):
+    for start, run in enumerate(_runs(letters, length)):
         if run in runs:
-            covered[start : start + SHORTEST_RUN] = b"\1" * SHORTEST_RUN
+            covered[start : start + length] = b"\1" * length
     return covered
 
 

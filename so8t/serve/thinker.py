@@ -122,7 +122,7 @@ class Thinker:
         self._generate = generate
         self._places = threading.BoundedSemaphore(queue_length)
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()  # None = there will be no more
-        self._thread = threading.Thread(target=self._work, name="generation")
+        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
     async def ask(self, question: Question) -> Answer:
@@ -202,6 +202,7 @@ class Thinker:
             if len(batch) == 1 and left:
                 self._fail(left[0], error)
                 return
+            logger.error("%d requests together failed with %s; each is tried alone", len(batch), where(error))
             for asked in left:  # the fault of one, or too much memory for all, is not the others' fault
                 self._answer([asked])
 

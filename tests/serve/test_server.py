@@ -117,8 +117,9 @@ def test_the_openai_client_is_told_what_is_wrong(client: Any, changed: dict[str,
 
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(**(CHAT | changed))
-    assert raised.value.body["message"].startswith(words)
-    assert raised.value.body["type"] == "invalid_request_error"
+    told: Any = raised.value.body
+    assert told["message"].startswith(words)
+    assert told["type"] == "invalid_request_error"
 
 
 def test_what_is_not_there_is_said_in_the_shape_of_its_place(server: Server) -> None:
