@@ -54,6 +54,8 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
+from so8t.text import Fold
+
 PARTS = ("task", "safety", "policy", "final")
 TAG_NAMES = {"task": "think-task", "safety": "think-safety", "policy": "think-policy", "final": "final"}
 
@@ -309,6 +311,8 @@ _INVISIBLE_CATEGORIES = {"Mn", "Mc", "Me", "Cc", "Cf"}
 def _fold_character(character: str) -> str:
     if character.isspace():
         return " "
+    if "\U00020000" <= character < "\U000e0000" or character >= "\U000e1000":
+        return character  # beyond the planes of living scripts and symbols, and the invisible tag characters
     plain = unicodedata.normalize("NFKD", character)
     if len(plain) > 4:  # no letter of a tag needs it, and a text must not grow eighteenfold
         return character
@@ -317,13 +321,7 @@ def _fold_character(character: str) -> str:
     return unicodedata.normalize("NFC", "".join(visible))
 
 
-# a table and not unicodedata.normalize on the whole text, which is quadratic in a run of combining marks.
-# The two planes of living scripts and symbols, and the invisible tag characters; the rest folds to itself
-_FOLD = {
-    code: folded
-    for code in chain(range(0x20000), range(0xE0000, 0xE1000))
-    if (folded := _fold_character(chr(code))) != chr(code)
-}
+_FOLD = Fold(_fold_character)
 
 # escaped once or many times, with and without the semicolon; html.unescape alone raises beyond 4300 digits
 _REFERENCE = (
@@ -364,8 +362,9 @@ _TAG_LIKE = re.compile(
     rf"|/{_NAME}>"  # /final>
 )
 
-_BRACKET_CHARACTERS = "<>" + "".join(chr(code) for code, folded in _FOLD.items() if folded in ("<", ">"))
-_BRACKETS = re.compile(f"[{_BRACKET_CHARACTERS}]|{_REFERENCE}")
+# every character that folds to a bracket: the look-alikes, and those that NFKD makes of them
+BRACKETS = "<«˂ᐸ‹≪≮≺⊀⋖\u2329❬❮❰⟨⟪⦑⧼〈《︽︿﹤＜𝈶" + ">»˃ᐳ›≫≯≻⊁⋗\u232a❭❯❱⟩⟫⦒⧽〉》︾﹀﹥＞𝈷"
+_BRACKETS = re.compile(f"[{BRACKETS}]|{_REFERENCE}")
 
 
 class _Bracket(NamedTuple):

@@ -115,6 +115,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def pieces(text: str) -> set[str]:
-    """Every substring of eight characters."""
-    return {text[start : start + 8] for start in range(len(text) - 7)}
+def pieces(text: str, length: int = 8) -> set[str]:
+    """Every substring of so many characters."""
+    return {text[start : start + length] for start in range(len(text) - length + 1)}

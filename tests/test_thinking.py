@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from thinking_cases import ENGLISH, JAPANESE, TAG_LIKE, TAGS, answer, malformed, swapped
 
 from so8t.thinking import (
+    BRACKETS,
     LONGEST_ECHO,
     PARTS,
     REFUSAL,
@@ -19,6 +20,7 @@ from so8t.thinking import (
     TAG_NAMES,
     SafetyLabel,
     ThinkingError,
+    _fold,
     final_only,
     has_tags,
     neutralise,
@@ -420,3 +422,8 @@ def test_a_hostile_megabyte_is_judged_in_linear_time(hostile: str) -> None:
     release(answer(safety=hostile[:50_000], final=hostile[50_000:100_000]), hostile[:50_000])
     assert not has_tags(neutralise(hostile))
     assert time.process_time() - started < 6
+
+
+def test_the_brackets_are_all_characters_that_fold_to_one() -> None:
+    folded = {code: _fold(chr(code)) for code in range(0x20000) if not 0xD800 <= code < 0xE000}
+    assert sorted(BRACKETS) == sorted(chr(code) for code, plain in folded.items() if plain in ("<", ">"))

@@ -22,7 +22,16 @@ from transformers import (
 )
 
 from so8t.checkpoint import STATE_FILE, checkpoint_folders
-from so8t.config import CONFIG_FILE, InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig, load_config
+from so8t.config import (
+    CONFIG_FILE,
+    InputError,
+    ModelConfig,
+    ModelSpec,
+    QloraConfig,
+    QuantizationConfig,
+    So8tConfig,
+    load_config,
+)
 from so8t.model import GATES_FILE, causal_lm, load_model, load_model_config, load_tokenizer
 from so8t.serve.thinker import Question, Written
 from so8t.thinking import neutralise
@@ -202,17 +211,17 @@ def load_generator(path: Path) -> Generator:
     if checkpoints:
         folder = checkpoints[-1]
         config = load_config(folder / CONFIG_FILE)
-        tables = config.model, config.quantization, config.qlora, config.so8t
+        spec = config.model_spec
     elif (path / "config.json").is_file():
         folder = path
         stored: Any = load_model_config(ModelConfig(str(path))).dtype or torch.float32
         plain = ModelConfig(str(path), dtype=str(stored).removeprefix("torch."))  # type: ignore[arg-type]
-        tables = plain, QuantizationConfig(), QloraConfig(enabled=False), So8tConfig(enabled=False)
+        spec = ModelSpec(plain, QuantizationConfig(), QloraConfig(enabled=False), So8tConfig(enabled=False))
     else:
         raise InputError(f"{path} is neither a run with a checkpoint nor a model folder with a config.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = causal_lm(load_model(*tables, device, seed=0, checkpoint=folder if checkpoints else None)).eval()
-    tokenizer = load_tokenizer(replace(tables[0], base_model=str(folder)), model.config.vocab_size)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = causal_lm(load_model(spec, device, seed=0, checkpoint=folder if checkpoints else None)).eval()
+    tokenizer = load_tokenizer(replace(spec.model, base_model=str(folder)), model.config.vocab_size)
     if tokenizer.chat_template is None:
         raise InputError(f"the tokenizer of {folder} has no chat template; put one there as chat_template.jinja")
     return Generator(model, tokenizer, folder)

@@ -281,9 +281,9 @@ def test_the_commands_verify_and_match(make: Make, tmp_path: Path, capsys: pytes
     served = make(Stub())
     request_ids = [served.post().fields["request_id"] for _ in range(2)]
     audit, thoughts, whole, other = (str(tmp_path / name) for name in ("audit.sqlite", "thoughts", "whole", "other"))
-    Path(thoughts).write_text(release(WELL_FORMED, "").thinking + "\n")
-    Path(whole).write_text(WELL_FORMED)
-    Path(other).write_text(answer())
+    Path(thoughts).write_text(release(WELL_FORMED, "").thinking + "\n", encoding="utf-8")
+    Path(whole).write_text(WELL_FORMED, encoding="utf-8")
+    Path(other).write_text(answer(), encoding="utf-8")
     assert main(["--verify-audit", audit]) == 0
     assert "2 rows, none edited, removed or moved" in capsys.readouterr().out
     for text_file in (thoughts, whole):
