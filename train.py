@@ -7,24 +7,25 @@ A `step` is one optimizer update, counted from 1. `hidden` is the last hidden st
 smoothness penalty: the second difference of `hidden` along the sequence, one term for every three neighbouring tokens.
 """
 
-import argparse
 import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 
+from so8t import cli
 from so8t.driver import allocator_settings, unused_gpu
 
+if __name__ == "__main__":
+    cli.train_parser(__doc__).parse_args()  # before torch is imported, so that --help does not wait for it
 os.environ.update(allocator_settings())  # before torch is imported
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from so8t import cli, parallel
+from so8t import parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
 from so8t.config import Config, load_config
 from so8t.data import Batch, TrainingBatches, count, derive_seed, fixed_batches, load_dataset
@@ -211,15 +212,18 @@ def train(config: Config, process: parallel.Process) -> int:
                 checkpoints.save(step, model, tokenizer, optimizer, scaler)
             if stop:
                 break
-    print(memory.summary(), metrics.summary(), logits_saver.summary(), checkpoints.summary(), sep="\n")
+    print(
+        memory.summary(logits_saver.host_bytes),
+        metrics.summary(),
+        logits_saver.summary(),
+        checkpoints.summary(),
+        sep="\n",
+    )
     return 128 + stop if stop else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
-    options = parser.parse_args(arguments)
+    options = cli.train_parser(__doc__).parse_args(arguments)
 
     def command() -> int:
         try:

@@ -1,9 +1,11 @@
 """What the commands share: they start at once, and end with one sentence."""
 
+import argparse
 import importlib
 import io
 import sys
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from so8t.config import InputError
@@ -24,6 +26,16 @@ def on_demand(package: str, names: Collection[str], *modules: str) -> Callable[[
         raise AttributeError(f"module {package} has no attribute {name}")
 
     return __getattr__
+
+
+def train_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of train.py."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
+    return parser
 
 
 def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> int:

@@ -341,8 +341,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:
         place = re.search(r"at line (\d+)", str(error))
-        has_backslash = place is not None and "\\" in text.split("\n")[int(place[1]) - 1]
-        remedy = BACKSLASHES if has_backslash else "text needs quotes, true and false do not"
+        line = text.split("\n")[int(place[1]) - 1] if place else text  # a string that does not end has no line
+        remedy = BACKSLASHES if "\\" in line else "text needs quotes, true and false do not"
         raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
 

@@ -91,7 +91,10 @@ def delete_folder(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append `line` to a log in one write, so that a kill or a full disk leaves whole lines only."""
+    """Append `line` to a log in one write, so that a kill or a full disk leaves whole lines only.
+
+    Two processes may do so at once, except on Windows.
+    """
     data = line.encode() + b"\n"
     with path.open("ab", buffering=0) as file:
         end = file.tell()

@@ -35,9 +35,9 @@ def head_dtype(head_weight: Tensor) -> torch.dtype:
 def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, tap: Tap | None = None) -> Tensor:
     """Cross-entropy of `hidden @ head_weight.T` against `targets`, summed over the positions that have a target.
 
-    hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; targets: [batch, seq], -100 = no loss.
-    Keep `targets` on the host: its rows are then found without a GPU->CPU sync. Returns a float32 scalar on
-    the device of `hidden`. The whole logits tensor never exists; `tap` sees its chunks as they come.
+    hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size], on one device; targets: [batch, seq],
+    on the host, where their rows are found without a GPU->CPU sync, -100 = no loss. Returns a float32 scalar on the
+    device of `hidden`. The whole logits tensor never exists; `tap` sees its chunks as they come.
     """
     rows = (targets.flatten() != NO_TARGET).nonzero().squeeze(1)
     kept_targets = targets.flatten()[rows].to(hidden.device, non_blocking=True)

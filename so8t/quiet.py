@@ -19,9 +19,13 @@ FUTURE_WARNINGS = (
 
 def keep_chatter_out() -> None:
     for name, beginning in LOG_LINES.items():
-        logging.getLogger(name).addFilter(lambda record, line=beginning: not str(record.msg).startswith(line))
+        logging.getLogger(name).addFilter(_without(beginning))
     for message in FUTURE_WARNINGS:
         warnings.filterwarnings("ignore", message, FutureWarning)
+
+
+def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: not str(record.msg).startswith(beginning)
 
 
 def hide_bars() -> None:
@@ -32,6 +36,6 @@ def hide_bars() -> None:
     from transformers.utils import logging as transformers_logging  # seconds, which `import so8t` should not take
 
     def no_bar(bar: Callable[..., Any], args: tuple[Any, ...], keys: dict[str, Any]) -> Any:
-        return transformers_logging.EmptyTqdm(*args, **keys)  # type: ignore[no-untyped-call]
+        return transformers_logging.EmptyTqdm(*args, **keys)
 
     transformers_logging.set_tqdm_hook(no_bar)

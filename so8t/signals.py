@@ -8,16 +8,15 @@ before, as after a power cut.
 import signal
 import sys
 import time
-from collections.abc import Callable
 from types import FrameType, TracebackType
 
 HANDLED = [signal.SIGINT, signal.SIGTERM]
+CONSOLE_ENDS = (2, 5, 6)  # CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT
 if sys.platform == "win32":
     import ctypes
 
     HANDLED.append(signal.SIGBREAK)
-    CONSOLE_ENDS = (2, 5, 6)  # CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT
-    _Handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)
+    ConsoleHandler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)
 
 
 class StopSignals:
@@ -27,41 +26,34 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._note) for number in HANDLED}
-        self._forget_console = _watch_console(self)
+        if sys.platform == "win32":
+            self._console_handler = ConsoleHandler(self._note_console)
+            ctypes.windll.kernel32.SetConsoleCtrlHandler(self._console_handler, True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
-        self._forget_console()
+        if sys.platform == "win32":
+            ctypes.windll.kernel32.SetConsoleCtrlHandler(self._console_handler, False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
 
+    def _note_console(self, event: int) -> bool:
+        """Called by Windows in a thread of its own; False hands the event on to Python, which makes it a signal.
+
+        The process ends when the answer to the console's end returns. So it waits, and the step has the seconds that
+        there are; Python alone would answer with SIGBREAK and return at once.
+        """
+        if event not in CONSOLE_ENDS:
+            return False
+        self.received = signal.SIGTERM
+        time.sleep(60)
+        return True
+
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def _watch_console(signals: StopSignals) -> Callable[[], None]:
-    """On Windows, note the console's end as SIGTERM; returns what ends the watch.
-
-    Windows calls the handler in a thread of its own and ends the process when the handler returns: it must not, so that
-    the step has the seconds that there are. Python alone would answer with SIGBREAK and return at once.
-    """
-    if sys.platform == "win32":
-
-        def note(event: int) -> bool:
-            if event not in CONSOLE_ENDS:
-                return False  # Python's own handler is next
-            signals.received = signal.SIGTERM
-            time.sleep(60)
-            return True
-
-        handler = _Handler(note)
-        set_handler = ctypes.windll.kernel32.SetConsoleCtrlHandler
-        set_handler(handler, True)
-        return lambda: set_handler(handler, False)
-    return lambda: None

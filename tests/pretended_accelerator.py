@@ -321,7 +321,7 @@ def install() -> list[torch.library.Library]:
     bitsandbytes.nn.Int8Params._quantize = _quantise_int8
     Stream.default = Stream.current = Stream(NAME)
     torch.Stream = Stream  # type: ignore[misc]
-    torch.empty = _empty_pinned
+    torch.empty = _empty_pinned  # type: ignore[assignment]
     return [every, kernels, quantised]
 
 

@@ -21,6 +21,8 @@ from so8t.optim import make_optimizer
 
 TOTAL_STEPS, MICRO_BATCHES = 50, 4
 
+pytestmark = pytest.mark.disk
+
 
 @pytest.fixture
 def config(tmp_path: Path, base_models: dict[str, Path]) -> Config:
@@ -163,6 +165,6 @@ def test_paths_that_are_too_long_are_told_before_training(config: Config) -> Non
 
 def test_output_dir_that_cannot_be_written_is_named(config: Config) -> None:
     output_dir = Path(config.training.output_dir)
-    output_dir.write_text("a file")
+    output_dir.write_text("a file", encoding="utf-8")
     with pytest.raises(InputError, match=r"training\.output_dir: cannot write into .*; choose another"):
         make_output_dir(config, True)

@@ -54,7 +54,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     metrics = make_metrics(tmp_path)
     metrics.after_step(1, **VALUES | {"loss": math.nan, "grad_norm": math.inf})
     metrics.close()
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert (found["loss"], found["grad_norm"]) == (None, None)
 
@@ -135,14 +135,14 @@ def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("line", ["[]", "1", "{}", '{"step": "1"}', '{"step": 1, "loss": "low"}', '{"step": true}'])
 def test_a_whole_line_that_is_no_step_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1, "loss": null}}\n{line}\n')
+    path.write_text(f'{{"step": 1, "loss": null}}\n{line}\n', encoding="utf-8")
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is no step"):
         read_metrics(path)
 
 
 def test_the_run_file_says_when_on_what_and_with_what_data_it_started(tmp_path: Path) -> None:
     write_run_file(tmp_path, torch.device("cpu"), 216, "abc" * 20)
-    run = json.loads((tmp_path / RUN_FILE).read_text())
+    run = json.loads((tmp_path / RUN_FILE).read_text(encoding="utf-8"))
     assert datetime.fromisoformat(run["started"]).tzinfo is not None
     assert (run["total_steps"], run["data"], run["torch"]) == (216, ("abc" * 20)[:16], torch.__version__)
     assert run["device"].startswith("cpu, ")

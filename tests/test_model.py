@@ -583,9 +583,9 @@ def test_weights_that_the_files_lack_or_have_in_another_shape_are_not_made_up(
     tmp_path: Path, base_models: dict[str, Path], key: str, more: int, sentence: str
 ) -> None:
     folder = shutil.copytree(base_models["phi3"], tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config[key] += more
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match=sentence):
         load(folder)
 
@@ -600,10 +600,10 @@ def test_model_that_transformers_cannot_build_is_reported(tmp_path: Path, from_s
 def add_custom_code(folder: Path, **auto_map: Any) -> Path:
     """Make the folder's classes ones of its own file; returns what that file writes when it is executed."""
     trace = folder / "executed"
-    (folder / "custom.py").write_text(f"open({str(trace)!r}, 'w')\nclass Custom: pass\n")
+    (folder / "custom.py").write_text(f"open({str(trace)!r}, 'w')\nclass Custom: pass\n", encoding="utf-8")
     path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {"model_type": "custom"}
-    path.write_text(json.dumps(config | {"auto_map": auto_map}))
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model_type": "custom"}
+    path.write_text(json.dumps(config | {"auto_map": auto_map}), encoding="utf-8")
     return trace
 
 
@@ -623,7 +623,8 @@ def test_custom_configuration_and_tokenizer_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 10))
     trace = add_custom_code(tmp_path, AutoConfig="custom.Custom", AutoModelForCausalLM="custom.Custom")
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["custom.Custom", None]}})
+        json.dumps({"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["custom.Custom", None]}}),
+        encoding="utf-8",
     )
     config = ModelConfig(str(tmp_path))
     with pytest.raises(InputError, match=r"^model\.base_model = .* custom code"):
@@ -701,7 +702,7 @@ def test_adapter_folder_is_a_plain_one_of_peft(tmp_path: Path, base_models: dict
     trained = load(base_models["phi3"], so8t=IDENTITY)
     randomize_lora(trained)
     save_model(trained, tokenizer, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+    assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] == str(
         base_models["phi3"]
     )
     with_peft = peft.PeftModel.from_pretrained(load_plain(base_models["phi3"]), str(tmp_path))

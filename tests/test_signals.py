@@ -1,4 +1,5 @@
 import signal
+import time
 
 import pytest
 
@@ -28,3 +29,17 @@ def test_handlers_come_back_when_training_fails() -> None:
     with pytest.raises(ValueError, match="training failed"), StopSignals():
         raise ValueError("training failed")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_end_of_a_console_of_windows_is_noted_and_not_answered_until_the_process_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with StopSignals() as signals:
+        for ctrl_c_or_break in (0, 1):
+            assert not signals._note_console(ctrl_c_or_break)
+        assert signals.received == 0
+        assert signals._note_console(2)
+        assert signals.received == signal.SIGTERM
+    assert waits == [60]

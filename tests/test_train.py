@@ -108,7 +108,7 @@ def copy_rows(path: Path, start: int, end: int) -> None:
 
 def write_config(base: Path, rows: Path, output_dir: Path) -> str:
     path = output_dir.with_suffix(".toml")
-    path.write_text(CONFIG.format(base=base, rows=rows, output_dir=output_dir))
+    path.write_text(CONFIG.format(base=base, rows=rows, output_dir=output_dir), encoding="utf-8")
     return str(path)
 
 
@@ -152,6 +152,7 @@ def assert_same_logits(one: Path, other: Path) -> None:
         assert torch.equal(record.contents["logits"], records[1][step].contents["logits"])
 
 
+@pytest.mark.disk
 def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run("run")
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -369,7 +370,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_to_the_bit(
     "options",
     [
         ("training.fp16=true",),
-        ("qlora.enabled=false", 'training.lr_scheduler_type="linear"'),
+        pytest.param(("qlora.enabled=false", 'training.lr_scheduler_type="linear"'), marks=pytest.mark.disk),
         ("quantization.load_in_4bit=true", 'training.optim="paged_adamw_8bit"', "training.gradient_checkpointing=true"),
         ("quantization.load_in_8bit=true", "training.gradient_checkpointing=true", "pet.huber_delta=0.1"),
     ],
@@ -404,7 +405,7 @@ def test_two_processes_train_like_one(base: Path, run: Run, tmp_path: Path) -> N
     config = write_config(base, tmp_path / "rows.jsonl", tmp_path / "two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", config]
     one_each = "training.gradient_accumulation_steps=1"
-    result = subprocess.run([*command, *options, one_each], capture_output=True, text=True)
+    result = subprocess.run([*command, *options, one_each], capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("trainable: ") == 1
     names = ("loss", "pet", "grad_norm", "num_targets")
@@ -488,7 +489,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
     output = capsys.readouterr().out
     assert "data: 10 rows, " in output
     assert "data.policy left out 2 rows (provenance 1, email 1); 3 steps an epoch" in output
-    report = json.loads((folder / "policy.json").read_text())
+    report = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
     assert (report["mode"], report["rows_read"], report["rows_used"]) == ("exclude", 12, 10)
     assert {rule: number for rule, number in report["counts"].items() if number} == {"provenance": 1, "email": 1}
     places = [(Path(row["file"]).name, row["line"], row["rule"]) for row in report["dropped"]]
@@ -497,7 +498,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
     run("strict", "data.policy.mode=error", exit_code=2)
     error = capsys.readouterr().err
     assert "rows.jsonl:11: breaks data.policy.email" in error
-    for told in (output, error, (folder / "policy.json").read_text()):
+    for told in (output, error, (folder / "policy.json").read_text(encoding="utf-8")):
         assert "wren" not in told.lower()
     assert not (tmp_path / "strict").exists()
 
@@ -524,8 +525,8 @@ def test_resuming_with_other_rows_in_the_same_file_is_refused(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("run", "training.max_steps=2")
-    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "rows.jsonl").write_text("\n".join([rows[1], rows[0], *rows[2:]]))
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join([rows[1], rows[0], *rows[2:]]), encoding="utf-8")
     run("run", "training.max_steps=2", exit_code=2)
     assert "the rows have changed" in capsys.readouterr().err
 
@@ -589,5 +590,5 @@ def test_the_loss_formula_stands_once_in_train_py() -> None:
 
 def test_metrics_lines_are_plain_json(run: Run) -> None:
     folder = run("run", "training.max_steps=1")
-    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    (line,) = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(name))["step"] == 1

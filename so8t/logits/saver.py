@@ -50,12 +50,18 @@ class LogitsSaver:
         self._writer: Writer | None = None  # started when first needed, like the transfer
         self._transfer: HostTransfer | None = None
         self._records: dict[Kind, Record] = {}  # of the step under way
+        self._buffer_bytes: dict[int, int] = {}  # by the identity of the buffer
         self._lost_probe = 0  # the last step whose probe was dropped, or failed
         if self.enabled:
             try:
                 self._folder.tidy()
             except OSError as error:
                 self.counters.warn_once("tidy", f"logits: {self._folder.path} cannot be tidied up ({error})")
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the buffers that logits have waited in."""
+        return sum(self._buffer_bytes.values())
 
     def is_due(self, step: int) -> bool:
         return self.enabled and step % self._plan.training.save_logits_steps == 0
@@ -169,7 +175,8 @@ class LogitsSaver:
         record = Record(kind, step, epoch, datetime.now().strftime("%Y%m%d_%H%M%S"), buffer)
         self._records[kind] = record  # before the buffer grows, so that a failure there gives it back
         planned = self._plan.probe_tokens if kind == "probe" else self._plan.max_tokens
-        buffer.fit(self._plan.layout, max(batch.targets.numel(), planned), pinned=device.type == "cuda")
+        buffer.fit(self._plan.layout, max(batch.targets.numel(), planned), pinned=device.type != "cpu")
+        self._buffer_bytes[id(buffer)] = buffer.nbytes
         return record
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +33,7 @@ class HostBuffer:
             return
         self._positions = 0
         self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-        self._bytes = torch.empty(positions * position_bytes(layout), dtype=torch.uint8, pin_memory=pinned)
+        self._bytes = _host_memory(positions * position_bytes(layout), pinned)
         self._layout, self._positions = layout, positions
 
     def tensors(self, start: int, end: int) -> dict[str, Tensor]:
@@ -53,6 +54,13 @@ class HostBuffer:
             tensors[name] = tensor.view(end - start, *shape)
             offset += self._positions * width * dtype.itemsize
         return tensors
+
+
+def _host_memory(size: int, pinned: bool) -> Tensor:
+    """Bytes of torch's own if they must be pinned, else of numpy's: they are not counted among a step's tensors."""
+    return (
+        torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else torch.from_numpy(np.empty(size, np.uint8))
+    )
 
 
 class HostTransfer:
@@ -147,7 +155,10 @@ class Scorer:
 
 
 def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes."""
+    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes.
+
+    index: on the host, where its numbers are known without a wait.
+    """
     gaps = (index.diff() > 1).nonzero().squeeze(1) + 1
     bounds = [0, *gaps.tolist(), len(index)]
     for start, end in itertools.pairwise(bounds):
@@ -156,7 +167,7 @@ def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def score_rows(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:
-    """Fill results [n, ...] from logits [n, vocabulary] and targets [n], -100 = none."""
+    """Fill results [n, ...] from logits [n, vocabulary] and targets [n], -100 = none; all on one device."""
     for start in range(0, len(logits), SCORE_ROWS):
         rows = slice(start, start + SCORE_ROWS)
         _score_part(logits[rows], targets[rows], {name: result[rows] for name, result in results.items()})

@@ -84,7 +84,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(plan.as_dict() | {"largest_length": longest}, indent=1))
     elif longest is not None:
-        print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens")
+        every = f", all {positions} positions of the model" if longest == positions else ""
+        print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens{every}")
     return 0
 
 

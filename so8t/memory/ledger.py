@@ -31,8 +31,8 @@ class OutOfMemory(Exception):
 class MemoryLedger:
     """Tensor bytes between two marks: from the accelerator's allocator at every step, on a CPU counted in a few.
 
-    Counting slows a step down. On a CPU it is done in the first two steps, in the first two that save logits, in the
-    one after the first of them, and in the first that evaluates. As a context manager the ledger turns an out-of-memory
+    Counting slows a step down. On a CPU it is done in the first two steps, in the first two that save logits and in the
+    first that evaluates. As a context manager the ledger turns an out-of-memory
     error into OutOfMemory.
     """
 
@@ -49,6 +49,7 @@ class MemoryLedger:
         self._largest = BatchShape(0, 0, is_padded=False)
         self._last_mark = "start of the run"
         self._reserved = 0
+        self._process_at_start = peak_process_bytes()  # before the model: Python and the libraries
         self._is_lent = False
 
     def __enter__(self) -> "MemoryLedger":
@@ -69,8 +70,7 @@ class MemoryLedger:
         steps = range(first_step, total_steps + 1)
         saves = [step for step in steps if self._saves_logits(step)][:2]
         evaluations = [step for step in steps if eval_steps and step % eval_steps == 0][:1]
-        # after a saving step: a forward with the buffers of the logits there
-        self._counted_steps = {first_step, first_step + 1, *saves, *(step + 1 for step in saves[:1]), *evaluations}
+        self._counted_steps = {first_step, first_step + 1, *saves, *evaluations}
         self.mark("load")
         self._count(first_step in self._counted_steps)
 
@@ -102,8 +102,11 @@ class MemoryLedger:
             return {"peak_memory_bytes": max(phase.peak for phase in self._phases.values())}
         return {"peak_memory_bytes": peak_process_bytes()}
 
-    def summary(self) -> str:
-        """Write memory.json and return its table: predicted for the largest micro-batch that was measured, measured."""
+    def summary(self, logits_buffers: int) -> str:
+        """Write memory.json and return its table: predicted for the largest micro-batch that was measured, measured.
+
+        logits_buffers: bytes of the buffers that logits waited in; host memory, which no tensor of the step counts.
+        """
         if not self._largest.tokens:
             return "memory: no step was measured"
         plan, shape = self._plan, self._largest
@@ -114,13 +117,16 @@ class MemoryLedger:
         phases = _side_by_side(_peaks(predicted), _peaks(measured))
         phases = [phase for phase in phases if phase["measured_bytes"] is not None]
         peak = {"predicted_bytes": predicted.peak, "measured_bytes": measured.peak}
+        on_host = _side_by_side({"logits buffers": plan.spec.logits.host_bytes}, {"logits buffers": logits_buffers})
+        on_host = [row for row in on_host if row["predicted_bytes"] or row["measured_bytes"]]
         record = {
-            "rows": [row | {"where": "device"} for row in rows],
+            "rows": [row | {"where": "device"} for row in rows] + [row | {"where": "host"} for row in on_host],
             "moments": phases,
             "peak": peak,
             "micro_batch": vars(shape),
             "checkpointed_layers": plan.checkpointed_layers,
             "reserved_bytes": self._reserved or None,
+            "process_bytes_at_start": self._process_at_start,
         }
         if self._is_main:
             with atomic_write(self._output_dir / "memory.json") as file:
@@ -129,6 +135,7 @@ class MemoryLedger:
         lines += map(_comparison, rows)
         lines += [_comparison(phase | {"name": f"peak, {phase['name']}"}) for phase in phases]
         lines.append(_comparison({"name": "peak of all tensors"} | peak))
+        lines += map(_comparison, on_host)
         if self._reserved:
             lines.append(f"  {'reserved by the allocator':42s}{'':12s}{size_of(self._reserved):>12s}")
         return "\n".join(lines)

@@ -15,7 +15,7 @@ from so8t.text import GIB, MIB, size_of
 
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
 FRAGMENTATION = 0.05  # assumed: share of the peak
-LENGTH_BLOCK, LENGTH_BLOCKS = 256, 128  # largest_length searches in blocks of tokens, up to so many
+LENGTH_BLOCK = 256  # tokens: largest_length searches in such steps
 WHY = {
     "embeddings and head": "not quantised: bitsandbytes leaves them as they were loaded",
     "other weights": "norms and biases, as they were loaded",
@@ -116,15 +116,20 @@ class Plan:
         return "\n".join(_line(option, savings[option], "saved") for option in best_first if savings[option] > 0)
 
     def largest_length(self, capacity: int) -> int:
-        """The longest micro-batch of one row that fits with all layers checkpointed, in blocks of 256 tokens."""
+        """The longest micro-batch of one row that fits with all layers checkpointed, in steps of 256 tokens.
+
+        At most as long as the model has positions; 0 if not even the first step fits.
+        """
         spec = replace(self.spec, probe=())
 
-        def peak(blocks: int) -> int:
-            shape = BatchShape(1, LENGTH_BLOCK * blocks, is_padded=False)
+        def peak(length: int) -> int:
+            shape = BatchShape(1, length, is_padded=False)
             return trace_step(spec.changed(spec.config, shape), None).peak
 
+        positions = spec.model_config.max_position_embeddings
+        lengths = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         limit = budget_of(capacity - CONTEXT_BYTES)
-        return LENGTH_BLOCK * bisect_right(range(1, LENGTH_BLOCKS + 1), limit, key=peak)
+        return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]
 
 
 def plan_memory(spec: StepSpec, free: int | None, capacity: int | None) -> Plan:

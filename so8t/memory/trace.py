@@ -88,9 +88,7 @@ def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
         live.hold(all_tensors(held_tensors(model, [])))
         mark("load")
         states = optimizer_states(trainable_parameters(model), spec.config.training.optim)
-        # beside a GPU the buffers are pinned memory of another kind
-        buffers = torch.empty(spec.logits.host_bytes if spec.device_type == "cpu" else 0, dtype=torch.uint8)
-        live.hold([*all_tensors(held_tensors(model, states)), buffers])
+        live.hold(all_tensors(held_tensors(model, states)))
         with live:
             _run_step(spec, model, mark)
         return Trace(held_bytes(model, states), phases, num_parameters(model), len(checkpointable_layers(model)))

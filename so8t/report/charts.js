@@ -75,7 +75,7 @@ function draw(figure, chart, isLog) {
   const scale = isLog ? Math.log10 : (value) => value;
   const y = (value) => TOP + ((scale(high) - scale(value)) / (scale(high) - scale(low))) * (HEIGHT - TOP - BOTTOM);
   const floor = HEIGHT - BOTTOM;
-  const root = svg("svg", {width, height: HEIGHT, role: "img", tabindex: 0, "aria-label": `${chart.title}: ${chart.caption}`});
+  const root = svg("svg", {width, height: HEIGHT, role: "img", tabindex: 0, "aria-label": [chart.title, chart.numbers, chart.caption].filter(Boolean).join(", ")});
 
   chart.phases.forEach(([from, to, name], index) => {
     const [x1, x2] = [x(Math.max(from, start)), x(Math.min(to, end))];

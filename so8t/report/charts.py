@@ -29,6 +29,7 @@ class Series:
 @dataclass(frozen=True)
 class Chart:
     title: str
+    numbers: str  # of this run, in words; what stays the same in another run is the caption
     caption: str
     series: list[Series]
     x: str = "step"
@@ -46,25 +47,29 @@ def training_charts(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> list[C
     charts = [
         Chart(
             "Loss",
-            f"{_ends(metrics, 'loss')}; loss = cross-entropy + weight × PET",
+            _ends(metrics, "loss"),
+            "loss = cross-entropy + weight × PET",
             _curves(metrics, loss="loss", ce="cross-entropy", eval_loss="validation"),
         ),
         _pet(metrics, pet),
-        Chart("Learning rate", _most(metrics, "lr"), _curves(metrics, lr="learning rate")),
+        Chart("Learning rate", _most(metrics, "lr"), "", _curves(metrics, lr="learning rate")),
         Chart(
             "Gradient norm",
-            f"{_ends(metrics, 'grad_norm')}, before clipping",
+            _ends(metrics, "grad_norm"),
+            "before clipping",
             _curves(metrics, grad_norm="gradient norm"),
         ),
         Chart(
             "Tokens per second",
+            "",
             "padding not counted",
             _curves(metrics, tokens_per_sec="tokens per second"),
             from_zero=True,
         ),
         Chart(
             "Peak memory",
-            f"{_ends(gib, 'gib')} GiB, the most since the last start",
+            f"{_ends(gib, 'gib')} GiB",
+            "the most since the last start",
             _curves(gib, gib="GiB"),
             from_zero=True,
         ),
@@ -96,8 +101,8 @@ def overlaid(charts: Sequence[Chart], others: Sequence[Chart], name: str, other_
         other = of_other.get(chart.title)
         if other is not None and not chart.is_scatter:
             theirs = [replace(one, name=f"{one.name}, {other_name}", of_run=1) for one in other.series]
-            caption = f"{name}: {chart.caption}; {other_name}: {other.caption}"
-            chart = replace(chart, caption=caption, series=[*chart.series, *theirs])
+            numbers = f"{name}: {chart.numbers}; {other_name}: {other.numbers}" if chart.numbers else ""
+            chart = replace(chart, numbers=numbers, series=[*chart.series, *theirs])
         result.append(chart)
     return result
 
@@ -116,8 +121,9 @@ def _pet(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> Chart:
         name = " or ".join(name for name in weights if weights[name] == weight and pet.enabled) or "off"
         phases.append((steps[0] - 0.5, steps[-1] + 0.5, name))
         told.append(f"{name} with weight {weight:g} to step {steps[-1]}")
-    caption = "; ".join([_ends(metrics, "pet"), *told])
-    return Chart("PET and its phases", caption, _curves(metrics, pet="PET"), phases=phases)
+    return Chart(
+        "PET and its phases", _ends(metrics, "pet"), "; ".join(told), _curves(metrics, pet="PET"), phases=phases
+    )
 
 
 # ---- charts of saved logits
@@ -126,6 +132,7 @@ def _pet(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> Chart:
 def _uncertainty(steps: Sequence[StepScores]) -> Chart:
     return Chart(
         "Entropy and negative log-likelihood",
+        "",
         "mean over tokens, in nats; equal where the model is as sure as it is right",
         [
             Series("entropy", _points((scores.step, scores.total.entropy) for scores in steps)),
@@ -139,6 +146,7 @@ def _sections(steps: Sequence[StepScores]) -> Chart:
     having = {name: [scores for scores in steps if name in scores.sections] for name in names}
     return Chart(
         "Negative log-likelihood of each section",
+        "",
         "mean over its tokens, in nats",
         [Series(name, _points((scores.step, scores.sections[name].nll) for scores in having[name])) for name in names],
     )
@@ -150,6 +158,7 @@ def _accuracy(steps: Sequence[StepScores]) -> Chart:
     return Chart(
         "Accuracy",
         f"at step {steps[-1].step} {top1} of {last.tokens} tokens were the likeliest, {top5} among the five likeliest",
+        "",
         [
             Series("top 1", _points((scores.step, scores.total.top1_accuracy) for scores in steps)),
             Series("top 5", _points((scores.step, scores.total.top5_accuracy) for scores in steps)),
@@ -162,6 +171,7 @@ def _calibration(steps: Sequence[StepScores]) -> Chart:
     errors = [(scores.step, scores.total.calibration.error) for scores in steps]
     return Chart(
         "Expected calibration error",
+        "",
         "15 bins of equal mass; 0 = right as often as it is sure"
         + ("; shaded where only bounds are known" if any(error.low != error.high for _, error in errors) else ""),
         [
@@ -179,6 +189,7 @@ def _reliability(steps: Sequence[StepScores]) -> Chart:
     bins = {scores.step: scores.total.calibration.bins for scores in (steps[0], steps[-1])}
     return Chart(
         "Reliability",
+        "",
         "each point is a fifteenth of the tokens; below the diagonal the model is surer than it is right",
         [
             Series(f"step {step}", _points((bin.confidence, bin.accuracy) for bin in of_step))
@@ -199,6 +210,7 @@ def _divergence(analysis: Analysis) -> Chart:
     high = _points((one.later_step, one.kl_p95.low) for one in comparisons)
     return Chart(
         "Change between saves",
+        "",
         "KL divergence from an earlier save, in nats a token, on the rows that both hold"
         + ("" if is_exact else "; lower bounds"),
         [Series("mean", mean, labels=pairs), Series("95th percentile", high, labels=pairs)],
@@ -216,7 +228,8 @@ def _data_map(samples: Sequence[SampleDynamics]) -> Chart:
     }
     return Chart(
         "Data map",
-        f"{len(samples)} rows saved more than once; top left easy, bottom left hard, right ambiguous",
+        f"{len(samples)} rows saved more than once",
+        "top left easy, bottom left hard, right ambiguous",
         [
             Series(
                 name,

@@ -103,7 +103,7 @@ def _read_run(folder: Path) -> Run:
     if not metrics:
         raise InputError(f"{folder} has no step in its metrics.jsonl; wait for the first one")
     logits = folder / config.training.save_logits_dir
-    has_files = logits.is_dir() and any(logits.iterdir())
+    has_files = logits.is_dir() and any(path.suffix == ".pt" for path in logits.iterdir())
     return Run(
         folder,
         config,

@@ -1,16 +1,16 @@
 """A forward pass by shapes on a CUDA device that is not there, where torch was built for CUDA: mixed devices raise."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import Phi3Config
 
+import train
 from so8t.config import load_config
-from so8t.losses import ce_sum, pet_sum
-from so8t.memory import Shape, trace
-from so8t.model import head_weight, hidden_states
+from so8t.memory import fakes
 from so8t.optim import make_autocast
 
 # a build without CUDA aborts the process; with a GPU tests/gpu does all this with real numbers
@@ -24,7 +24,7 @@ PRECISIONS = {
     "bf16": ["quantization.load_in_4bit=false"],
     "fp16": ["training.bf16=false", "training.fp16=true", "model.dtype=float16"],
 }
-give_shapes = trace._give_shapes
+give_shapes = fakes._give_shapes
 
 
 def give_shapes_on_cuda(model: nn.Module) -> None:
@@ -37,14 +37,16 @@ def give_shapes_on_cuda(model: nn.Module) -> None:
 def test_nothing_of_a_micro_batch_stays_on_the_host(
     monkeypatch: pytest.MonkeyPatch, precision: str, is_padded: bool
 ) -> None:
-    monkeypatch.setattr(trace, "_give_shapes", give_shapes_on_cuda)
+    monkeypatch.setattr(fakes, "_give_shapes", give_shapes_on_cuda)
     config = load_config(JOB, ["so8t.layer_indices=[0]", *PRECISIONS[precision]])
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     phi = Phi3Config(**sizes, num_key_value_heads=4, vocab_size=2048, pad_token_id=1)
-    with trace.fake_model(config, phi, "cuda", 1) as (model, live), live, torch.no_grad():
-        batch = trace.fake_batch(Shape(2, 64, is_padded))
-        with make_autocast(config.training, "cuda"):
-            hidden = hidden_states(model, batch)
-            ce = ce_sum(hidden, head_weight(model), batch.targets)
-            pet = pet_sum(hidden, batch.attention_mask)
-        assert {tensor.device.type for tensor in (hidden, ce, pet)} == {"cuda"}
+    with fakes.fake_model(config.model_spec, phi, "cuda", 1) as (model, live), live, torch.no_grad():
+        batch, autocast = fakes.fake_batch(fakes.BatchShape(2, 64, is_padded)), make_autocast(config.training, "cuda")
+        results = train.forward(model, batch, autocast, 100, 100, pet_weight=0.05, huber_delta=0.0, tap=None)
+        assert {tensor.device.type for tensor in results} == {"cuda"}

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from transformers import Phi3Config, Phi3ForCausalLM
 
 from so8t.logits import read_logits
 from so8t.metrics import read_metrics
@@ -32,18 +30,13 @@ class Outcomes(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Outcomes:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Outcomes:
     """What became of all commands. They share one process, which must have the device from its start."""
     folder = tmp_path_factory.mktemp("pretended")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 1, "eos_token_id": 0}
-    Phi3ForCausalLM(Phi3Config(**sizes, **heads, bos_token_id=None)).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
     rows = SAMPLE.read_bytes().splitlines(keepends=True)
     for name, some in (("rows", rows[:12]), ("few", rows[12:15])):
         (folder / f"{name}.jsonl").write_bytes(b"".join(some))
-    (folder / "commands.json").write_text(json.dumps(commands(folder)), encoding="utf-8")
+    (folder / "commands.json").write_text(json.dumps(commands(folder, base)), encoding="utf-8")
     subprocess.run(
         [sys.executable, "tests/pretended_accelerator.py", folder / "commands.json", folder / "outcomes.json"],
         check=True,
@@ -52,10 +45,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Outcom
     return Outcomes(folder, json.loads((folder / "outcomes.json").read_bytes()))
 
 
-def commands(folder: Path) -> list[dict[str, Any]]:
+def commands(folder: Path, base: Path) -> list[dict[str, Any]]:
     """Rows of unequal length, two a micro-batch; with gates, PET, adapters, validation and a probe if not said."""
     shared = (
-        *(f"model.base_model={folder / 'base'}", "model.from_scratch=false", "qlora.enabled=true", "qlora.r=4", LINEAR),
+        *(f"model.base_model={base}", "model.from_scratch=false", "qlora.enabled=true", "qlora.r=4", LINEAR),
         *(f"data.train_data={folder / 'rows.jsonl'}", f"data.eval_data={folder / 'few.jsonl'}"),
         *("training.per_device_train_batch_size=2", "training.max_steps=2", "training.eval_steps=1"),
         *("training.save_logits_steps=1", "training.save_logits_max_files=0", "training.save_steps=1"),

@@ -566,7 +566,7 @@ def test_a_file_that_is_older_than_checksums_opens_and_says_that_it_cannot_be_ve
     torch.save(contents, record.path)
     (step,) = analyze(tmp_path).steps
     assert (step.verified, step.damaged) == (True, None)
-    (tmp_path / "logits" / "notes.pt").write_text("mine")
+    (tmp_path / "logits" / "notes.pt").write_text("mine", encoding="utf-8")
     assert main([str(tmp_path), "--verify"]) == 1
     out = capsys.readouterr().out
     assert "cannot be verified, it was written before files had checksums" in out
@@ -640,7 +640,10 @@ def test_the_folder_that_the_configuration_names_is_read(tmp_path: Path) -> None
     make_run(tmp_path)
     (tmp_path / "logits").rename(tmp_path / "elsewhere")
     config = tmp_path / "config.toml"
-    config.write_text(config.read_text().replace('save_logits_dir = "logits"', 'save_logits_dir = "elsewhere"'))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('save_logits_dir = "logits"', 'save_logits_dir = "elsewhere"'),
+        encoding="utf-8",
+    )
     assert len(analyze(tmp_path).steps) == 4
     assert len(analyze(tmp_path / "elsewhere").steps) == 4
 
@@ -676,7 +679,9 @@ def default_runs_logits(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any
 def test_the_examples_of_the_readme_run_on_what_the_default_run_leaves(
     default_runs_logits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    examples = re.findall(r"^python -m so8t\.analyze (runs/default.*?)(?: +#.*)?$", Path("README.md").read_text(), re.M)
+    examples = re.findall(
+        r"^python -m so8t\.analyze (runs/default.*?)(?: +#.*)?$", Path("README.md").read_text(encoding="utf-8"), re.M
+    )
     assert any("--compare" in example for example in examples)
     assert any("--export" in example for example in examples)
     for example in examples:
@@ -702,7 +707,7 @@ def folder_without_a_file(run: Path) -> list[str]:
 
 def foreign_files(run: Path) -> list[str]:
     torch.save({"weights": torch.ones(2)}, run / "model.pt")
-    (run / "notes.pt").write_text("mine")
+    (run / "notes.pt").write_text("mine", encoding="utf-8")
     return [str(run)]
 
 

@@ -80,7 +80,9 @@ def measure(what: str, run: Path) -> None:
 
 def peak_bytes() -> int:
     """Resident memory of this process at its most, mapped files included; ru_maxrss would count its parent's too."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")
+    )
     return int(line.split()[1]) * 1024
 
 

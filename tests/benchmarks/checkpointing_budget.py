@@ -54,7 +54,7 @@ def main() -> None:
             seconds[budget].append(statistics.median(record["seconds"] for record in records[WARM_UP:]))
             losses.add(tuple(record["loss"] for record in records))
         for budget, times in seconds.items():
-            found = json.loads((folder / f"{budget:.0f}_0" / "memory.json").read_text())
+            found = json.loads((folder / f"{budget:.0f}_0" / "memory.json").read_text(encoding="utf-8"))
             peak, layers = found["peak"]["measured_bytes"], found["checkpointed_layers"]
             print(
                 f"budget {budget / 2**20:.0f} MiB: {layers} of {num_layers} layers, peak {peak / 2**20:.0f} MiB "

@@ -37,7 +37,7 @@ CASES = {step: make_case(length=100, seed=step) for step in range(1, STEPS + 1)}
 def run(folder: Path) -> None:
     """Train from the last checkpoint to the end: only its number is kept, the batches depend on the step alone."""
     checkpoint = folder / "checkpoint"
-    first_step = int(checkpoint.read_text()) + 1 if checkpoint.exists() else 1
+    first_step = int(checkpoint.read_text(encoding="utf-8")) + 1 if checkpoint.exists() else 1
     saver = make_saver(folder, max_files=4, keep_every=10)
     for step in range(first_step, STEPS + 1):
         capture(saver, step, CASES[step])

@@ -71,7 +71,7 @@ def write_rows(folder: Path) -> None:
         json.dumps({"instruction": words, "output": output, "source": "own", "license": "CC0-1.0"}) + "\n"
         for output in outputs
     )
-    (folder / "rows.jsonl").write_text("".join(rows))
+    (folder / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
 def half_answered(length: int) -> Row:
@@ -86,7 +86,7 @@ def job(model: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         write_rows(Path(name))
         config = Path(name) / "config.toml"
-        config.write_text(CONFIG.format(model=model, folder=name))
+        config.write_text(CONFIG.format(model=model, folder=name), encoding="utf-8")
         yield config
 
 

@@ -27,7 +27,9 @@ from so8t.serve.command import bind  # noqa: E402
 from so8t.thinking import render  # noqa: E402
 
 ANSWER = render("Asks for a capital city.", "Safe: geography.", "Answer in one line.", "Canberra.")
-QUERIES = [json.loads(line)["query"] for line in Path("so8t/demo/sample.jsonl").read_text().splitlines()]
+QUERIES = [
+    json.loads(line)["query"] for line in Path("so8t/demo/sample.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class SavingTrainer(Trainer):
 def our_peak(model_folder: Path, folder: Path, length: int) -> tuple[int, int]:
     """The peak, and how much of it are the two host buffers that logits wait in."""
     path = folder / "config.toml"
-    path.write_text(CONFIG.format(model=model_folder, folder=folder, linear=LINEAR))
+    path.write_text(CONFIG.format(model=model_folder, folder=folder, linear=LINEAR), encoding="utf-8")
     config = load_config(path)
     model = load_model(config.model_spec, torch.device("cpu"), seed=0, checkpointed_layers=None)
     optimizer = make_optimizer(model, config.training)

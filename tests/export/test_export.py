@@ -112,7 +112,7 @@ def write_run(
 
 def write_config(base: Path, folder: Path, *overrides: str) -> Config:
     (folder / "rows.jsonl").write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:6]))
-    (folder / "config.toml").write_text(CONFIG.format(base=base, folder=folder))
+    (folder / "config.toml").write_text(CONFIG.format(base=base, folder=folder), encoding="utf-8")
     return load_config(folder / "config.toml", overrides)
 
 
@@ -140,6 +140,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.disk
 def test_a_run_that_learns_nothing_exports_the_logits_that_it_saved(bases: dict[str, Path], tmp_path: Path) -> None:
     write_config(bases["phi3"], tmp_path)
     saving = ("training.save_logits=true", "training.save_logits_steps=1", "training.save_logits_dtype=fp32")
@@ -231,7 +232,7 @@ def test_weights_are_merged_in_float32_and_rounded_once(
     export(run, tmp_path / "out", dtype)
     exported, base = weights_of(tmp_path / "out"), weights_of(bases["llama"])
     assert {tensor.dtype for tensor in exported.values()} == {DTYPES[dtype]}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(DTYPES[dtype])[6:]
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == str(DTYPES[dtype])[6:]
 
     adapter = {name: tensor.double() for name, tensor in weights_of(run / "checkpoints" / "step_000001").items()}
     for layer, gate in gates_of(model).items():
@@ -263,7 +264,7 @@ def test_quantized_training_is_checked_on_the_unquantized_base_and_its_cost_is_t
     assert report.quantized_top1_agreement != 1
     cost = f"({report.nll_exported - report.quantized_nll:+.4f})"
     assert cost in capsys.readouterr().out
-    assert cost in (tmp_path / "out" / "README.md").read_text()
+    assert cost in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_report_holds_the_mean_loss_of_hugging_face(phi3_run: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_report_holds_the_mean_loss_of_hugging_face(phi3_run: Path, tokenizer: A
     assert report.nll_exported == pytest.approx(sum(losses) / sum(b.num_targets for b in batches), rel=1e-5)
     assert report.nll_live == pytest.approx(report.nll_exported, rel=1e-4)
     assert (report.checked_rows, report.checked_tokens) == (6, sum(b.input_ids.numel() for b in batches))
-    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text()) == asdict(report)
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text(encoding="utf-8")) == asdict(report)
 
 
 def test_weights_that_are_not_finite_are_not_exported(
@@ -287,6 +288,7 @@ def test_weights_that_are_not_finite_are_not_exported(
     assert "out" not in names(tmp_path)
 
 
+@pytest.mark.disk
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     phi3_run: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,7 +314,7 @@ def test_what_is_there_already_stays(
     phi3_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     out = tmp_path / "out"
-    out.write_text("mine") if kind == "file" else out.mkdir()
+    out.write_text("mine", encoding="utf-8") if kind == "file" else out.mkdir()
     before = out.stat()
     assert main([str(phi3_run), str(out)]) == 2
     assert complaint(capsys) == f"so8t.export: {out} is there already; delete it or choose another folder"
@@ -345,11 +347,11 @@ def test_a_quantized_base_is_bad_input(make_run: MakeRun, tmp_path: Path, bases:
     run, _ = make_run()
     base = tmp_path / "quantized"
     base.mkdir()
-    config = json.loads((bases["phi3"] / "config.json").read_text())
+    config = json.loads((bases["phi3"] / "config.json").read_text(encoding="utf-8"))
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}), encoding="utf-8")
     recorded = run / "checkpoints" / "step_000001" / "config.toml"
-    recorded.write_text(recorded.read_text().replace(str(bases["phi3"]), str(base)))
+    recorded.write_text(recorded.read_text(encoding="utf-8").replace(str(bases["phi3"]), str(base)), encoding="utf-8")
     with pytest.raises(InputError, match=r"the weights of .* are quantized .* name the model that they were made from"):
         export(run, tmp_path / "out")
 
@@ -377,7 +379,7 @@ def test_exported_folder_is_the_live_model_in_the_shape_of_its_base(
     assert report.top1_agreement > 0.98  # two logits of a random model may be as near as rounding
     shapes = [{name: tensor.shape for name, tensor in weights_of(f).items()} for f in (bases[base], tmp_path / "out")]
     assert shapes[0] == shapes[1]
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert len(set(index["weight_map"].values())) > 2
     angles: list[Tensor] = [gate.angles for gate in gates_of(model).values()]
     assert report.gates_largest_angle == (largest_angle(torch.cat(angles)).item() if angles else None)
@@ -404,7 +406,7 @@ model.generate(**prompt, max_new_tokens=2)
 print(type(model).__name__, [name for name in sys.modules if name.startswith(("so8t", "peft"))])
 """
     command = [sys.executable, "-I", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split(maxsplit=1) == ["Phi3ForCausalLM", "[]\n"]
 
 
@@ -481,12 +483,12 @@ def test_card_tells_what_the_model_was_made_from(make_run: MakeRun, tmp_path: Pa
         {"step": 3, "loss": 1.5, "ce": None, "pet": 0.5},
         {"step": 4, "loss": 99.0, "ce": 99.0, "pet": 99.0},  # after this checkpoint
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     counts = {"nsfw": 2, "email": 3}
     policy = {"mode": "exclude", "rows_read": 11, "rows_used": 6, "counts": counts, "dropped": []}
-    (run / "policy.json").write_text(json.dumps(policy))
+    (run / "policy.json").write_text(json.dumps(policy), encoding="utf-8")
     report = export(run, tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert card.startswith(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- so8t\n---\n# out\n"
     )

@@ -17,6 +17,7 @@ from logits_cases import VOCAB, capture, disabled, make_case, make_saver, save_s
 from so8t.logits.score import Scorer
 from so8t.logits.writer import write_file
 
+pytestmark = pytest.mark.disk
 FILE_BYTES = 24 * VOCAB * 4  # of one file of train_losses, in round numbers
 
 
@@ -118,12 +119,12 @@ def test_folder_deleted_in_mid_run_comes_back(tmp_path: Path, undisturbed: list[
 
 
 def test_folder_that_is_a_file(tmp_path: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "logits").write_text("mine")
+    (tmp_path / "logits").write_text("mine", encoding="utf-8")
     saver = make_saver(tmp_path)
     assert train_losses(saver) == undisturbed
     assert saver.metrics()["logits_failed"] == 8
     assert len(warnings_of(caplog)) == 1
-    assert (tmp_path / "logits").read_text() == "mine"
+    assert (tmp_path / "logits").read_text(encoding="utf-8") == "mine"
 
 
 class StuckDisk:

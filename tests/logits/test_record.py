@@ -322,7 +322,7 @@ def test_reader_yields_oldest_step_first_and_skips_torn_and_foreign_files(
     torn = next(folder.glob("logits_step_10_*"))
     torn.write_bytes(torn.read_bytes()[:-1000])
     torch.save({"weights": torch.ones(3)}, folder / "model.pt")
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
     (folder / "logits_step_5_epoch_0_20260101_000000.pt").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert [record.step for record in read_logits(folder)] == [9, 100, 1000]

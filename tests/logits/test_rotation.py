@@ -11,6 +11,8 @@ from logits_cases import capture, make_case, make_saver, save_steps, saved_steps
 from so8t.files import TEMPORARY_SUFFIX
 from so8t.logits import read_logits
 
+pytestmark = pytest.mark.disk
+
 
 def run(output_dir: Path, last_step: int, first_step: int = 1, **keys: Any) -> list[int]:
     """Save at each due step up to `last_step`; the steps of the files that are left."""
@@ -98,9 +100,9 @@ def test_rotation_never_touches_a_file_that_is_not_its_own(tmp_path: Path) -> No
     ]
     (folder / "logits_step_2_epoch_0_20260101_000000.pt").mkdir(parents=True)  # a folder is none either
     for name in foreign:
-        (folder / name).write_text("mine")
+        (folder / name).write_text("mine", encoding="utf-8")
     save_steps(make_saver(tmp_path, max_files=1), range(1, 6))
-    assert all((folder / name).read_text() == "mine" for name in foreign)
+    assert all((folder / name).read_text(encoding="utf-8") == "mine" for name in foreign)
     assert len(list(folder.iterdir())) == len(foreign) + 2
 
 
@@ -127,6 +129,6 @@ def test_rotation_of_probe_files_is_from_that_of_the_training_files(tmp_path: Pa
 
 def test_kill_at_any_instant_tears_no_file_and_leaves_what_an_unbroken_run_leaves() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "kill_logits.py"
-    result = subprocess.run([sys.executable, script, "--points", "4"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, script, "--points", "4"], capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "4 runs" in result.stdout

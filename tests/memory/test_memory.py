@@ -1,6 +1,5 @@
 """The ledger's numbers against the real allocator, and what it says about them."""
 
-import gc
 import json
 import re
 from dataclasses import replace
@@ -15,15 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 import train
+from so8t import driver
 from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, Row, collate
 from so8t.logits import LogitsSaver, plan_logits
-from so8t.logits.score import HostBuffer
-from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, plan_memory
+from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, plan_memory
 from so8t.memory.command import main
 from so8t.memory.ledger import is_out_of_memory
 from so8t.memory.live_bytes import LiveBytes
-from so8t.memory.plan import CONTEXT_BYTES, Plan
+from so8t.memory.plan import CONTEXT_BYTES, Plan, device_memory
 from so8t.memory.trace import SAVING, Trace, held_bytes, trace_step
 from so8t.model import load_model
 from so8t.optim import make_amp, make_optimizer
@@ -68,7 +67,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_config(folder: Path, base_model: Path, *overrides: str) -> Config:
     path = folder / "config.toml"
     linear = PHI3_LINEAR if "phi3" in base_model.name else LLAMA_LINEAR
-    path.write_text(f"""
+    path.write_text(
+        f"""
 [model]
 base_model = "{base_model}"
 dtype = "float32"
@@ -82,7 +82,9 @@ output_dir = "{folder}/run"
 bf16 = false
 optim = "adamw_8bit"
 gradient_accumulation_steps = 1
-""")
+""",
+        encoding="utf-8",
+    )
     return load_config(path, overrides)
 
 
@@ -104,7 +106,6 @@ def trace(config: Config, shape: BatchShape, layers: int, device_type: str = "cp
 
 def real_peak(config: Config, shape: BatchShape, checkpointed_layers: int, folder: Path) -> int:
     """Bytes at the height of the third step, by the events of torch's allocator."""
-    gc.collect()  # buffers of other tests
     training, batch = config.training, make_batch(shape)
     model = load_model(config.model_spec, CPU, seed=0, checkpointed_layers=checkpointed_layers)
     optimizer = make_optimizer(model, training)
@@ -118,9 +119,6 @@ def real_peak(config: Config, shape: BatchShape, checkpointed_layers: int, folde
     for number in (1, 2):
         step(number)
     resting = sum(held_bytes(model, optimizer.state.values()).values())
-    buffers = [thing for thing in gc.get_objects() if isinstance(thing, HostBuffer)]  # two, if logits are saved
-    resting += sum(buffer.nbytes for buffer in buffers)
-    del buffers
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(3)
     saver.close()
@@ -215,20 +213,6 @@ def test_a_part_of_a_buffer_is_not_counted_beside_it() -> None:
     assert live.now == buffer.nbytes + copy.nbytes
 
 
-def test_the_buffers_are_those_of_the_longest_rows_and_of_the_probe(tmp_path: Path, models: dict[str, Path]) -> None:
-    config = make_config(tmp_path, models["phi3"], *SAVES)
-    short, long = BatchShape(1, 64, False), BatchShape(1, 256, False)
-
-    def allocated(spec: StepSpec) -> int:
-        return trace_step(replace(spec, micro_batch=short), LAYERS).phases["update"].allocated
-
-    for_short = allocated(step_spec(config, short))
-    a_token = (allocated(step_spec(config, long)) - for_short) / (long.tokens - short.tokens)
-    assert a_token > 2 * SIZES["vocab_size"] * 4  # two buffers of float32 logits
-    with_probe = allocated(step_spec(config, short, probe=(short,)))
-    assert with_probe - for_short == pytest.approx(a_token * short.tokens, rel=0.01)
-
-
 # ---- the choice of checkpointed layers
 
 
@@ -279,6 +263,31 @@ def test_command_prints_the_plan_and_what_would_fit(
         name.rename(name.with_suffix(".safetensors"))
 
 
+def test_the_longest_row_has_no_more_tokens_than_the_model_has_positions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config.toml", "--gpu-memory-gib", "12"]) == 0
+    assert capsys.readouterr().out.endswith("checkpointed: 1024 tokens, all 1024 positions of the model\n")
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "-inf", "0", "-3", "1e300", "twelve"])
+def test_what_is_no_memory_of_a_gpu_is_refused(capsys: pytest.CaptureFixture[str], size: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["config.toml", f"--gpu-memory-gib={size}"])
+    assert "--gpu-memory-gib: " in capsys.readouterr().err
+
+
+def test_a_row_beyond_the_models_positions_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config.toml", "data.max_seq_length=100000000"]) == 2
+    assert "is more than the 1024 positions of so8t/demo; write 1024 or less" in capsys.readouterr().err
+
+
+def test_what_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("so8t.memory.command.SLOW_SECONDS", 0.01)
+    assert main(["config.toml"]) == 0
+    assert "tracing a step of 8 x 256 tokens .." in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused_with_the_options_that_help_best_first(
     tmp_path: Path, models: dict[str, Path]
 ) -> None:
@@ -320,17 +329,43 @@ def test_run_leaves_predicted_beside_measured(tmp_path: Path, models: dict[str, 
         "training.gradient_checkpointing=1",
     ]
     assert train.main(["config.toml", *overrides]) == 0
-    found = json.loads((tmp_path / "run" / "memory.json").read_text())
+    found = json.loads((tmp_path / "run" / "memory.json").read_text(encoding="utf-8"))
     assert found["checkpointed_layers"] == 1
     # the prediction takes every token for a target, and these rows have prompts
     assert 0.9 <= found["peak"]["measured_bytes"] / found["peak"]["predicted_bytes"] <= 1.01
     rows = {row["name"]: row for row in found["rows"]}
     for name in ("trained weights", "gates", "optimizer states, 8-bit", "gradients"):
         assert rows[name]["measured_bytes"] == rows[name]["predicted_bytes"] > 0
+    assert rows["logits buffers"]["where"] == "host"
+    assert rows["logits buffers"]["measured_bytes"] == rows["logits buffers"]["predicted_bytes"] > 0
+    assert found["process_bytes_at_start"] > 2**26
     phases = {phase["name"]: phase for phase in found["moments"]}
     assert phases.keys() >= {"load", "forward", SAVING, "backward", "update", "evaluation"}
     for name in ("forward", SAVING, "backward"):
         assert 0.9 <= phases[name]["measured_bytes"] / phases[name]["predicted_bytes"] <= 1.01, name
+
+
+def test_memory_that_the_driver_lends_is_told_once(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reserved, cuda = 2 * GIB, torch.device("cuda")
+    monkeypatch.setattr(driver, "lends_host_memory", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 12 * GIB))
+    assert device_memory(cuda) == (3 * GIB, 3 * GIB)  # what others hold is not there for the plan
+    for name in ("max_memory_allocated", "memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.accelerator, name, lambda device: 0)
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: reserved)
+    with_free = replace(plan(make_config(tmp_path, models["phi3"]), BatchShape(1, 512, False)), free=3 * GIB)
+    ledger = MemoryLedger(with_free, cuda, tmp_path, is_main=True)
+    ledger.mark("forward")
+    assert caplog.records == []
+    reserved = 4 * GIB
+    ledger.mark("forward")
+    ledger.mark("backward")
+    (record,) = caplog.records
+    assert "4.00 GiB are reserved, 3.00 GiB were free on the GPU at the start" in record.getMessage()
+    assert "training.memory_budget_gib = 2.7" in record.getMessage()
+    assert "CUDA - Sysmem Fallback Policy" in record.getMessage()
 
 
 def test_out_of_memory_names_the_phase_the_options_and_the_last_checkpoint(

@@ -178,14 +178,14 @@ def test_the_key_is_for_its_owner_only_and_stays(path: Path) -> None:
 def test_a_missing_wrong_or_broken_key_is_said(path: Path, read_only: bool) -> None:
     write_rows(path, 1)
     key = path.with_name("audit.sqlite.key")
-    key.write_text("no key")
+    key.write_text("no key", encoding="utf-8")
     with pytest.raises(InputError, match="must hold 64 hex digits"):
         AuditTrail(path, read_only=read_only)
     key.unlink()
     with pytest.raises(InputError, match="needs its key beside it"):
         AuditTrail(path, read_only=read_only)
     assert not key.exists()
-    key.write_text("0" * 64)
+    key.write_text("0" * 64, encoding="utf-8")
     if read_only:
         assert "row 1 has been changed" in verify(path)[2]
     else:
@@ -198,7 +198,7 @@ def test_what_is_no_audit_file_is_said(path: Path, tmp_path: Path) -> None:
         AuditTrail(path, read_only=True)
     with pytest.raises(InputError, match="cannot be opened as an audit file"):
         AuditTrail(tmp_path / "missing" / "audit.sqlite")
-    path.write_text("not a database, but long enough to be looked at " * 20)
+    path.write_text("not a database, but long enough to be looked at " * 20, encoding="utf-8")
     for read_only in (False, True):
         with pytest.raises(InputError, match="cannot be opened as an audit file"):
             AuditTrail(path, read_only=read_only)
@@ -209,7 +209,7 @@ def test_a_file_on_a_disk_that_may_not_be_written_is_not_called_damaged(small_di
     write_rows(path, 2)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     command = [sys.executable, "-m", "so8t.serve", "--verify-audit", str(path)]
-    verified = subprocess.run(command, capture_output=True, text=True)
+    verified = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert verified.returncode == 2
     assert "copy it, and the files beside it, to a folder that you may write to" in verified.stderr
     assert len(verified.stderr.splitlines()) == 1
@@ -271,7 +271,7 @@ while True:
 def test_kill_loses_no_row_that_was_written(path: Path) -> None:
     for _ in range(3):
         command = [sys.executable, "-c", WRITER, str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
             assert process.stdout is not None
             for _ in range(40):
                 last = process.stdout.readline()

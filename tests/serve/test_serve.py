@@ -309,9 +309,9 @@ def test_the_commands_verify_and_match(make: Make, tmp_path: Path, capsys: pytes
     served = make(Stub())
     request_ids = [served.post().fields["request_id"] for _ in range(2)]
     audit, thoughts, whole, other = (str(tmp_path / name) for name in ("audit.sqlite", "thoughts", "whole", "other"))
-    Path(thoughts).write_text(release(WELL_FORMED).thinking + "\n")
-    Path(whole).write_text(WELL_FORMED)
-    Path(other).write_text(answer())
+    Path(thoughts).write_text(release(WELL_FORMED).thinking + "\n", encoding="utf-8")
+    Path(whole).write_text(WELL_FORMED, encoding="utf-8")
+    Path(other).write_text(answer(), encoding="utf-8")
     assert main(["--verify-audit", audit]) == 0
     assert "2 rows, none edited, removed or moved" in capsys.readouterr().out
     for text_file in (thoughts, whole):
@@ -593,9 +593,9 @@ def running(arguments: Sequence[object], log: Path) -> Iterator[Server]:
     command = [sys.executable, *map(str, arguments)]
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
         while b"/think" not in log.read_bytes():
-            assert process.poll() is None, log.read_text()
+            assert process.poll() is None, log.read_text(encoding="utf-8")
             time.sleep(0.05)
-        port = int(log.read_text().partition("127.0.0.1:")[2].partition("/")[0])
+        port = int(log.read_text(encoding="utf-8").partition("127.0.0.1:")[2].partition("/")[0])
         try:
             yield Server(process, port, log)
         finally:
@@ -619,7 +619,10 @@ def statuses(replies: Sequence[Reply]) -> Counter[int]:
 def test_a_run_answers_200_at_once_and_a_kill_under_load_loses_no_row_of_an_answer(
     memorised_run: Path, tmp_path: Path
 ) -> None:
-    audit, row = tmp_path / "audit.sqlite", json.loads((memorised_run.parent / "rows.jsonl").read_text())
+    audit, row = (
+        tmp_path / "audit.sqlite",
+        json.loads((memorised_run.parent / "rows.jsonl").read_text(encoding="utf-8")),
+    )
     arguments = ["-m", "so8t.serve", memorised_run, "--port", "0", "--audit", audit]
     with running(arguments, tmp_path / "log") as server, ThreadPoolExecutor(200) as many, ThreadPoolExecutor(20) as few:
         known = {"query": row["query"], "user_id": "user 7"}
@@ -643,7 +646,7 @@ def test_a_run_answers_200_at_once_and_a_kill_under_load_loses_no_row_of_an_answ
     assert len(answered) == statuses(replies)[200]
     assert answered <= {row["request_id"] for row in rows_of(audit)}
     assert main(["--verify-audit", str(audit)]) == 0
-    log = (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text(encoding="utf-8")
     # 16 characters, because a shorter piece ("install ") may stand in a line of another library too
     secret = pieces(" ".join(row[part] for part in ("task", "safety", "policy")), 16)
     assert not secret & pieces(f"{log}{replies}", 16)
@@ -667,7 +670,7 @@ def test_a_client_that_has_gone_leaves_its_place_to_others(tmp_path: Path) -> No
         time.sleep(0.1)
         assert (server.post({"query": "0"}).status, first.result().status) == (200, 200)
     assert len(rows_of(audit)) == 2
-    assert "Exception" not in (tmp_path / "log").read_text()
+    assert "Exception" not in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_a_full_disk_means_no_answer_and_a_freed_one_answers_again(small_disk: Path, tmp_path: Path) -> None:
@@ -684,7 +687,7 @@ def test_a_full_disk_means_no_answer_and_a_freed_one_answers_again(small_disk: P
         replies.append(server.post({"query": "0"}))
         assert statuses(replies) == {200: len(replies)}
     assert [row["request_id"] for row in rows_of(audit)] == [reply.fields["request_id"] for reply in replies]
-    assert "database or disk is full" in (tmp_path / "log").read_text()
+    assert "database or disk is full" in (tmp_path / "log").read_text(encoding="utf-8")
     assert main(["--verify-audit", str(audit)]) == 0
 
 
@@ -705,4 +708,4 @@ def test_a_server_that_is_told_to_stop_answers_what_it_has_been_asked_and_begins
     assert [reply.fields["answer"] for reply in replies] == [SAFE["final"]] * 4
     assert len(rows_of(audit)) == 4
     assert main(["--verify-audit", str(audit)]) == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
