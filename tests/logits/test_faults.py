@@ -32,7 +32,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 def test_saving_does_not_change_training(tmp_path: Path, undisturbed: list[float]) -> None:
-    for keys in ({}, {"form": "topk"}, {"form": "stats", "positions": "labels"}):
+    every: list[dict[str, Any]] = [{}, {"form": "topk"}, {"form": "stats", "positions": "labels"}]
+    for keys in every:
         assert train_losses(make_saver(tmp_path, **keys)) == undisturbed
 
 
