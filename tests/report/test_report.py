@@ -497,7 +497,7 @@ def test_hovering_shows_the_numbers_of_that_token_at_that_step(
         )
         assert f"{-save['logprob'][index] / 1000:.2f} nats" in opened.prediction
         assert f"{save['entropy'][index] / 1000:.2f} nats" in opened.prediction
-        assert f"rank\n{save['rank'][index]} " in opened.prediction
+        assert f"rank, 0 = likeliest\n{save['rank'][index]}\n" in opened.prediction
         expected = [drawn["strings"][place].strip(" ").replace("\n", "↵") for place in save["top"][index]]
         cells = [
             cell.text.removeprefix("␣")
