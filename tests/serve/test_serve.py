@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -440,6 +441,8 @@ def test_bad_input_of_the_command_is_one_sentence(tmp_path: Path, capsys: pytest
             ([str(tmp_path), *audit, "0"], f"{tmp_path} is neither a run with a checkpoint nor a model folder"),
             ([str(tmp_path), "--audit", str(tmp_path / "no" / "a")], "no/a cannot be opened as an audit file"),
             (["--verify-audit", str(tmp_path / "none")], "there is no audit file"),
+            (["--verify-audit", ""], "there is no audit file"),
+            ([str(tmp_path), "--audit", "", "--port", "0"], "cannot be opened as an audit file"),
             (["--match-thinking", str(tmp_path / "none"), "README.md"], "there is no audit file"),
             (["--match-thinking", str(tmp_path / "none"), str(tmp_path)], f"{tmp_path} cannot be read as UTF-8 text"),
         ]
@@ -451,6 +454,58 @@ def test_bad_input_of_the_command_is_one_sentence(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit) as stopped:
         main([])
     assert stopped.value.code == 2
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def may_not(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))  # root, as whom tests may run, may read anything
+
+    monkeypatch.setattr("so8t.serve.generate.load_generator", may_not)
+    assert main([str(tmp_path), "--port", "0", "--audit", str(tmp_path / "audit.sqlite")]) == 1
+    assert capsys.readouterr().err == f"so8t.serve: [Errno 13] Permission denied: '{tmp_path}'\n"
+
+
+def test_one_fault_of_a_batch_is_not_the_others_fault(make: Make, tmp_path: Path) -> None:
+    class Picky(Stub):
+        def __call__(self, questions: Any, prompts: Any, written: Any) -> None:
+            if any(question.text == "bad" for question in questions):
+                raise MemoryError(WELL_FORMED)
+            super().__call__(questions, prompts, written)
+
+    served = make(Picky())
+    batch = [_Asked(ThinkRequest(query=query).question(time.monotonic() + 9)) for query in ("one", "bad", "two")]
+    with log_lines() as lines:
+        served.thinker._answer(batch)
+    assert [asked.answer.result(0).text for asked in batch] == [SAFE["final"], REFUSAL, SAFE["final"]]
+    assert len(rows_of(tmp_path / "audit.sqlite")) == 3
+    assert not pieces(WELL_FORMED) & pieces("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batches"),
+    [
+        ([50] * 40, [16, 16, 8]),
+        ([2000] * 10, [8, 2]),  # 16384 tokens together
+        ([50, 4000, 50, 5000, 50], [3, 1, 1]),  # beyond 4096 alone
+        ([5000, 5000], [1, 1]),
+    ],
+)
+def test_what_waits_is_taken_together_in_its_order_as_far_as_it_fits(
+    make: Make, sizes: list[int], batches: list[int]
+) -> None:
+    thinker = make(Stub()).thinker
+    waiting: deque[_Asked | None] = deque()
+    for size in sizes:
+        question = ThinkRequest(query="Hi", max_new_tokens=8).question(time.monotonic() + 9)
+        waiting.append(_Asked(question, prompt=[1] * (size - 8)))
+    order = list(waiting)
+    taken = []
+    while waiting:
+        taken.append(thinker._take(waiting))
+    assert [len(batch) for batch in taken] == batches
+    assert [asked for batch in taken for asked in batch] == order
 
 
 def test_what_is_not_installed_is_said(
