@@ -336,7 +336,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         text = path.read_bytes().decode("utf-8-sig")
         document = tomli.loads(text)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; write the path of a TOML file") from error
+        advice = "make it readable" if path.is_file() else "write the path of a TOML file"
+        raise InputError(f"{path}: {error.strerror}; {advice}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:

@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 # of pytorch.org/get-started; a driver older than 580 needs cu126 in its place
@@ -23,12 +22,12 @@ def allocator_settings() -> dict[str, str]:
     """Environment variables that must be set before torch is imported, unless the user has set one of them.
 
     Segments that grow: rows of many lengths would otherwise strand memory in blocks of the wrong size. Neither Windows
-    nor WSL has them. torch 2.9 reads only the older name of the variable: https://github.com/pytorch/pytorch/issues/183387
+    nor WSL has them. The older name of the variable still counts where a user has set it.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if lends_host_memory() or any(name in os.environ for name in names):
         return {}
-    return {names[version("torch").startswith("2.9.")]: "expandable_segments:True"}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def unused_gpu(cuda_build: str | None) -> str:

@@ -23,9 +23,8 @@ RUN_FILE = "run.json"
 
 def write_run_file(output_dir: Path, device: torch.device, total_steps: int, data_fingerprint: str) -> None:
     """run.json: when the run was last started, on what, with which versions and data. The report has it on top."""
-    device_name = f"{device.type}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
+    name_of = getattr(torch.get_device_module(device), "get_device_name", None)  # a CPU has none
+    device_name = name_of(device) if name_of else f"{device.type}, {torch.get_num_threads()} threads"
     run = {
         "started": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "device": device_name,

@@ -119,7 +119,7 @@ class Tracker:
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_trackers_get_every_figure_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     tracker = Tracker()
-    monkeypatch.setitem(sys.modules, name, tracker)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, name, tracker)
     record(tmp_path, range(1, 4), report_to=name)
     assert (tracker.name, tracker.logged, tracker.is_finished) == (tmp_path.name, [(1, 4.0), (2, 5.0), (3, 6.0)], True)
 
@@ -127,7 +127,7 @@ def test_trackers_get_every_figure_when_asked_for(tmp_path: Path, monkeypatch: p
 def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Tracker()
     tracker.init = lambda **_: (_ for _ in ()).throw(RuntimeError("nobody is logged in"))  # type: ignore[method-assign]
-    monkeypatch.setitem(sys.modules, "wandb", tracker)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
     with pytest.raises(InputError, match=r'"wandb" cannot start \(nobody is logged in\)'):
         make_metrics(tmp_path, report_to="wandb")
 

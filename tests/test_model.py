@@ -370,12 +370,12 @@ def test_four_bit_weights_that_a_cpu_reads_wrongly_are_refused(
 
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", blocks_of_rows)
     quantization = QuantizationConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double)
-    tables = quantization, QloraConfig(), So8tConfig(), CPU
-    load_model(ModelConfig(str(base_models["llama"])), *tables, seed=0)
+    tables = quantization, QloraConfig(), So8tConfig()
+    load_model(ModelSpec(ModelConfig(str(base_models["llama"])), *tables), CPU, seed=0)
     with pytest.raises(
         InputError, match=r"quantization\.load_in_4bit: bitsandbytes .* reads rows of 96 4-bit weights wrongly .* GPU"
     ):
-        load_model(ModelConfig(str(odd_rows)), *tables, seed=0)
+        load_model(ModelSpec(ModelConfig(str(odd_rows)), *tables), CPU, seed=0)
 
 
 def test_four_bit_rows_of_one_and_a_half_blocks_are_right_on_this_cpu_or_refused(odd_rows: Path) -> None:

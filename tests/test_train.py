@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -23,6 +24,8 @@ import train
 from so8t.config import DataConfig, load_config
 from so8t.data import TrainingBatches, load_dataset
 from so8t.logits import read_logits
+from so8t.memory import StepSpec
+from so8t.memory.trace import Trace, trace_step
 from so8t.metrics import read_metrics
 
 SAMPLE = Path("so8t/demo/sample.jsonl")
@@ -56,6 +59,24 @@ save_logits_max_files = 2
 STEPS = 9
 
 Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Trace a step for the memory plan once, wherever its runs have their folders: that is more than half of a run."""
+    known: dict[str, Trace] = {}
+
+    def trace(spec: StepSpec, layers: int | None) -> Trace:
+        training = replace(spec.config.training, output_dir="-", resume="auto", save_logits_probe=())
+        data = replace(spec.config.data, train_data=("-",), eval_data=("-",) if spec.config.data.eval_data else ())
+        config = replace(spec.config, data=data, training=training)
+        key = repr((config, spec.device_type, spec.micro_batch, spec.probe, layers))
+        if key not in known:
+            known[key] = trace_step(spec, layers)
+        return known[key]
+
+    with patch("so8t.memory.plan.trace_step", trace):
+        yield
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def file_contents(
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a tensor in host memory."""
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def is_consistent(contents: dict[str, Any], computed_in: torch.dtype) -> bool:

@@ -126,7 +126,7 @@ class Plan:
             shape = BatchShape(1, length, is_padded=False)
             return trace_step(spec.changed(spec.config, shape), None).peak
 
-        positions = spec.model_config.max_position_embeddings
+        positions: int = spec.model_config.max_position_embeddings
         lengths = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         limit = budget_of(capacity - CONTEXT_BYTES)
         return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]

@@ -187,7 +187,7 @@ function describe(element) {
   const facts = [
     ["probability", percent(logprob)],
     ["NLL", `${plain(-logprob, 2)} nats`],
-    ["rank", rank < 0 ? "unknown" : `${rank} (0 = likeliest)`],
+    ["rank, 0 = likeliest", rank < 0 ? "unknown" : rank],
     ["entropy", `${plain(nats(save.entropy[index]), 2)} nats`],
   ];
   if (before) facts.push([`at step ${before.step}`, percent(nats(before.logprob[index]))]);

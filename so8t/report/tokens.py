@@ -195,7 +195,7 @@ def _end(values: list[int]) -> float:
     """The first of .. 0.1, 0.2, 0.5, 1, 2, 5 .. that nearly all are below: small ones would look all the same."""
     ordered = sorted(values)
     needed = max(ordered[int(SCALE_QUANTILE * (len(ordered) - 1))] / 1000, LEAST_SCALE) if ordered else 1
-    power = 10 ** math.floor(math.log10(needed))
+    power: float = 10.0 ** math.floor(math.log10(needed))
     return next(round(factor * power, 6) for factor in (1, 2, 5, 10) if factor * power >= needed)
 
 

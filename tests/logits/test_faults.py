@@ -32,7 +32,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 def test_saving_does_not_change_training(tmp_path: Path, undisturbed: list[float]) -> None:
-    for keys in ({}, {"form": "topk"}, {"form": "stats", "positions": "labels"}):
+    every: list[dict[str, Any]] = [{}, {"form": "topk"}, {"form": "stats", "positions": "labels"}]
+    for keys in every:
         assert train_losses(make_saver(tmp_path, **keys)) == undisturbed
 
 
@@ -145,13 +146,13 @@ def test_slow_disk_drops_files_and_bounds_the_wait(
 
     def before_step(step: int) -> None:
         if step == 8:
+            assert sum(wait >= 20 for wait in saver.counters.waits) == 5
             disk.open.set()
-            saver.flush()
+            saver.flush()  # which waits too
 
     assert train_losses(saver, before_step=before_step) == undisturbed
     assert saved_steps(tmp_path / "logits") == [1, 2, 8]  # two buffers took steps 1 and 2
     assert (saver.counters.saved, saver.counters.dropped, saver.counters.failed) == (3, 5, 0)
-    assert sum(wait >= 20 for wait in saver.counters.waits) == 5
     assert len(warnings_of(caplog)) == 1
     assert "step 3 is dropped" in warnings_of(caplog)[0]
 

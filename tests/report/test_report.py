@@ -54,9 +54,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     policy = {"mode": "exclude", "rows_read": 9, "rows_used": 7, "counts": {"<i>rule</i>": 2}, "dropped": []}
     weights = {"name": "base weights", "where": "device", "predicted_bytes": 2**20, "measured_bytes": 3 * 2**19}
     moments = [{"name": "peak", "predicted_bytes": None, "measured_bytes": None}]
+    peak = {"peak": {"predicted_bytes": 2**24, "measured_bytes": 2**25}, "process_bytes_at_start": 2**28}
     (output_dir / "policy.json").write_text(json.dumps(policy), encoding="utf-8")
     (output_dir / "memory.json").write_text(
-        json.dumps({"rows": [weights], "moments": moments, "more": 1}), encoding="utf-8"
+        json.dumps({"rows": [weights], "moments": moments, "more": 1} | peak), encoding="utf-8"
     )
     assert main([str(output_dir)]) == 0
     return output_dir
@@ -268,6 +269,7 @@ def test_the_page_tells_policy_memory_and_configuration(page: str) -> None:
     assert "1.5 MiB" in page
     assert "1.50" in page
     assert "save_logits_steps = 2" in page
+    assert "the tensors of a step 0.03 GiB. 0.25 GiB of it were there before the model" in page
 
 
 def test_the_curves_say_what_the_metrics_say(run: Path, page: str) -> None:
@@ -497,7 +499,7 @@ def test_hovering_shows_the_numbers_of_that_token_at_that_step(
         )
         assert f"{-save['logprob'][index] / 1000:.2f} nats" in opened.prediction
         assert f"{save['entropy'][index] / 1000:.2f} nats" in opened.prediction
-        assert f"rank\n{save['rank'][index]} " in opened.prediction
+        assert f"rank, 0 = likeliest\n{save['rank'][index]}\n" in opened.prediction
         expected = [drawn["strings"][place].strip(" ").replace("\n", "↵") for place in save["top"][index]]
         cells = [
             cell.text.removeprefix("␣")
