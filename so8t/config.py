@@ -171,7 +171,7 @@ class TrainingConfig:
     memory_budget_gib: Amount = _free(0.0)
     ignore_memory_plan: bool = _free(False)  # go on although the plan says that the GPU is too small
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
-    logging_steps: Positive = _free(1)  # steps between refreshes of the progress line
+    logging_steps: Positive = _free(1)  # steps between the lines of a log, or new figures in the progress bar
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _free("none")
     eval_steps: Count = _free(100)  # steps between validations; 0 = never
     save_steps: Count = _free(100)  # steps between checkpoints; 0 = only at the end

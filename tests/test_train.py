@@ -27,6 +27,7 @@ from so8t.logits import read_logits
 from so8t.memory import StepSpec
 from so8t.memory.trace import Trace, trace_step
 from so8t.metrics import read_metrics
+from so8t.text import COLUMNS
 
 SAMPLE = Path("so8t/demo/sample.jsonl")
 
@@ -172,6 +173,8 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     output = capsys.readouterr().out
     for words in ("10 rows", "trainable: ", "LoRA", "gates", "metrics.jsonl", "step_000009", "4 files saved"):
         assert words in output
+    lines = [line for line in output.splitlines() if " " in line.strip()]  # a path stays whole, however long
+    assert max(map(len, lines)) <= COLUMNS
 
 
 def test_resolved_config_is_the_one_that_ran(run: Run) -> None:
@@ -395,7 +398,7 @@ def test_finished_run_has_nothing_left_to_do(run: Run, capsys: pytest.CaptureFix
     before = series(folder)
     capsys.readouterr()
     run("run", "training.max_steps=2")
-    assert "step 2 of 2 is done" in capsys.readouterr().out
+    assert "resuming after step 2 of 2" in capsys.readouterr().out
     assert series(folder) == before
 
 
