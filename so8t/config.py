@@ -26,8 +26,8 @@ CONFIG_FILE = "config.toml"  # in a run and in each of its checkpoints: the reso
 # keys of older versions: ignored in a file, so that their runs still open
 RETIRED = {"training.memory_snapshot_step": "docs/memory.md shows torch's own three lines instead"}
 
-# no path of Windows holds control characters, which "D:\temp" makes of \t; no UTF-8 file holds lone surrogates
-UNWRITABLE = re.compile("[\0-\x1f\ud800-\udfff]")
+# no path of Windows holds control characters, which "D:\temp" makes of \t; TOML has no DEL, UTF-8 no lone surrogates
+UNWRITABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 BACKSLASHES = "in double quotes \\ begins an escape: write 'D:\\data' in single quotes, or D:/data"
 
 log = logging.getLogger("so8t")

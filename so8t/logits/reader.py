@@ -252,9 +252,9 @@ def _fault(contents: Any) -> str | None:
 
 def _layout(contents: dict[str, Any], grid: tuple[int, ...], positions: tuple[int, ...]) -> Layout:
     """Dtype and shape of every tensor that a file has; grid: [rows, tokens], positions: P of the table."""
-    logits, topk_ids = (contents.get(name) for name in ("logits", "topk_ids"))
+    logits, topk = (contents.get(name) for name in ("logits", "topk_logprobs"))
     dtype = logits.dtype if isinstance(logits, Tensor) and logits.dtype in DTYPES.values() else torch.float32
-    k = topk_ids.shape[-1] if isinstance(topk_ids, Tensor) and topk_ids.ndim else 1
+    k = topk.shape[-1] if isinstance(topk, Tensor) and topk.ndim else 1
     training = TrainingConfig("", save_logits_form=contents["form"], save_logits_top_k=k)
     a_position = position_layout(training, contents["vocab_size"], dtype)
     layout = {name: (dtype, (*positions, *shape)) for name, (dtype, shape) in a_position.items()}

@@ -127,7 +127,7 @@ class Plan:
             return trace_step(spec.changed(spec.config, shape), None).peak
 
         positions: int = spec.model_config.max_position_embeddings
-        lengths = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
+        lengths: list[int] = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         limit = budget_of(capacity - CONTEXT_BYTES)
         return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]
 
