@@ -129,7 +129,8 @@ class Plan:
         positions: int = spec.model_config.max_position_embeddings
         lengths = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         limit = budget_of(capacity - CONTEXT_BYTES)
-        return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]
+        fitting: int = bisect_right(lengths, limit, lo=1, key=peak)
+        return lengths[fitting - 1]
 
 
 def plan_memory(spec: StepSpec, free: int | None, capacity: int | None) -> Plan:

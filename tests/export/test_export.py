@@ -419,9 +419,9 @@ def test_neither_check_nor_merge_holds_a_second_model() -> None:
         live.hold(model.parameters())
         whole = live.now
         compute(model, [batch])
-        assert live.moment().peak < 1.2 * whole
+        assert live.phase().peak < 1.2 * whole
         merge(model, torch.bfloat16)
-        assert live.moment().peak < 1.2 * whole
+        assert live.phase().peak < 1.2 * whole
 
 
 def test_check_rows_are_those_of_validation_spread_over_the_files(tmp_path: Path, tokenizer: Any) -> None:
