@@ -126,11 +126,10 @@ class Plan:
             shape = BatchShape(1, length, is_padded=False)
             return trace_step(spec.changed(spec.config, shape), None).peak
 
-        positions: int = spec.model_config.max_position_embeddings
-        lengths = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
+        positions = spec.model_config.max_position_embeddings
+        lengths: list[int] = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         limit = budget_of(capacity - CONTEXT_BYTES)
-        fitting: int = bisect_right(lengths, limit, lo=1, key=peak)
-        return lengths[fitting - 1]
+        return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]
 
 
 def plan_memory(spec: StepSpec, free: int | None, capacity: int | None) -> Plan:
