@@ -84,7 +84,7 @@ def train(config: Config, process: parallel.Process) -> int:
     """Run the whole job, in the order of this function. Returns the exit code."""
     training, device, seed = config.training, process.device, config.training.seed
     if device.type == "cpu" and (sentence := unused_gpu(torch.version.cuda)):
-        print(sentence)
+        cli.say(sentence)
     rows_per_batch = training.per_device_train_batch_size
 
     # ---- before any weight is loaded: the rows, where to start from, room on the disk and on the device
@@ -100,7 +100,7 @@ def train(config: Config, process: parallel.Process) -> int:
     micro_batches_per_step = training.gradient_accumulation_steps * process.world_size
     data = TrainingBatches(dataset.rows, rows_per_batch, micro_batches_per_step, seed)
     total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
-    print(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
+    cli.say(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
     fingerprint = dataset.fingerprint()
     state = load_training_state(checkpoint, fingerprint, micro_batches_per_step)
     output_dir = make_output_dir(config, process.is_main)
@@ -111,11 +111,11 @@ def train(config: Config, process: parallel.Process) -> int:
     probe_shapes = tuple(map(shape_of, probe_batches))
     probe_tokens = sum(shape.tokens for shape in probe_shapes)
     logits_plan = plan_logits(config, model_config.vocab_size, largest.tokens, probe_tokens)
-    print(logits_plan.describe(total_steps, output_dir))
+    cli.say(logits_plan.describe(total_steps, output_dir))
     free, capacity = device_memory(device)
     step_spec = StepSpec(config, model_config, device.type, forward, logits_plan, largest, probe_shapes)
     plan = plan_memory(step_spec, free, capacity)
-    print(plan.table())
+    cli.say(plan.table())
     plan.check()
 
     with ExitStack() as stack:  # what is entered here is closed in reverse order, whatever happens
@@ -129,7 +129,7 @@ def train(config: Config, process: parallel.Process) -> int:
             checkpointed_layers=plan.checkpointed_layers,
             checkpoint=checkpoint,
         )
-        print(describe(model))
+        cli.say(describe(model))
         trainable = trainable_parameters(model)
         optimizer = make_optimizer(model, training)
         autocast, scaler = make_amp(training, device)
@@ -138,7 +138,7 @@ def train(config: Config, process: parallel.Process) -> int:
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             first_step = state["step"] + 1
-            print(f"resuming from {checkpoint}: step {state['step']} of {total_steps} is done")
+            cli.say(f"resuming after step {state['step']} of {total_steps}, from {checkpoint}")
 
         # ---- the watchers: they read, they never steer
         checkpoints = Checkpoints(config, total_steps, fingerprint, micro_batches_per_step, process.is_main)
@@ -212,13 +212,10 @@ def train(config: Config, process: parallel.Process) -> int:
                 checkpoints.save(step, model, tokenizer, optimizer, scaler)
             if stop:
                 break
-    print(
-        memory.summary(logits_saver.host_bytes),
-        metrics.summary(),
-        logits_saver.summary(),
-        checkpoints.summary(),
-        sep="\n",
-    )
+    cli.say(memory.summary(logits_saver.host_bytes))
+    cli.say(metrics.summary())
+    cli.say(logits_saver.summary())
+    cli.say(checkpoints.summary())
     return 128 + stop if stop else 0
 
 

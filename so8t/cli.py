@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from so8t.config import InputError
+from so8t.text import wrapped
 
 
 def on_demand(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:
@@ -54,6 +55,11 @@ def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> in
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def say(text: str) -> None:
+    """Print at once, so that a log keeps its order, and in lines that fit 100 columns."""
+    print(wrapped(text), flush=True)
 
 
 def print_anything() -> None:

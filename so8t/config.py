@@ -26,8 +26,8 @@ CONFIG_FILE = "config.toml"  # in a run and in each of its checkpoints: the reso
 # keys of older versions: ignored in a file, so that their runs still open
 RETIRED = {"training.memory_snapshot_step": "docs/memory.md shows torch's own three lines instead"}
 
-# no path of Windows holds control characters, which "D:\temp" makes of \t; no UTF-8 file holds lone surrogates
-UNWRITABLE = re.compile("[\0-\x1f\ud800-\udfff]")
+# no path of Windows holds control characters, which "D:\temp" makes of \t; TOML has no DEL, UTF-8 no lone surrogates
+UNWRITABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 BACKSLASHES = "in double quotes \\ begins an escape: write 'D:\\data' in single quotes, or D:/data"
 
 log = logging.getLogger("so8t")
@@ -171,7 +171,7 @@ class TrainingConfig:
     memory_budget_gib: Amount = _free(0.0)
     ignore_memory_plan: bool = _free(False)  # go on although the plan says that the GPU is too small
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
-    logging_steps: Positive = _free(1)  # steps between refreshes of the progress line
+    logging_steps: Positive = _free(1)  # steps between the lines of a log, or new figures in the progress bar
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _free("none")
     eval_steps: Count = _free(100)  # steps between validations; 0 = never
     save_steps: Count = _free(100)  # steps between checkpoints; 0 = only at the end

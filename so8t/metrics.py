@@ -1,8 +1,10 @@
-"""metrics.jsonl, the progress line, and the tracker that was asked for: TensorBoard, Weights & Biases or Trackio."""
+"""metrics.jsonl, the progress bar, and the tracker that was asked for: TensorBoard, Weights & Biases or Trackio."""
 
 import importlib
 import json
+import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from so8t import __version__
 from so8t.config import InputError, TrainingConfig
 from so8t.files import append_line, atomic_write
-from so8t.text import size_of
+from so8t.text import size_of, wrapped
 
 RUN_FILE = "run.json"
 
@@ -38,10 +40,18 @@ def write_run_file(output_dir: Path, device: torch.device, total_steps: int, dat
         file.write(json.dumps(run, indent=1).encode())
 
 
-class Metrics:
-    """Writes one JSON object a step to metrics.jsonl and shows the last one in a progress line.
+class _AboveTheBar(logging.Handler):
+    """Prints warnings above the progress bar, which they would otherwise tear."""
 
-    Lines of a killed run from `first_step` on are dropped, so that every step stands there once.
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(wrapped(self.format(record)), file=sys.stderr)
+
+
+class Metrics:
+    """Writes one JSON object a step to metrics.jsonl, and shows it every `logging_steps`.
+
+    In a terminal in a progress bar; elsewhere (a file, CI) as a line. Lines of a killed run from `first_step` on are
+    dropped, so that every step stands there once.
     """
 
     def __init__(
@@ -63,14 +73,18 @@ class Metrics:
         self._last: dict[str, float] = {}
         self._tokens = self._seconds = 0.0
         self._track, self._close_tracker = _tracker(config.report_to if is_main else "none", folder)
-        self._progress = tqdm(
+        self._total_steps = total_steps
+        self._is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
             total=total_steps,
             initial=first_step - 1,
             desc="training",
             unit="step",
             dynamic_ncols=True,
-            disable=not is_main,
+            disable=not (is_main and self._is_terminal),
         )
+        self._warnings = _AboveTheBar()
+        logging.getLogger("so8t").addHandler(self._warnings)
 
     def summary(self) -> str:
         """The run's closing line."""
@@ -84,7 +98,8 @@ class Metrics:
         )
 
     def close(self) -> None:
-        self._progress.close()
+        logging.getLogger("so8t").removeHandler(self._warnings)
+        self._bar.close()
         self._close_tracker()
 
     def after_step(self, step: int, **values: float) -> None:
@@ -102,11 +117,12 @@ class Metrics:
         self._tokens += values["num_tokens"]
         self._seconds += values["seconds"]
         self._track(record, step)
-        self._progress.update()
-        if step % self._logging_steps == 0:
-            self._progress.set_postfix_str(
-                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed:.0f} tokens/s, peak {size_of(peak)}"
-            )
+        self._bar.update()
+        if step % self._logging_steps == 0 or step == self._total_steps:
+            shown = f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed:.0f} tokens/s, peak {size_of(peak)}"
+            self._bar.set_postfix_str(shown)
+            if not self._is_terminal:
+                print(f"step {step} of {self._total_steps}: {shown}", file=sys.stderr, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -288,7 +288,7 @@ def describe(model: Model) -> str:
     gates = gates_of(model)
     gate_numbers = sum(gate.angles.numel() for gate in gates.values())
     kind = "LoRA" if isinstance(model, PeftModel) else "weights"
-    layers = f" in layers {', '.join(map(str, gates))}" if gates else ""
+    layers = f" in {len(gates)} layers" if gates else ""
     return (
         f"trainable: {trainable:,} of {every:,} parameters "
         f"({kind} {trainable - gate_numbers:,}, gates {gate_numbers:,}{layers}); frozen: {every - trainable:,}"

@@ -1,8 +1,10 @@
-"""Text helpers: a lazy table for folding Unicode, and sizes in words."""
+"""Text helpers: a lazy table for folding Unicode, sizes in words, lines for the console."""
 
+import textwrap
 from collections.abc import Callable
 
 MIB, GIB = 2**20, 2**30
+COLUMNS = 100  # of everything that a run prints
 
 
 class Fold(dict[int, str]):
@@ -23,3 +25,13 @@ class Fold(dict[int, str]):
 def size_of(number: float) -> str:
     """A number of bytes in GiB or MiB."""
     return f"{number / GIB:.2f} GiB" if number >= GIB else f"{number / MIB:.1f} MiB"
+
+
+def wrapped(text: str) -> str:
+    """The text with its long lines broken at spaces and indented; what has no space, such as a path, stays whole."""
+    return "\n".join(
+        textwrap.fill(line, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        if len(line) > COLUMNS
+        else line
+        for line in text.splitlines()
+    )

@@ -30,16 +30,17 @@ letters; or a run of more than `LONGEST_ECHO` letters of a thought. Only letters
 counted, those of Japanese, Chinese and Korean twice, because each carries about as much as two Latin ones. An
 answer naturally echoes its question ("The difference between .. and .. is"), and so the task may be echoed at
 greater length than the safety and policy thoughts, of which more than a stock phrase ("consult a qualified
-professional") has no reason to leave.
+professional") has no reason to leave. Where the query is known, as it is before an answer leaves, what it says itself
+is no repetition.
 
 That is the form, of training rows too. Before an answer leaves, `release` also asks for *copies* that are not literal.
 Of a thought it looks at the letters that somebody could learn, which are those that do not stand in the query in runs
 of `SHORTEST_KNOWN` or more: a list of guesses in the query makes nothing known. They are *shared* where `SHORTEST_RUN`
-letters or more in a row stand in the final too. A final stays inside that shares more
-than `FREE_LETTERS` letters of a thought and more than `LARGEST_RUN` of them in one run or `LARGEST_SHARE` in all, or
-of the three thoughts together more than `FREE_LETTERS_TOGETHER` and `LARGEST_SHARE_TOGETHER`. So a word left out,
-changed, put in or moved makes no difference; what is said in other words, translated, or in shorter pieces than that,
-no comparison of letters finds.
+letters or more in a row stand in the final too. A final stays inside that shares more than `FREE_LETTERS` letters of a
+thought and more than `LARGEST_RUN` of them in one run or `LARGEST_SHARE` in all, or of the three thoughts together more
+than `FREE_LETTERS_TOGETHER` and `LARGEST_SHARE_TOGETHER`. So no copy passes because a word was left out, changed, put
+in or moved, unless what is left is within these bounds; tests/benchmarks/copied_thoughts.py measures how often that is
+so. What is said in other words, translated, or in shorter pieces, no comparison of letters finds.
 
 The **safety label** is read off the verdict that opens the safety thought: what stands before its first colon or
 full stop, which must be one of `VERDICTS` and nothing more. "Safe: plain arithmetic." is ALLOW and "Unsafe: it is

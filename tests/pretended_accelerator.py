@@ -276,7 +276,8 @@ def _in_16_bits(op: Any, *args: Any, **kwargs: Any) -> Any:
         is_cast = isinstance(value, Tensor) and value.is_floating_point() and value.device.type == NAME
         return value.to(dtype) if is_cast else value
 
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # type: ignore[attr-defined]
+    with torch._C._ExcludeDispatchKeyGuard(autocast):
         return op(*_map(cast, args), **_map(cast, kwargs))
 
 
@@ -320,7 +321,7 @@ def install() -> list[torch.library.Library]:
         setattr(torch.accelerator, name, function)
     bitsandbytes.nn.Int8Params._quantize = _quantise_int8
     Stream.default = Stream.current = Stream(NAME)
-    torch.Stream = Stream  # type: ignore[misc]
+    torch.Stream = Stream  # type: ignore[misc, assignment]
     torch.empty = _empty_pinned  # type: ignore[assignment]
     return [every, kernels, quantised]
 

@@ -1,7 +1,12 @@
 """The changes that the documentation shows, followed to the letter."""
 
 import re
+import shutil
+import subprocess
+import sys
+import textwrap
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +17,6 @@ from model_cases import HIDDEN, NO_AUTOCAST, load, make_batch
 
 import train
 from so8t.config import Config, load_config
-from so8t.losses import ce_sum
 from so8t.memory import BatchShape
 from so8t.memory.trace import SAVING, trace_step
 
@@ -28,14 +32,19 @@ def snippet(title: str) -> str:
     raise AssertionError(f"no page has a snippet called {title}")
 
 
+def insert(text: str, below: str, title: str) -> str:
+    """The text with the snippet under its only line that begins with `below`, indented like that line."""
+    (line,) = re.findall(rf"^ *{re.escape(below)}.*\n", text, re.MULTILINE)
+    indent = line[: len(line) - len(line.lstrip())]
+    return text.replace(line, line + textwrap.indent(snippet(title), indent))
+
+
 @pytest.fixture(scope="module")
 def changed() -> types.ModuleType:
     """train.py with the loss term of the documentation, right after the line that makes the loss."""
-    lines = Path("train.py").read_text(encoding="utf-8").splitlines()
-    (index,) = (number for number, line in enumerate(lines) if line.startswith("        loss = ce + "))
-    term = [f"        {line}" for line in snippet("another loss term").splitlines()]
+    text = insert(Path("train.py").read_text(encoding="utf-8"), "loss = ce + ", "another loss term")
     module = types.ModuleType("train_with_another_term")
-    exec(compile("\n".join([*lines[: index + 1], *term, *lines[index + 1 :]]), "train.py", "exec"), module.__dict__)
+    exec(compile(text, "train.py", "exec"), module.__dict__)
     return module
 
 
@@ -64,13 +73,47 @@ def test_another_loss_term_is_in_the_loss_and_in_what_is_logged(
     assert shares[1] > shares[0]
 
 
-def test_another_tensor_is_saved_by_a_tap(tmp_path: Path) -> None:
-    names: dict[str, type] = {}
-    exec(compile(snippet("another tensor to save"), "snippet", "exec"), names)
-    hidden, head = torch.randn(1, 12, 8, requires_grad=True), torch.randn(61, 8)
-    batch = make_batch((12, 5))
-    tap = names["HiddenTap"](tmp_path / "hidden.pt", batch)
-    assert ce_sum(hidden, head, batch.targets, tap) == ce_sum(hidden, head, batch.targets)
-    saved = torch.load(tmp_path / "hidden.pt")
-    assert torch.equal(saved["hidden"], hidden)
-    assert torch.equal(saved["input_ids"], batch.input_ids)
+def test_the_three_changes_train_together_in_a_copy_of_the_repository(tmp_path: Path, base: Path) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree("so8t", clone / "so8t", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def change(name: str, *changes: Callable[[str], str]) -> None:
+        text = Path(name).read_text(encoding="utf-8")
+        for apply in changes:
+            text = apply(text)
+        (clone / name).write_text(text, encoding="utf-8")
+
+    def import_it(text: str) -> str:
+        return text.replace("import torch\n", "import torch\nfrom hidden_tap import HiddenTap\n", 1)
+
+    def choose(text: str) -> str:
+        new = snippet("another choice of optim").rstrip()
+        old = new.replace(', "lion_8bit"', "")
+        assert old in text
+        return text.replace(old, new)
+
+    change(
+        "train.py",
+        import_it,
+        lambda text: insert(text, "loss = ce + ", "another loss term"),
+        lambda text: insert(text, "tap = logits_saver.tap(", "another tap").replace("step % 100", "step % 2"),
+    )
+    change("so8t/config.py", choose)
+    change("so8t/optim.py", lambda text: insert(text, "import bitsandbytes", "another optimizer"))
+    (clone / "hidden_tap.py").write_text(snippet("another tensor to save"), encoding="utf-8")
+    rows = Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    (clone / "rows.jsonl").write_bytes(b"".join(rows))
+    options = [
+        f"model.base_model={base.as_posix()}",
+        "data.train_data=rows.jsonl",
+        "training.max_steps=2",
+        "training.optim=lion_8bit",
+    ]
+    options += ["training.per_device_train_batch_size=1", "training.output_dir=run", "training.save_logits=false"]
+    command = [sys.executable, "train.py", Path("config.toml").absolute().as_posix(), *options]
+    ended = subprocess.run(command, cwd=clone, capture_output=True, encoding="utf-8")
+    assert ended.returncode == 0, ended.stderr
+    saved = torch.load(clone / "run" / "hidden_step_2.pt")
+    assert saved["hidden"].shape == (*saved["input_ids"].shape, 64)
+    state = torch.load(clone / "run" / "checkpoints" / "step_000002" / "training_state.pt")["optimizer"]["state"]
+    assert not any("state2" in tensors for tensors in state.values())  # Lion has one moment, AdamW two

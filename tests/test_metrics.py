@@ -1,6 +1,9 @@
 import json
+import logging
 import math
+import os
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,45 @@ def test_constant_loss_is_shown_as_that_constant(tmp_path: Path, capsys: pytest.
     assert "loss 3.0000, lr 1.00e-03, 200 tokens/s, peak " in shown
     assert shown.count("loss") == shown.count("loss 3.0000")
     assert "loss 3.0000 at step 1, 3.0000 at step 8, 200 tokens/s" in metrics.summary()
+
+
+def test_without_a_terminal_there_is_a_line_every_logging_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, range(1, 9), logging_steps=3)
+    shown = capsys.readouterr().err
+    assert "\r" not in shown
+    assert [line.split(":")[0] for line in shown.splitlines()] == ["step 3 of 8", "step 6 of 8", "step 8 of 8"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no pseudo-terminals")
+def test_in_a_terminal_there_is_one_bar_and_warnings_stand_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import termios
+
+    main, side = os.openpty()
+    termios.tcsetwinsize(side, (24, 100))
+    with os.fdopen(side, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        metrics = make_metrics(tmp_path, logging_steps=4)
+        for step in range(1, 9):
+            metrics.after_step(step, **VALUES)
+            if step == 4:
+                logging.getLogger("so8t").warning("the disk is full")
+        metrics.close()
+    shown = ""
+    with suppress(OSError):  # how Linux says that the other side is closed
+        while piece := os.read(main, 2**16):
+            shown += piece.decode()
+    os.close(main)
+    lines = [line.rsplit("\r", 1)[-1] for line in shown.replace("\r\n", "\n").rstrip().split("\n")]
+    assert lines[0] == "the disk is full"
+    assert lines[1].startswith("training: 100%")
+    assert "8/8" in lines[1]
+    assert "loss 3.0000" in lines[1]
+    assert len(lines) == 2
+    assert max(map(len, shown.replace("\r", "\n").splitlines())) <= 100
 
 
 def test_nothing_left_to_train_is_said(tmp_path: Path) -> None:

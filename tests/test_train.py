@@ -1,13 +1,14 @@
-"""The whole job as a user runs it: `train.main` on a tiny model, or the real command where a signal counts."""
+"""The whole job as a user runs it: `train.main` on a tiny model, or in a process of its own where a signal counts."""
 
 import ast
 import json
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
+import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from so8t.data import TrainingBatches, load_dataset
 from so8t.logits import read_logits
 from so8t.memory import StepSpec
 from so8t.memory.trace import Trace, trace_step
-from so8t.metrics import read_metrics
+from so8t.metrics import Metrics, read_metrics
+from so8t.text import COLUMNS
 
 SAMPLE = Path("so8t/demo/sample.jsonl")
 
@@ -172,13 +174,14 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     output = capsys.readouterr().out
     for words in ("10 rows", "trainable: ", "LoRA", "gates", "metrics.jsonl", "step_000009", "4 files saved"):
         assert words in output
+    lines = [line for line in output.splitlines() if " " in line.strip()]  # a path stays whole, however long
+    assert max(map(len, lines)) <= COLUMNS
 
 
-def test_resolved_config_is_the_one_that_ran(run: Run) -> None:
-    folder = run("run", "training.max_steps=1", "qlora.r=2")
-    config = load_config(folder / "config.toml")
-    assert (config.training.max_steps, config.qlora.r) == (1, 2)
-    assert config == load_config(checkpoint_of(folder) / "config.toml")
+def test_resolved_config_is_the_one_that_ran(four_steps: Path) -> None:
+    config = load_config(four_steps / "config.toml")
+    assert (config.training.max_steps, config.qlora.r) == (4, 4)  # of the command line, of the file
+    assert config == load_config(checkpoint_of(four_steps) / "config.toml")
 
 
 # ---- the loss is Hugging Face's, whatever the way the step is cut up
@@ -292,11 +295,8 @@ def test_probe_file_of_a_step_belongs_to_the_checkpoint_of_that_step(run: Run, b
 # ---- stopping and resuming
 
 
-if sys.platform == "win32":
-    SIGNALS = (signal.SIGTERM,)  # send_signal kills with it
-else:
-    SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-LONG = "training.num_train_epochs=12"  # so that a signal surely meets the run alive
+SIGNALS = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+STOPPED_AT = 5  # between the checkpoints of steps 4 and 6
 
 
 @dataclass
@@ -305,7 +305,7 @@ class Stopped:
 
     config: str
     folder: Path
-    exit_code: int
+    exit_code: int | None
     errors: str
 
 
@@ -315,8 +315,21 @@ def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("unbroken")
     rows = folder / "rows.jsonl"
     copy_rows(rows, 0, 10)
-    assert train.main([write_config(base, rows, folder / "run"), LONG]) == 0
+    assert train.main([write_config(base, rows, folder / "run")]) == 0
     return folder / "run", rows
+
+
+def run_until(number: signal.Signals, config: str, errors: Path) -> None:
+    """For a process of its own: run the job, and get the signal when the step's metrics have been written."""
+    after_step = Metrics.after_step
+
+    def then_signal(self: Metrics, step: int, **values: Any) -> None:
+        after_step(self, step, **values)
+        if step == STOPPED_AT:
+            os.kill(os.getpid(), number)
+
+    with patch.object(Metrics, "after_step", then_signal), errors.open("w", encoding="utf-8") as sys.stderr:
+        sys.exit(train.main([config]))
 
 
 @pytest.fixture(scope="module")
@@ -326,23 +339,25 @@ def stopped(
     """One run for each signal, all at the same time."""
     folders = {number: tmp_path_factory.mktemp(number.name) / "run" for number in SIGNALS}
     configs = {number: write_config(base, unbroken[1], folder) for number, folder in folders.items()}
-    pipes: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    waiting = {
-        number: subprocess.Popen([sys.executable, "train.py", config, LONG], **pipes)
-        for number, config in configs.items()
+    errors = {number: folder.with_name("errors") for number, folder in folders.items()}
+    calls = [(number, configs[number], errors[number]) for number in SIGNALS]
+    exit_codes = dict(zip(SIGNALS, run_processes(run_until, calls), strict=True))
+    return {
+        number: Stopped(configs[number], folder, exit_codes[number], errors[number].read_text(encoding="utf-8"))
+        for number, folder in folders.items()
     }
-    runs = {}
-    while waiting:
-        for number, process in list(waiting.items()):
-            metrics = folders[number] / "metrics.jsonl"
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= 5:
-                waiting.pop(number).send_signal(number)
-                _, errors = process.communicate(timeout=60)
-                runs[number] = Stopped(configs[number], folders[number], process.returncode, errors)
-            else:
-                assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    return runs
+
+
+def run_processes(function: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> list[int | None]:
+    """Call it in a process for each of these arguments, all at the same time; returns their exit codes."""
+    # a fork need not import torch anew, which takes seconds, but neither Windows nor CUDA can do it
+    method = "spawn" if sys.platform == "win32" or torch.cuda.is_available() else "fork"
+    processes = [multiprocessing.get_context(method).Process(target=function, args=call) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -350,17 +365,16 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_to_the_bit(
     stopped: dict[signal.Signals, Stopped], unbroken: tuple[Path, Path], number: signal.Signals
 ) -> None:
     run, (expected, _) = stopped[number], unbroken
-    steps_done = len(read_metrics(run.folder / "metrics.jsonl"))
-    assert steps_done < len(series(expected))
+    assert len(read_metrics(run.folder / "metrics.jsonl")) == STOPPED_AT < STEPS
     if sys.platform == "win32":
-        assert run.exit_code == 1
+        assert run.exit_code == number  # os.kill ends it at once
     elif number == signal.SIGKILL:
         assert run.exit_code == -signal.SIGKILL
     else:
         assert run.exit_code == 128 + number, run.errors
-        assert checkpoint_of(run.folder).name == f"step_{steps_done:06d}"
+        assert checkpoint_of(run.folder).name == f"step_{STOPPED_AT:06d}"
         assert "Traceback" not in run.errors
-    assert train.main([run.config, LONG]) == 0
+    assert train.main([run.config]) == 0
     assert series(run.folder) == series(expected)
     assert_same_checkpoint(checkpoint_of(run.folder), checkpoint_of(expected))
     assert_same_logits(run.folder, expected)
@@ -390,24 +404,31 @@ def test_every_kind_of_run_resumes_to_the_bit(run: Run, options: tuple[str, ...]
     assert str(states[0]) == str(states[1])
 
 
-def test_finished_run_has_nothing_left_to_do(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run("run", "training.max_steps=2")
-    before = series(folder)
-    capsys.readouterr()
-    run("run", "training.max_steps=2")
-    assert "step 2 of 2 is done" in capsys.readouterr().out
-    assert series(folder) == before
+def test_finished_run_has_nothing_left_to_do(four_steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = series(four_steps)
+    assert train.main([str(four_steps.with_suffix(".toml")), "training.max_steps=4"]) == 0
+    assert "resuming after step 4 of 4" in capsys.readouterr().out
+    assert series(four_steps) == before
+
+
+def run_rank(rank: int, port: int, printed: Path, arguments: list[str]) -> None:
+    """For a process of its own: the job as torchrun starts it."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    with printed.open("w", encoding="utf-8") as sys.stdout:
+        sys.exit(train.main(arguments))
 
 
 def test_two_processes_train_like_one(base: Path, run: Run, tmp_path: Path) -> None:
     options = ["qlora.lora_dropout=0.0", 'training.optim="adamw"', "training.num_train_epochs=1"]
     expected = run("one", *options, "training.gradient_accumulation_steps=2")
     config = write_config(base, tmp_path / "rows.jsonl", tmp_path / "two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", config]
-    one_each = "training.gradient_accumulation_steps=1"
-    result = subprocess.run([*command, *options, one_each], capture_output=True, encoding="utf-8")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("trainable: ") == 1
+    arguments = [config, *options, "training.gradient_accumulation_steps=1"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    printed = [tmp_path / f"printed_{rank}" for rank in range(2)]
+    assert run_processes(run_rank, [(rank, port, printed[rank], arguments) for rank in range(2)]) == [0, 0]
+    assert [path.read_text(encoding="utf-8").count("trainable: ") for path in printed] == [1, 0]
     names = ("loss", "pet", "grad_norm", "num_targets")
     for one, two in zip(series(expected, *names), series(tmp_path / "two", *names), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
@@ -513,12 +534,11 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
     ],
 )
 def test_resuming_what_would_alter_the_result_is_refused(
-    run: Run, capsys: pytest.CaptureFixture[str], change: str, words: str
+    four_steps: Path, capsys: pytest.CaptureFixture[str], change: str, words: str
 ) -> None:
-    folder = run("run", "training.max_steps=2")
-    run("run", "training.max_steps=2", change, exit_code=2)
+    assert train.main([str(four_steps.with_suffix(".toml")), "training.max_steps=4", change]) == 2
     assert words in capsys.readouterr().err
-    assert len(read_metrics(folder / "metrics.jsonl")) == 2
+    assert len(read_metrics(four_steps / "metrics.jsonl")) == 4
 
 
 def test_resuming_with_other_rows_in_the_same_file_is_refused(
@@ -588,7 +608,7 @@ def test_the_loss_formula_stands_once_in_train_py() -> None:
     assert texts[Path("train.py")].count("pet_weight *") == 1
 
 
-def test_metrics_lines_are_plain_json(run: Run) -> None:
-    folder = run("run", "training.max_steps=1")
-    (line,) = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(line, parse_constant=lambda name: pytest.fail(name))["step"] == 1
+def test_metrics_lines_are_plain_json(four_steps: Path) -> None:
+    lines = (four_steps / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]

@@ -17,14 +17,14 @@ CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' worksp
 FRAGMENTATION = 0.05  # assumed: share of the peak
 LENGTH_BLOCK = 256  # tokens: largest_length searches in such steps
 WHY = {
-    "embeddings and head": "not quantised: bitsandbytes leaves them as they were loaded",
+    "embeddings and head": "as they were loaded, never quantized",
     "other weights": "norms and biases, as they were loaded",
-    "trained weights": "float32: small updates are lost in 16 bits",
-    "LoRA": "float32: small updates are lost in 16 bits",
-    "gates": "float32: so that the rotation stays orthogonal",
-    "optimizer states, 32-bit": "tensors under 4096 numbers stay 32-bit in an 8-bit optimizer",
+    "trained weights": "float32: 16 bits lose small updates",
+    "LoRA": "float32: 16 bits lose small updates",
+    "gates": "float32: the rotation stays orthogonal",
+    "optimizer states, 32-bit": "of tensors under 4096 numbers",
     "optimizer scales": "float32, one for 256 numbers",
-    "gradients": "float32; they stay over all micro-batches of a step",
+    "gradients": "float32, kept over a step's micro-batches",
 }
 
 
@@ -61,9 +61,9 @@ class Plan:
         shape, padded = self.spec.micro_batch, "padded " if self.spec.micro_batch.is_padded else ""
         lines.append(
             f"memory plan, traced: {trace.num_parameters:,} parameters, micro-batches of {shape.rows} {padded}x "
-            f"{shape.length} tokens, {self.checkpointed_layers} of {trace.num_layers} layers checkpointed "
-            f"({self.reason})"
+            f"{shape.length} tokens"
         )
+        lines.append(f"  {self.checkpointed_layers} of {trace.num_layers} layers checkpointed ({self.reason})")
         lines += [_line(name, size, WHY.get(name, "")) for name, size in ledger_rows(trace, self.accumulates).items()]
         lines.append(_line("peak of all tensors", trace.peak, f"in the {peak_phase(trace)}"))
         if self.spec.device_type != "cpu":
@@ -75,7 +75,7 @@ class Plan:
             lines.append(_line(f"headroom on {self.capacity / GIB:.1f} GiB", abs(self.headroom), verdict))
         if self.spec.config.training.save_logits:
             where = "host memory" if self.spec.device_type == "cpu" else "pinned host memory"
-            lines.append(_line("logits buffers", self.spec.logits.host_bytes, f"{where}; what is kept is on the disk"))
+            lines.append(_line("logits buffers", self.spec.logits.host_bytes, where))
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Plan:
             shape = BatchShape(1, length, is_padded=False)
             return trace_step(spec.changed(spec.config, shape), None).peak
 
-        positions = spec.model_config.max_position_embeddings
+        positions: int = spec.model_config.max_position_embeddings
         lengths: list[int] = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         limit = budget_of(capacity - CONTEXT_BYTES)
         return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]

@@ -1,13 +1,24 @@
 """What `python -m so8t.serve` does with a query, without its server."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from so8t.serve.generate import load_generator
+from so8t.serve.thinker import Question, Written
 
 
 def main(arguments: Sequence[str]) -> int:
     generator = load_generator(Path(arguments[0]))
-    _, tokens = generator("2 + 3?", max_new_tokens=8, temperature=0.0, top_p=1.0, max_seconds=60.0)
-    print(f"{tokens} tokens")
+    question = Question(
+        [{"role": "user", "content": "2 + 3?"}],
+        max_new_tokens=8,
+        temperature=0.0,
+        top_p=1.0,
+        deadline=time.monotonic() + 60,
+    )
+    answers: list[Written] = []
+    generator([question], [generator.encode(question.messages)], answers.extend)
+    (answer,) = answers
+    print(f"{answer.num_tokens} tokens")
     return 0

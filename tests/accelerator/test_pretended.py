@@ -40,7 +40,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Outcomes:
     subprocess.run(
         [sys.executable, "tests/pretended_accelerator.py", folder / "commands.json", folder / "outcomes.json"],
         check=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([".", "tests"])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([".", "tests", os.environ.get("PYTHONPATH", "")])},
     )
     return Outcomes(folder, json.loads((folder / "outcomes.json").read_bytes()))
 

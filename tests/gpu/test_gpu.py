@@ -24,6 +24,8 @@ from so8t.data import Batch, TrainingBatches, load_dataset
 from so8t.export import export
 from so8t.logits import read_logits
 from so8t.metrics import read_metrics
+from so8t.serve.generate import load_generator
+from so8t.serve.thinker import Question
 
 pytestmark = [
     pytest.mark.gpu,
@@ -313,3 +315,23 @@ def test_step_beside_a_trainer_that_does_the_same(tmp_path: Path, record: Any, s
     record(peak_mib={name: round(peak / MIB, 1) for name, peak in peaks.items()})
     assert peaks["ours"] < peaks["trainer"]
     assert speed(ours)["step_ms"] < 1.2 * theirs["step_ms"]
+
+
+def test_questions_asked_together_are_answered_as_alone(memorised_run: Path, record: Any) -> None:
+    generator = load_generator(memorised_run)
+    known = json.loads((memorised_run.parent / "rows.jsonl").read_text(encoding="utf-8"))["query"]
+    asked = [known if row % 2 else f"{known} " * (1 + row) for row in range(16)]
+
+    def answers(queries: list[str]) -> tuple[dict[int, str], float]:
+        messages = [[{"role": "user", "content": query}] for query in queries]
+        questions = [Question(one, 100, 0.0, 1.0, time.monotonic() + 60) for one in messages]
+        found: dict[int, str] = {}
+        started = time.perf_counter()
+        prompts = [generator.encode(one) for one in messages]
+        generator(questions, prompts, lambda written: found.update((one.row, one.text) for one in written))
+        return found, time.perf_counter() - started
+
+    answers(asked[:1])
+    (alone, one_seconds), (together, seconds) = answers(asked[1:2]), answers(asked)
+    assert {together[row] for row in range(1, 16, 2)} == {alone[0]}
+    record(one_seconds=one_seconds, sixteen_seconds=seconds)
