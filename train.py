@@ -56,10 +56,12 @@ def train(config: Config, ranks: parallel.Ranks) -> int:
     checkpoint = find_checkpoint(config)
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model, model_config.vocab_size)
-    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
-    eval_batches = fixed_batches("data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch)
+    folder = Path(training.output_dir) / "data"  # tokens are kept there
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder)
+    evaluation = "data.eval_data", config.data.eval_data
+    eval_batches = fixed_batches(*evaluation, tokenizer, config.data, rows_per_batch, folder=folder)
     probe = "training.save_logits_probe", training.save_logits_probe if training.save_logits else ()
-    probe_batches = fixed_batches(*probe, tokenizer, config.data, rows_per_batch, one_length=True)
+    probe_batches = fixed_batches(*probe, tokenizer, config.data, rows_per_batch, one_length=True, folder=folder)
     data = TrainingBatches(dataset.rows, rows_per_batch, training.gradient_accumulation_steps * ranks.world_size, seed)
     total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
     print(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")

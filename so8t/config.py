@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
@@ -112,13 +112,30 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """[data]: JSONL rows; a file, a glob, or a list of them (one string stands for a list of one)."""
+class SourceConfig:
+    """[[data.sources]]: what holds for every row of some files; what a row says of itself comes first."""
 
-    train_data: Annotated[tuple[Name, ...], Must("with at least one file", bool)]
+    path: Name  # a file or a glob; trained on though data.train_data does not name it, unless data.eval_data does
+    source: str = ""
+    license: str = ""
+    url: str = ""  # of what comes from the web
+    robots: str = ""
+    weight: Positive = 1  # how often an epoch shows their rows
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: rows; a file, a glob, or a list of them (one string stands for a list of one)."""
+
+    train_data: tuple[Name, ...] = ()
     eval_data: tuple[Name, ...] = ()  # empty = no validation
+    sources: tuple[SourceConfig, ...] = ()
     max_seq_length: Length = 1024  # tokens a row
+    on_long_row: Literal["error", "skip", "cut_prompt"] = "cut_prompt"  # what does not fit even so is skipped
     on_bad_row: Literal["error", "skip"] = "error"  # skipped rows are counted
+    train_on_answers: Literal["all", "last"] = "all"  # of a conversation
+    chat_template: str = ""  # a Jinja file; empty = the tokenizer's own
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # such as enable_thinking = false
     policy: PolicyConfig = PolicyConfig()
 
 
@@ -211,6 +228,10 @@ class Config:
                 adapters and not self.qlora.target_modules,
                 "qlora.target_modules is empty; name the linear layers or set qlora.enabled to false",
             ),
+            (
+                not (self.data.train_data or self.data.sources),
+                "data.train_data is missing; write a file, a glob or a list of them",
+            ),
             (len(set(layers)) < len(layers), "so8t.layer_indices names a layer twice; write it once"),
             (pet.enabled and abs(phases - 1) > 1e-6, f"the pet.*_ratio keys sum to {phases:g}, not to 1"),
         ]
@@ -255,7 +276,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises InputError with one sentence that names the file or key, what is wrong and what to write.
     """
-    values = {name: field.default for name, field in FIELDS.items()}
+    values = {name: _default(field) for name, field in FIELDS.items()}
     for name, value in _read_file(path):
         values[name] = _checked(str(path), name, [value])
     for override in overrides:
@@ -266,6 +287,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"{path}: {name} is missing; it must be {_words(ANNOTATIONS[name])}")
     config: Config = _build(Config, "", values)
     return config
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def to_toml(config: Config) -> str:
@@ -367,6 +392,10 @@ def _fit(annotation: Any, value: Any) -> Any:
         value = tuple(_fit(arguments[0], item) for item in value) if fits else ()
     elif origin is Literal:
         fits = value in arguments
+    elif origin is dict:
+        fits = isinstance(value, dict) and all(map(_is_plain, value.values()))
+    elif is_dataclass(annotation):
+        return _fit_table(annotation, value)
     elif annotation is float:
         value = float(_fit(int, value)) if type(value) is int else value
         fits = type(value) is float and math.isfinite(value)
@@ -381,6 +410,22 @@ def _fit(annotation: Any, value: Any) -> Any:
     return value
 
 
+def _is_plain(value: Any) -> bool:
+    """Say whether JSON, TOML and Jinja write it alike; a date of TOML is none."""
+    if isinstance(value, dict | list):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool | int | float | str)
+
+
+def _fit_table(section: Any, value: Any) -> Any:
+    """A table of an array of tables as `section` holds it."""
+    annotations = get_type_hints(section, include_extras=True)
+    required = {field.name for field in fields(section) if field.default is MISSING}
+    if not isinstance(value, dict) or not required <= value.keys() <= annotations.keys():
+        raise ValueError
+    return section(**{key: _fit(annotations[key], item) for key, item in value.items()})
+
+
 def _words(annotation: Any) -> str:
     """What to write for a field of this annotation."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -392,6 +437,11 @@ def _words(annotation: Any) -> str:
         return f"a list (each item {_words(arguments[0])})"
     if origin is Literal:
         return " or ".join(map(_toml, arguments))
+    if origin is dict:
+        return "a table of names and values"
+    if is_dataclass(annotation):
+        keys = (f"{key} ({_words(of)})" for key, of in get_type_hints(annotation, include_extras=True).items())
+        return f"a table with {', '.join(keys)}"
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text in quotes"}
     return words[annotation]
 
@@ -417,7 +467,10 @@ def _toml(value: object) -> str:
         case list() | tuple():
             return f"[{', '.join(map(_toml, value))}]"
         case dict():
-            return "a table"
+            pairs = (f"{json.dumps(key, ensure_ascii=False)} = {_toml(item)}" for key, item in value.items())
+            return f"{{{', '.join(pairs)}}}"
+        case SourceConfig():
+            return _toml(vars(value))
         case _:
             return str(value)
 

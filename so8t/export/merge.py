@@ -31,9 +31,9 @@ from so8t.evaluate import score
 from so8t.export.model_card import model_card
 from so8t.files import atomic_folder, atomic_write
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle
-from so8t.losses import CHUNK_ROWS
+from so8t.losses import CHUNK_ROWS, NO_TARGET
 from so8t.metrics import read_metrics
-from so8t.model import Model, causal_lm, head_weight, load_model, load_model_config, load_tokenizer
+from so8t.model import Model, causal_lm, head_weight, load_model, load_model_config, load_tokenizer, set_stops
 from so8t.policy import REPORT_FILE as POLICY_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -119,7 +119,7 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
             f"them; name the model that they were made from in {checkpoint / CONFIG_FILE}"
         )
     tokenizer = load_tokenizer(config.model, model_config.vocab_size)
-    batches = check_batches(config.data, tokenizer)
+    batches = check_batches(config.data, tokenizer, checkpoint.parents[1] / "data")
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(atomic_folder(out))
@@ -149,9 +149,13 @@ def check_key(config: DataConfig) -> str:
     return "data.eval_data" if config.eval_data else "data.train_data"
 
 
-def check_batches(config: DataConfig, tokenizer: Any) -> list[Batch]:
-    """Rows of data.eval_data, or without it of data.train_data, spread over the files; one a batch."""
-    rows = load_dataset(check_key(config), config.eval_data or config.train_data, tokenizer, config).rows
+def check_batches(config: DataConfig, tokenizer: Any, folder: Path) -> list[Batch]:
+    """Rows of data.eval_data, or without it of data.train_data, spread over the files; one a batch.
+
+    folder: where the run keeps its tokens, if it does.
+    """
+    files, stored = config.eval_data or config.train_data, folder if folder.is_dir() else None
+    rows = load_dataset(check_key(config), files, tokenizer, config, stored).rows
     return split(rows[:: -(-len(rows) // CHECK_ROWS)], rows_per_batch=1)
 
 
@@ -188,7 +192,9 @@ def write_and_check(
         raise ExportError(f"the model could not be written ({error})") from error
     del model, merged
     gc.collect()
-    exported = compute(AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}), batches)
+    written = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    check_stops(written, batches)
+    exported = compute(written, batches)
 
     agreement = compare(live, exported)
     return Report(
@@ -207,6 +213,15 @@ def write_and_check(
         quantized_nll=quantized.nll if quantized else None,
         quantized_top1_agreement=compare(quantized, exported).top1 if quantized else None,
     )
+
+
+def check_stops(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    """Raise ExportError unless the last token that each row teaches is one at which the model's `generate` stops."""
+    eos: Any = model.generation_config.eos_token_id if model.generation_config else None
+    stops = torch.tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos])
+    for batch in batches:
+        if not torch.isin(batch.targets[0][batch.targets[0] != NO_TARGET][-1], stops):
+            raise ExportError("its generate() would not stop where the rows of training end their answers")
 
 
 def compute(model: Model, batches: Sequence[Batch]) -> Outputs:
@@ -284,6 +299,7 @@ def merge(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
     without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
+    set_stops(model, tokenizer)
     model.save_pretrained(folder, state_dict=without_gates, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     vocabulary = getattr(tokenizer, "vocab_file", None)
