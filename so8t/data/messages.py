@@ -152,7 +152,11 @@ def _chat(messages: Any, name: str) -> tuple[list[Message], list[bool]]:
     turns, is_trained = [], []
     for number, message in enumerate(messages, start=1):
         try:
-            turn = _message({key: value for key, value in message.items() if value not in (None, "", [], {})})
+            turn = (
+                message
+                if _is_simple(message)
+                else _message({key: value for key, value in message.items() if value not in (None, "", [], {})})
+            )
             if turn["role"] == "assistant":
                 check_parts(turn["content"])
         except BadRow as error:
@@ -162,6 +166,14 @@ def _chat(messages: Any, name: str) -> tuple[list[Message], list[bool]]:
         turns.append(turn)
         is_trained.append(_is_trained(message, turn["role"], number))
     return turns, is_trained
+
+
+def _is_simple(message: Message) -> bool:
+    """Say whether a message is as templates take it, as nearly all are."""
+    role, content = message.get("role"), message.get("content")
+    if len(message) != 2 or not isinstance(role, str) or not isinstance(content, str):
+        return False
+    return bool(role.strip() and content.strip()) and (content.isascii() or not _HALF_CHARACTER.search(content))
 
 
 def _message(fields: Fields) -> Message:

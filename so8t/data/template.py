@@ -202,8 +202,8 @@ class ChatTemplate:
             self._appended = eos
         else:
             raise InputError(
-                "model.base_model: the chat template ends an answer with no token, and the tokenizer has no end of text, "
-                "so generation would never stop; give it an eos_token"
+                "model.base_model: the chat template ends an answer with no token, nor has the tokenizer one, so that "
+                "generation would never stop; give it an eos_token"
             )
 
     def _find_stop_of_calls(self) -> None:

@@ -36,6 +36,15 @@ class Pending(NamedTuple):
     encodings: Future[list[Any]]
 
 
+class Piece(NamedTuple):
+    """A text and its tokens."""
+
+    text: Text
+    encoding: Any
+    ids: list[int]
+    tails: list[tuple[int, str]]  # of each answer: where in `ids` the end of its prompt begins, and what it says
+
+
 class Encoder:
     """Tokenizes conversations. The tokenizer's own threads work while the next batch is read and rendered."""
 
@@ -67,69 +76,62 @@ class Encoder:
     def finish(self, pending: Pending) -> list[list[Tokens] | BadRow]:
         """The rows of each conversation: one, or one for every answer where no text can hold them all."""
         encodings = iter(pending.encodings.result())
-        rows: list[list[Tokens] | BadRow] = []
-        work = [
-            (texts, None if isinstance(texts, BadRow) else [self._encoding(text, encodings) for text in texts])
+        pieces = [
+            texts if isinstance(texts, BadRow) else [self._piece(text, encodings) for text in texts]
             for texts in pending.texts
         ]
-        self._learn_tails([pair for texts, encoded in work if encoded for pair in zip(texts, encoded, strict=True)])  # type: ignore[arg-type]
-        for conversation, (texts, encoded) in zip(pending.conversations, work, strict=True):
-            if isinstance(texts, BadRow):
-                rows.append(texts)
-                continue
+        self._learn_tails([piece for each in pieces if not isinstance(each, BadRow) for piece in each])
+        rows: list[list[Tokens] | BadRow] = []
+        for conversation, each in zip(pending.conversations, pieces, strict=True):
             try:
-                rows.append(list(self._rows(conversation, texts, encoded or [])))
+                rows.append(each if isinstance(each, BadRow) else list(self._rows(conversation, each)))
             except BadRow as error:
                 rows.append(error)
         return rows
 
-    def _encoding(self, text: Text, encodings: Iterator[Any]) -> Any:
-        return self._core.encode(text.text) if text.is_plain else next(encodings)
+    def _piece(self, text: Text, encodings: Iterator[Any]) -> Piece:
+        encoding = self._core.encode(text.text) if text.is_plain else next(encodings)
+        ids = encoding.ids
+        tails = [] if text.is_plain else [self._tail(text, encoding, ids, answer) for answer in text.answers]
+        return Piece(text, encoding, ids, tails)
 
-    def _rows(self, conversation: Conversation, texts: Sequence[Text], encodings: Sequence[Any]) -> Iterator[Tokens]:
-        for text, encoding in zip(texts, encodings, strict=True):
-            starts = [0] if text.is_plain else [self._start(text, encoding, answer) for answer in text.answers]
+    def _rows(self, conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[Tokens]:
+        for piece in pieces:
+            starts = [self._start(piece.ids, *tail) for tail in piece.tails] or [0]
             if None not in starts:
-                yield self._fit(*self._label(text, encoding, starts))  # type: ignore[arg-type]
-            elif len(text.answers) == 1:
-                yield self._fit(*self._apart(text))
+                yield self._fit(*self._label(piece.text, piece.encoding, piece.ids, starts))  # type: ignore[arg-type]
+            elif len(piece.tails) == 1:
+                yield self._fit(*self._apart(piece.text))
             else:  # one of the answers would follow other tokens than at inference
                 singles = self._template.lay_out_singly(conversation)
                 if isinstance(singles, BadRow):
                     raise singles
-                yield from self._rows(conversation, singles, self._encode([single.text for single in singles]))
+                encodings = iter(self._encode([single.text for single in singles]))
+                yield from self._rows(conversation, [self._piece(single, encodings) for single in singles])
 
     # ---- what stands before an answer
 
-    def _tail(self, text: Text, encoding: Any, answer: Answer) -> tuple[int, str]:
+    def _tail(self, text: Text, encoding: Any, ids: Sequence[int], answer: Answer) -> tuple[int, str]:
         """The end of the prompt from its last added token on, at which every tokenizer cuts; and that token's place."""
         place = self._token_at(encoding, answer.prompt_end - 1)
-        ids = encoding.ids
         while place > 0 and ids[place] not in self._added:
             place -= 1
         start = encoding.token_to_chars(place)[0] if place > 0 else 0
         return place, text.text[start : answer.prompt_end]
 
-    def _learn_tails(self, pairs: Sequence[tuple[Text, Any]]) -> None:
+    def _learn_tails(self, pieces: Sequence[Piece]) -> None:
         if len(self._tails) > CACHED_TAILS:
             self._tails.clear()
-        tails = {
-            self._tail(text, encoding, answer)[1]
-            for text, encoding in pairs
-            if not text.is_plain
-            for answer in text.answers
-        }
-        unknown = [tail for tail in tails if tail not in self._tails]
+        unknown = list({tail for piece in pieces for _, tail in piece.tails if tail not in self._tails})
         self._tails |= {tail: encoded.ids for tail, encoded in zip(unknown, self._encode(unknown), strict=True)}
 
-    def _start(self, text: Text, encoding: Any, answer: Answer) -> int | None:
+    def _start(self, ids: Sequence[int], place: int, tail: str) -> int | None:
         """The place of an answer's first token; None if the tokens before it are not those of the prompt alone."""
-        place, tail = self._tail(text, encoding, answer)
         if tail not in self._tails:
             self._tails[tail] = self._core.encode(tail, add_special_tokens=False).ids
         expected = self._tails[tail]
         end = place + len(expected)
-        return end if encoding.ids[place:end] == expected else None
+        return end if ids[place:end] == expected else None
 
     @staticmethod
     def _token_at(encoding: Any, character: int) -> int:
@@ -141,9 +143,11 @@ class Encoder:
 
     # ---- labels
 
-    def _label(self, text: Text, encoding: Any, starts: Sequence[int], shift: int = 0) -> tuple[Any, Any]:
+    def _label(
+        self, text: Text, encoding: Any, numbers: list[int], starts: Sequence[int], shift: int = 0
+    ) -> tuple[Any, Any]:
         """input_ids and sections; `shift` is where the encoded piece begins in the text."""
-        ids = np.array(encoding.ids, dtype=np.int32)
+        ids = np.array(numbers, dtype=np.int32)
         sections = np.full(len(ids), PROMPT, dtype=np.uint8)
         for answer, start in zip(text.answers, starts, strict=True):
             end = len(ids) if text.is_plain else self._token_at(encoding, answer.end - 1 - shift) + 1
@@ -167,7 +171,7 @@ class Encoder:
         shift = answer.prompt_end - len(self._lead)
         if encoding.ids[:lead] != self._lead_ids:
             encoding, lead, shift = self._core.encode(written, add_special_tokens=False), 0, answer.prompt_end
-        ids, sections = self._label(text, encoding, [lead], shift)
+        ids, sections = self._label(text, encoding, encoding.ids, [lead], shift)
         before = np.array(prompt, dtype=np.int32)
         return np.concatenate([before, ids[lead:]]), np.concatenate(
             [np.full(len(before), PROMPT, np.uint8), sections[lead:]]

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from so8t.config import PolicyConfig
-from so8t.data import Message, read_messages
+from so8t.data import read_conversation
 from so8t.policy.personal_data import FINDERS, has_my_number, has_payment_card, plain
 from so8t.policy.rules import LONGEST_REFUSAL, RULES, broken_rule, is_refusal, make_report
 
@@ -38,7 +38,7 @@ def row_of(output: str, **fields: Any) -> dict[str, Any]:
 
 
 def rule_of(row: dict[str, Any], **switches: Any) -> str | None:
-    return broken_rule(row, read_messages(row), PolicyConfig(**switches))
+    return broken_rule(row, read_conversation(row).messages, PolicyConfig(**switches))
 
 
 def found_in(text: str) -> set[str]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import train
 from so8t.checkpoint import checkpoint_folders
 from so8t.config import InputError
-from so8t.data import encode_row, read_fields, read_messages
+from so8t.data import load_dataset, read_conversation, read_fields
 from so8t.gates import gates_of
 from so8t.serve.generate import END, Generator, load_generator, model_hash
 from so8t.thinking import has_tags, parse, render

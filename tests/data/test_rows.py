@@ -3,6 +3,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,23 @@ from so8t.data import (
     BadRow,
     Batch,
     Dataset,
-    Message,
     Row,
     TrainingBatches,
     collate,
     count,
     derive_seed,
-    encode_row,
     fixed_batches,
     load_dataset,
-    read_messages,
+    read_conversation,
     split,
 )
+from so8t.data.template import ChatTemplate
+from so8t.data.tokens import Encoder
 from so8t.losses import NO_TARGET
 from so8t.policy.rules import make_report
 from so8t.thinking import SECTIONS, final_only, has_tags
 
-DEMO = Path(__file__).parents[1] / "so8t" / "demo"
+DEMO = Path(__file__).parents[2] / "so8t" / "demo"
 TOKENIZER: Any = AutoTokenizer.from_pretrained(DEMO)
 
 THINKING = {
@@ -82,8 +83,21 @@ def load(*patterns: str, tokenizer: Any = TOKENIZER, **keys: Any) -> Dataset:
     return load_dataset("data.train_data", patterns, tokenizer, settings_of(**keys))
 
 
+def encode_all(row: dict[str, Any], tokenizer: Any = TOKENIZER, **keys: Any) -> list[Row]:
+    """The rows of one conversation; raises BadRow."""
+    encoder = Encoder(tokenizer, ChatTemplate(tokenizer, date.today()), settings_of(**keys))
+    [rows] = encoder.finish(encoder.start([read_conversation(row)]))
+    if isinstance(rows, BadRow):
+        raise rows
+    return [
+        Row(torch.from_numpy(ids), torch.from_numpy(sections > 1), torch.from_numpy(sections), 0, was_cut)
+        for ids, sections, was_cut in rows
+    ]
+
+
 def encode(row: dict[str, Any], tokenizer: Any = TOKENIZER, max_seq_length: int = 1024) -> Row:
-    return encode_row(read_messages(row), tokenizer, max_seq_length, 0)
+    [encoded] = encode_all(row, tokenizer, max_seq_length=max_seq_length)
+    return encoded
 
 
 def text_of(ids: Tensor, tokenizer: Any = TOKENIZER) -> str:
@@ -165,16 +179,16 @@ def test_a_chat_has_targets_in_every_turn_of_the_assistant() -> None:
 
 
 def test_an_instruction_is_the_prompt_with_its_input_below_and_the_output_the_answer() -> None:
-    assert read_messages(PLAIN)[0] == {"role": "user", "content": "Translate.\n\n猫"}
+    assert read_conversation(PLAIN).messages[0] == {"role": "user", "content": "Translate.\n\n猫"}
     assert answers(encode(PLAIN)) == ["Cat.<|end|>"]
     for row in (PLAIN | {"input": ""}, {key: PLAIN[key] for key in ("instruction", "output")}):
-        assert read_messages(row)[0]["content"] == "Translate."
+        assert read_conversation(row).messages[0]["content"] == "Translate."
         assert answers(encode(row)) == ["Cat.<|end|>"]
 
 
 @pytest.mark.parametrize("row", [THINKING, CHAT, PLAIN])
 def test_the_tokens_are_those_of_the_chat_template(row: dict[str, Any]) -> None:
-    messages = read_messages(row)
+    messages = read_conversation(row).messages
     theirs = TOKENIZER.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert encode(row).input_ids.tolist() == theirs
 
@@ -233,7 +247,7 @@ def wild_texts() -> st.SearchStrategy[str]:
 @example([("q", "\n\n x\n\n")] * 2)
 def test_targets_are_the_answers_and_nothing_else_whatever_the_texts(turns: list[tuple[str, str]]) -> None:
     assume(not any(has_tags(answer) for _, answer in turns))
-    messages: list[Message] = []
+    messages: list[dict[str, str]] = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     row = encode({"messages": messages})
