@@ -3,21 +3,24 @@
     python train.py config.toml
     python train.py config.toml training.learning_rate=1e-4 training.output_dir=runs/slow
 
-A `step` is one optimizer update, counted from 1. `hidden` is the last hidden state [batch, seq, hidden_size].
+A `step` is one optimizer update, counted from 1. `hidden` is the last hidden state [batch, seq, hidden_size]. PET is a
+smoothness penalty: the second difference of `hidden` along the sequence, one term for every three neighbouring tokens.
 """
 
-import argparse
 import math
 import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import replace
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-# before torch is imported: rows of many lengths would otherwise strand memory in blocks of the wrong size
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+from so8t import cli
+from so8t.driver import allocator_settings, unused_gpu
+
+if __name__ == "__main__":
+    cli.train_parser(__doc__).parse_args()  # before torch is imported, so that --help does not wait for it
+os.environ.update(allocator_settings())  # before torch is imported
 
 import torch
 from torch import Tensor
@@ -25,15 +28,23 @@ from torch.nn.utils import clip_grad_norm_
 
 from so8t import parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
-from so8t.config import Config, InputError, load_config
+from so8t.config import Config, load_config
 from so8t.data import Batch, TrainingBatches, count, derive_seed, fixed_batches, load_dataset
-from so8t.evaluate import Validation, capture_probe, keep_evidence
-from so8t.gates import orthogonality_error
+from so8t.evaluate import Probe, Validation, keep_evidence
 from so8t.logits import LogitsSaver, plan_logits
-from so8t.losses import Observer, ce_sum, pet_sum
-from so8t.memory import MemoryLedger, OutOfMemory, Shape, device_memory, plan_memory, shape_of
-from so8t.metrics import Metrics, step_figures
-from so8t.model import Model, describe, head_weight, hidden_states, load_model, load_model_config, load_tokenizer
+from so8t.losses import Tap, ce_sum, pet_sum
+from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, device_memory, plan_memory, shape_of
+from so8t.metrics import Metrics, write_run_file
+from so8t.model import (
+    Model,
+    describe,
+    head_weight,
+    hidden_states,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    trainable_parameters,
+)
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
 from so8t.schedule import lr_at, pet_weight_at
 from so8t.signals import StopSignals
@@ -42,153 +53,189 @@ from so8t.signals import StopSignals
 class NonFiniteStep(Exception):
     """A loss or a gradient was inf or NaN; the weights are still those before the step."""
 
-    def __init__(self, step: int, figures: dict[str, float], places: Sequence[str]) -> None:
-        where = f"the CE of rows {', '.join(places)}" if places else "PET or the backward pass"
-        super().__init__(f"step {step} is not finite: {figures}, first seen in {where}")
-
-
-def train(config: Config, ranks: parallel.Ranks) -> int:
-    """Run the whole job, in the order of this function. Returns the exit code."""
-    training, device, seed = config.training, ranks.device, config.training.seed
-    rows_per_batch = training.per_device_train_batch_size
-
-    # ---- before any weight is loaded: the rows, where to start from, room on the disk
-    checkpoint = find_checkpoint(config)
-    model_config = load_model_config(config.model)
-    tokenizer = load_tokenizer(config.model, model_config.vocab_size)
-    folder = Path(training.output_dir) / "data"  # tokens are kept there
-    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder)
-    evaluation = "data.eval_data", config.data.eval_data
-    eval_batches = fixed_batches(*evaluation, tokenizer, config.data, rows_per_batch, folder=folder)
-    probe = "training.save_logits_probe", training.save_logits_probe if training.save_logits else ()
-    probe_batches = fixed_batches(*probe, tokenizer, config.data, rows_per_batch, one_length=True, folder=folder)
-    data = TrainingBatches(dataset.rows, rows_per_batch, training.gradient_accumulation_steps * ranks.world_size, seed)
-    total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
-    print(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
-    fingerprint = dataset.fingerprint()
-    state = load_training_state(checkpoint, fingerprint, data.micro_batches_per_step)
-    output_dir = make_output_dir(config, ranks.is_main)
-    dataset.policy.write(output_dir, ranks.is_main)
-    shape, *probe_shapes = Shape(rows_per_batch, dataset.longest, rows_per_batch > 1), *map(shape_of, probe_batches)
-    sizes = model_config.vocab_size, shape.tokens, sum(probe_shape.tokens for probe_shape in probe_shapes)
-    print(plan_logits(training, *sizes, total_steps, output_dir, config.model.dtype))
-    plan = plan_memory(config, model_config, shape, device.type, *device_memory(device), probe_shapes)
-    print(plan.table())
-    plan.check()
-    ledger = MemoryLedger(plan, device, output_dir, ranks.is_main)
-
-    # ---- the model, and what trains it
-    tables = config.model, config.quantization, config.qlora, config.so8t
-    layers = plan.checkpointed_layers
-    with ledger:  # out of memory, it says what would help
-        model = load_model(*tables, device, seed=seed, checkpointed_layers=layers, checkpoint=checkpoint)
-    print(describe(model))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(model, training)
-    autocast, scaler = make_amp(training, device)
-    first_step, stop = 1, 0
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        first_step = state["step"] + 1
-        print(f"resuming from {checkpoint}: step {state['step']} of {total_steps} is done")
-
-    # ---- the watchers: they read, they never steer
-    ledger.loaded(model, optimizer, first_step, total_steps)
-    checkpoints = Checkpoints(config, total_steps, fingerprint, data.micro_batches_per_step, ranks.is_main)
-    validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
-    logits_config = replace(training, save_logits=training.save_logits and ranks.is_main)
-    with (
-        ledger,
-        StopSignals() as signals,
-        closing(Metrics(training, output_dir, first_step, total_steps, ranks.is_main)) as metrics,
-        closing(LogitsSaver(logits_config, output_dir, autocast, *sizes[1:])) as logits_saver,
-    ):
-        for step in range(first_step, total_steps + 1):
-            started, epoch = time.perf_counter(), data.epoch(step)
-            pet_weight, lr = pet_weight_at(step, total_steps, config.pet), lr_at(step, total_steps, training)
-            set_learning_rate(optimizer, lr)
-
-            # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
-            micro_batches = data.micro_batches(step)[ranks.rank :: ranks.world_size]
-            ledger.start(step, micro_batches)
-            num_targets, num_triples, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
-
-            # forward and backward; what is summed up stays on the device
-            sums = torch.zeros(2, device=device)
-            for index, batch in enumerate(micro_batches):
-                torch.manual_seed(derive_seed(seed, "dropout", step, index, ranks.rank))
-                observe = logits_saver.observer(step, epoch, batch, head_weight(model), batch is micro_batches[-1])
-                hidden, ce, pet = forward(model, batch, autocast, pet_weight, config.pet.huber_delta, observe)
-                logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, is_last=observe is not None)
-                ledger.mark("save step" if observe else "forward")
-                del hidden  # from here on only autograd may keep it
-                scaler.scale(ce / num_targets + pet_weight * pet / num_triples).backward()
-                ledger.mark("backward")
-                sums += torch.stack((ce, pet)).detach()
-            capture_probe(model, probe_batches, autocast, logits_saver, step, epoch)
-
-            # one update, by finite numbers only
-            parallel.sum_gradients(trainable)
-            scaler.unscale_(optimizer)
-            grad_norm = clip_grad_norm_(trainable, training.max_grad_norm or math.inf)
-            measured = torch.stack((*parallel.all_sum(sums), grad_norm, orthogonality_error(model))).tolist()  # sync
-            figures = step_figures(measured, num_targets, num_triples, pet_weight)
-            if not (math.isfinite(figures["loss"] + figures["grad_norm"]) or scaler.is_enabled()):
-                sample_ids = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
-                raise NonFiniteStep(step, figures, [dataset.places[sample_id] for sample_id in sample_ids])
-            scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            ledger.mark("update")
-            figures |= {"epoch": epoch, "lr": lr, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
-
-            # watch
-            logits_saver.after_step(step)
-            figures |= validation.after_step(step, model) | logits_saver.figures() | ledger.finish()
-            metrics.after_step(step, figures)
-            stop = parallel.all_max(signals.received)
-            if stop or checkpoints.is_due(step):
-                logits_saver.flush()  # a run that resumes from the checkpoint does not save the steps before it again
-                checkpoints.save(step, model, tokenizer, optimizer, scaler)
-            if stop:
-                break
-    print(ledger.summary(), metrics.summary(), logits_saver.summary(), checkpoints.summary(), sep="\n")
-    return 128 + stop if stop else 0
+    def __init__(self, step: int, loss: float, grad_norm: float, rows: Sequence[str]) -> None:
+        where = f"the CE of rows {', '.join(rows)}" if rows else "PET or the backward pass"
+        super().__init__(f"step {step} is not finite: loss {loss}, grad_norm {grad_norm}, first seen in {where}")
 
 
 def forward(
     model: Model,
     batch: Batch,
     autocast: torch.autocast,
+    num_targets: int,
+    num_pet_terms: int,
     pet_weight: float,
     huber_delta: float,
-    observe: Observer | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One micro-batch: hidden [batch, seq, hidden_size], CE summed over its targets, PET summed over its triples."""
+    tap: Tap | None,
+) -> tuple[Tensor, Tensor]:
+    """One micro-batch: its share of the step's loss, to be differentiated; and that loss, its CE and PET, [3].
+
+    num_targets, num_pet_terms: of the whole step. The memory plan traces this very function.
+    """
     with autocast:
         hidden = hidden_states(model, batch)
-        ce = ce_sum(hidden, head_weight(model), batch.targets, observe)
+        ce = ce_sum(hidden, head_weight(model), batch.targets, tap) / num_targets
         with torch.set_grad_enabled(pet_weight > 0):  # 0 times the gradient of an infinite PET would be NaN
-            pet = pet_sum(hidden, batch.attention_mask, huber_delta)
-    return hidden, ce, pet
+            pet = pet_sum(hidden, batch.attention_mask, huber_delta) / num_pet_terms
+        loss = ce + pet_weight * pet if pet_weight else ce
+    return loss, torch.stack((loss, ce, pet)).detach()
+
+
+def train(config: Config, process: parallel.Process) -> int:
+    """Run the whole job, in the order of this function. Returns the exit code."""
+    training, device, seed = config.training, process.device, config.training.seed
+    if device.type == "cpu" and (sentence := unused_gpu(torch.version.cuda)):
+        print(sentence)
+    rows_per_batch = training.per_device_train_batch_size
+
+    # ---- before any weight is loaded: the rows, where to start from, room on the disk and on the device
+    checkpoint = find_checkpoint(config)
+    model_config = load_model_config(config.model)
+    tokenizer = load_tokenizer(config.model, model_config.vocab_size)
+    folder = Path(training.output_dir) / "data"  # of the tokens
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder)
+    eval_batches = fixed_batches(
+        "data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch, folder=folder
+    )
+    probe_data = training.save_logits_probe if training.save_logits else ()
+    probe_batches = fixed_batches(
+        "training.save_logits_probe", probe_data, tokenizer, config.data, rows_per_batch, one_length=True, folder=folder
+    )
+    micro_batches_per_step = training.gradient_accumulation_steps * process.world_size
+    data = TrainingBatches(dataset.rows, rows_per_batch, micro_batches_per_step, seed)
+    total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
+    print(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
+    fingerprint = dataset.fingerprint()
+    state = load_training_state(checkpoint, fingerprint, micro_batches_per_step)
+    output_dir = make_output_dir(config, process.is_main)
+    dataset.policy.write(output_dir, process.is_main)
+    if process.is_main:
+        write_run_file(output_dir, device, total_steps, fingerprint)
+    largest = BatchShape(rows_per_batch, dataset.longest, is_padded=rows_per_batch > 1)
+    probe_shapes = tuple(map(shape_of, probe_batches))
+    probe_tokens = sum(shape.tokens for shape in probe_shapes)
+    logits_plan = plan_logits(config, model_config.vocab_size, largest.tokens, probe_tokens)
+    print(logits_plan.describe(total_steps, output_dir))
+    free, capacity = device_memory(device)
+    step_spec = StepSpec(config, model_config, device.type, forward, logits_plan, largest, probe_shapes)
+    plan = plan_memory(step_spec, free, capacity)
+    print(plan.table())
+    plan.check()
+
+    with ExitStack() as stack:  # what is entered here is closed in reverse order, whatever happens
+        memory = stack.enter_context(MemoryLedger(plan, device, output_dir, process.is_main))
+
+        # ---- the model, and what trains it
+        model = load_model(
+            config.model_spec,
+            device,
+            seed=seed,
+            checkpointed_layers=plan.checkpointed_layers,
+            checkpoint=checkpoint,
+        )
+        print(describe(model))
+        trainable = trainable_parameters(model)
+        optimizer = make_optimizer(model, training)
+        autocast, scaler = make_amp(training, device)
+        first_step, stop = 1, 0
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            first_step = state["step"] + 1
+            print(f"resuming from {checkpoint}: step {state['step']} of {total_steps} is done")
+
+        # ---- the watchers: they read, they never steer
+        checkpoints = Checkpoints(config, total_steps, fingerprint, micro_batches_per_step, process.is_main)
+        signals = stack.enter_context(StopSignals())
+        metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
+        logits_saver = stack.enter_context(closing(LogitsSaver(logits_plan, output_dir, process.is_main)))
+        probe = Probe(probe_batches, autocast, logits_saver)
+        validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
+        memory.start(model, optimizer, first_step, total_steps)
+
+        for step in range(first_step, total_steps + 1):
+            started, epoch = time.perf_counter(), data.epoch(step)
+            lr, pet_weight = lr_at(step, total_steps, training), pet_weight_at(step, total_steps, config.pet)
+            set_learning_rate(optimizer, lr)
+
+            # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
+            micro_batches = data.micro_batches(step)[process.rank :: process.world_size]
+            num_targets, num_pet_terms, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
+
+            # forward and backward; what is summed up stays on the device
+            sums = torch.zeros(3, device=device)
+            for index, batch in enumerate(micro_batches):
+                torch.manual_seed(derive_seed(seed, "dropout", step, index, process.rank))
+                tap = logits_saver.tap(step, epoch, batch) if batch is micro_batches[-1] else None
+                share, parts = forward(
+                    model, batch, autocast, num_targets, num_pet_terms, pet_weight, config.pet.huber_delta, tap
+                )
+                memory.mark("forward")
+                scaler.scale(share).backward()
+                memory.mark("backward")
+                sums += parts
+
+            # one update, by finite numbers only
+            parallel.sum_gradients(trainable)
+            scaler.unscale_(optimizer)
+            grad_norm = clip_grad_norm_(trainable, training.max_grad_norm or math.inf)
+            loss, ce, pet, grad_norm = torch.cat((parallel.all_sum(sums), grad_norm[None])).tolist()  # sync
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)) and not scaler.is_enabled():
+                sample_ids = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
+                raise NonFiniteStep(step, loss, grad_norm, [dataset.places[sample_id] for sample_id in sample_ids])
+            scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            memory.mark("update")
+
+            # watch
+            seconds = time.perf_counter() - started
+            probe.after_step(step, epoch, model)
+            logits_saver.after_step(step)
+            evaluated = validation.after_step(step, model)
+            peak_memory = memory.after_step(step, micro_batches)
+            metrics.after_step(
+                step,
+                epoch=epoch,
+                loss=loss,
+                ce=ce,
+                pet=pet,
+                pet_weight=pet_weight,
+                grad_norm=grad_norm,
+                lr=lr,
+                num_targets=num_targets,
+                num_tokens=num_tokens,
+                seconds=seconds,
+                **evaluated,
+                **logits_saver.metrics(),
+                **peak_memory,
+            )
+            stop = parallel.all_max(signals.received)
+            if stop or checkpoints.is_due(step):
+                logits_saver.flush()  # a run that resumes from the checkpoint does not save the steps before it again
+                checkpoints.save(step, model, tokenizer, optimizer, scaler)
+            if stop:
+                break
+    print(
+        memory.summary(logits_saver.host_bytes),
+        metrics.summary(),
+        logits_saver.summary(),
+        checkpoints.summary(),
+        sep="\n",
+    )
+    return 128 + stop if stop else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
-    options = parser.parse_args(arguments)
-    try:
-        return train(load_config(options.config, options.overrides), parallel.start())
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteStep, OutOfMemory, CheckpointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        parallel.stop()
+    options = cli.train_parser(__doc__).parse_args(arguments)
+
+    def command() -> int:
+        try:
+            return train(load_config(options.config, options.overrides), parallel.start())
+        finally:
+            parallel.stop()
+
+    return cli.run("train.py", command, NonFiniteStep, OutOfMemory, CheckpointError)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,28 @@
 """Checkpoints: atomic save, rotation, and what a run may resume from."""
 
+import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from so8t.config import CONFIG_FILE, Config, InputError, changed_keys, load_config, to_toml
-from so8t.files import atomic_folder, atomic_write, delete_folder, sweep_temporaries
+from so8t.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write, delete_folder, sweep_temporaries
 from so8t.model import Model, save_model
 
 STATE_FILE = "training_state.pt"
+log = logging.getLogger("so8t")
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written; the older ones are as they were."""
+    """A checkpoint could not be written; older ones are unchanged."""
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest step first. Anything else in the folder is not ours."""
+    """The run's checkpoints, oldest step first. Other files in the folder are ignored."""
     folders = [path for path in (output_dir / "checkpoints").glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
     return sorted(folders, key=step_of)
 
@@ -32,20 +35,27 @@ def step_of(folder: Path) -> int:
 
 
 def make_output_dir(config: Config, is_main: bool) -> Path:
-    """Create training.output_dir, swept of a killed run's leftovers, with the resolved config in it."""
+    """Create training.output_dir, swept of a killed run's leftovers, with the resolved config in it.
+
+    Raises InputError if it cannot be written, or the paths in it would be too long for the system.
+    """
     output_dir = Path(config.training.output_dir)
     if not is_main:
         return output_dir
+    # no path in it will be longer: that of a file in a checkpoint in the making
+    longest = output_dir / "checkpoints" / f"step_000000_and_the_name_of_a_file_of_some_library{TEMPORARY_SUFFIX}"
     try:
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         for folder in (output_dir, output_dir / "checkpoints"):
             sweep_temporaries(folder)
+        longest.touch()
+        longest.unlink()
         with atomic_write(output_dir / CONFIG_FILE) as file:
             file.write(to_toml(config).encode())
     except OSError as error:
-        raise InputError(
-            f"training.output_dir: cannot write into {output_dir} ({error.strerror}); choose another"
-        ) from error
+        too_long = sys.platform == "win32" and len(str(longest.absolute())) >= 260  # MAX_PATH
+        reason = "Windows takes paths of 259 characters, unless LongPathsEnabled is set" if too_long else error.strerror
+        raise InputError(f"training.output_dir: cannot write into {output_dir} ({reason}); choose another") from error
     return output_dir
 
 
@@ -115,7 +125,7 @@ def load_training_state(
 class Checkpoints:
     """Writes `checkpoints/step_NNNNNN` every save_steps and at the end, and keeps the newest save_total_limit of them.
 
-    No random state is among it: every random number of a step is a function of (seed, step).
+    No random state is saved: every random number of a step is a function of (seed, step).
     """
 
     def __init__(
@@ -180,4 +190,7 @@ class Checkpoints:
         kept = folders[: len(folders) - len(abandoned)]
         limit = self._config.training.save_total_limit
         for folder in abandoned + (kept[:-limit] if limit else []):
-            delete_folder(folder)
+            try:
+                delete_folder(folder)
+            except OSError as error:  # as on Windows while somebody reads it: it goes with a later rotation
+                log.warning(f"the older checkpoint {folder} cannot be deleted now ({error})")

@@ -1,13 +1,49 @@
-"""How every command ends: one sentence on stderr and 2 for what cannot be meant, 1 for what could not be done."""
+"""What the commands share: they start at once, and end with one sentence."""
 
+import argparse
+import importlib
+import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
 
 from so8t.config import InputError
 
 
+def on_demand(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a package: import the first of its modules that has the name when it is asked for.
+
+    Any command imports its package first, and --help need not wait seconds for torch.
+    """
+
+    def __getattr__(name: str) -> Any:  # noqa: N807 # as PEP 562 calls it
+        if name in names:
+            for module in modules:
+                found = importlib.import_module(f"{package}.{module}")
+                if hasattr(found, name):
+                    return getattr(found, name)
+        raise AttributeError(f"module {package} has no attribute {name}")
+
+    return __getattr__
+
+
+def train_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of train.py."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
+    return parser
+
+
 def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> int:
-    """The exit code of `command`; an InputError is 2, an OSError or one of `failures` is 1."""
+    """The exit code of `command`: 2 for what cannot be meant (InputError), 1 for what could not be done.
+
+    The latter is an OSError or one of `failures`. Either is one sentence on stderr.
+    """
+    print_anything()
     try:
         return command()
     except InputError as error:
@@ -16,3 +52,12 @@ def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> in
     except (OSError, *failures) as error:  # type: ignore[misc] # mypy cannot see into the tuple
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def print_anything() -> None:
+    """From here on, what the console's or pipe's encoding lacks (cp932 has no é) is shown as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None under pythonw, another thing in a notebook
+            stream.reconfigure(errors="backslashreplace")

@@ -1,14 +1,15 @@
-"""The configuration: one frozen dataclass per TOML table, one sentence for whatever cannot be meant.
+"""The configuration: one frozen dataclass per TOML table, one clear sentence for every value that cannot be used.
 
-A field's annotation is all that the loader knows about it: type, choices (`Literal`) and limits (`Must`).
+The loader reads type, choices (`Literal`) and limits (`Limit`) from a field's annotation.
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
@@ -22,29 +23,41 @@ class InputError(Exception):
 
 
 CONFIG_FILE = "config.toml"  # in a run and in each of its checkpoints: the resolved configuration
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no path holds NUL, no UTF-8 file lone surrogates
+# keys of older versions: ignored in a file, so that their runs still open
+RETIRED = {"training.memory_snapshot_step": "docs/memory.md shows torch's own three lines instead"}
+
+# no path of Windows holds control characters, which "D:\temp" makes of \t; no UTF-8 file holds lone surrogates
+UNWRITABLE = re.compile("[\0-\x1f\ud800-\udfff]")
+BACKSLASHES = "in double quotes \\ begins an escape: write 'D:\\data' in single quotes, or D:/data"
+
+log = logging.getLogger("so8t")
 
 
 @dataclass(frozen=True)
-class Must:
+class Limit:
     """A limit on a field's value: the words that follow its type in an error message, and the test."""
 
-    be: str
-    test: Callable[[Any], bool]
+    words: str
+    holds: Callable[[Any], bool]
 
 
 def _names_folder(name: str) -> bool:
     return Path(name).name == name and name not in ("", "..", "checkpoints")
 
 
-Positive = Annotated[int, Must("of at least 1", lambda number: number >= 1)]
-Count = Annotated[int, Must("of at least 0", lambda number: number >= 0)]
-Amount = Annotated[float, Must("of at least 0", lambda number: number >= 0)]
-Ratio = Annotated[float, Must("from 0 to 1", lambda number: 0 <= number <= 1)]
-Dropout = Annotated[float, Must("from 0 to less than 1", lambda number: 0 <= number < 1)]
-Length = Annotated[int, Must("of at least 2", lambda number: number >= 2)]
-Name = Annotated[str, Must("that is not empty", bool)]
-Folder = Annotated[str, Must('naming one folder in training.output_dir other than "checkpoints"', _names_folder)]
+Positive = Annotated[int, Limit("of at least 1", lambda number: number >= 1)]
+Count = Annotated[int, Limit("of at least 0", lambda number: number >= 0)]
+Amount = Annotated[float, Limit("of at least 0", lambda number: number >= 0)]
+Ratio = Annotated[float, Limit("from 0 to 1", lambda number: 0 <= number <= 1)]
+Dropout = Annotated[float, Limit("from 0 to less than 1", lambda number: 0 <= number < 1)]
+Length = Annotated[int, Limit("of at least 2", lambda number: number >= 2)]
+Name = Annotated[str, Limit("that is not empty", bool)]
+Folder = Annotated[str, Limit('naming one folder in training.output_dir other than "checkpoints"', _names_folder)]
+
+
+def _free(default: Any) -> Any:
+    """A default whose key changes neither weights nor losses, so that a resumed run may change it."""
+    return field(default=default, metadata={"free_on_resume": True})
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ class DataConfig:
     """[data]: rows; a file, a glob, or a list of them (one string stands for a list of one)."""
 
     train_data: tuple[Name, ...] = ()
-    eval_data: tuple[Name, ...] = ()  # empty = no validation
+    eval_data: tuple[Name, ...] = _free(())  # empty = no validation
     sources: tuple[SourceConfig, ...] = ()
     max_seq_length: Length = 1024  # tokens a row
     on_long_row: Literal["error", "skip", "cut_prompt"] = "cut_prompt"  # what does not fit even so is skipped
@@ -141,7 +154,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PetConfig:
-    """[pet]: penalty on the second difference of `hidden`, its weight in three phases over the run."""
+    """[pet]: PET, a smoothness penalty: the second difference of `hidden`. Its weight has three phases over the run."""
 
     enabled: bool = True
     lambda_exploration: Amount = 0.01  # weight in the first phase
@@ -155,9 +168,9 @@ class PetConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """[training]: the loop and what it leaves on disk. Every `*_steps` counts optimizer updates."""
+    """[training]: the loop and the files it writes. Every `*_steps` counts optimizer updates."""
 
-    output_dir: Name
+    output_dir: Name = field(metadata={"free_on_resume": True})
     num_train_epochs: Positive = 3
     max_steps: Count = 0  # 0 = by epochs
     per_device_train_batch_size: Positive = 1  # rows a micro-batch
@@ -169,30 +182,41 @@ class TrainingConfig:
     max_grad_norm: Amount = 1.0  # 0 = no clipping
     bf16: bool = True  # autocast
     fp16: bool = False  # autocast with a gradient scaler, for cards older than Ampere
-    gradient_checkpointing: Literal["auto"] | bool | Count = "auto"  # recompute layers: as few as fit, all, none, or n
-    memory_budget_gib: Amount = 0.0  # GiB of tensors that "auto" may fill; 0 = what is free on the GPU, less a reserve
-    ignore_memory_plan: bool = False  # go on although the plan says that the GPU is too small
-    memory_snapshot_step: Count = 0  # the step whose allocations are recorded for memory_viz on a GPU; 0 = none
+    # recompute layers: as few as fit, all, none, or n
+    gradient_checkpointing: Literal["auto"] | bool | Count = _free("auto")
+    # GiB of tensors that "auto" may fill; 0 = what is free on the GPU, less a reserve
+    memory_budget_gib: Amount = _free(0.0)
+    ignore_memory_plan: bool = _free(False)  # go on although the plan says that the GPU is too small
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
-    logging_steps: Positive = 1  # steps between refreshes of the progress line
-    report_to: Literal["none", "tensorboard"] = "none"
-    eval_steps: Count = 100  # steps between validations; 0 = never
-    save_steps: Count = 100  # steps between checkpoints; 0 = only at the end
-    save_total_limit: Count = 2  # checkpoints kept; 0 = all
-    seed: Annotated[int, Must("from 0 to 2**63 - 1", lambda seed: seed >= 0)] = 42
-    resume: Name = "auto"  # "auto" = the newest checkpoint if there is one, "never", or a checkpoint's path
-    save_logits: bool = False
-    save_logits_steps: Positive = 100  # steps between files
-    save_logits_dir: Folder = "logits"
-    save_logits_max_files: Count = 10  # the newest files kept; 0 = all
-    save_logits_form: Literal["full", "topk", "stats"] = "full"
-    save_logits_top_k: Positive = 64  # tokens a position, for "topk"
-    save_logits_positions: Literal["all", "labels"] = "all"  # "labels" = only where a target counts
-    save_logits_dtype: Literal["model", "bf16", "fp16", "fp32"] = "model"
-    save_logits_max_wait: Amount = 1.0  # seconds to wait for a free buffer before a file is dropped
-    save_logits_probe: tuple[Name, ...] = ()  # JSONL of fixed rows scored beside every saved batch; "" = off
-    save_logits_max_gib: Amount = 0.0  # GiB of files kept; 0 = no limit by bytes
-    save_logits_keep_every: Count = 0  # every n-th file is kept for ever; 0 = none
+    logging_steps: Positive = _free(1)  # steps between refreshes of the progress line
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _free("none")
+    eval_steps: Count = _free(100)  # steps between validations; 0 = never
+    save_steps: Count = _free(100)  # steps between checkpoints; 0 = only at the end
+    save_total_limit: Count = _free(2)  # checkpoints kept; 0 = all
+    seed: Annotated[int, Limit("from 0 to 2**63 - 1", lambda seed: seed >= 0)] = 42
+    resume: Name = _free("auto")  # "auto" = the newest checkpoint if there is one, "never", or a checkpoint's path
+    save_logits: bool = _free(False)
+    save_logits_steps: Positive = _free(100)  # steps between files
+    save_logits_dir: Folder = _free("logits")
+    save_logits_max_files: Count = _free(10)  # the newest files kept; 0 = all
+    save_logits_form: Literal["full", "topk", "stats"] = _free("full")
+    save_logits_top_k: Positive = _free(64)  # tokens a position, for "topk"
+    save_logits_positions: Literal["all", "labels"] = _free("all")  # "labels" = only where a target counts
+    save_logits_dtype: Literal["model", "bf16", "fp16", "fp32"] = _free("model")
+    save_logits_max_wait: Amount = _free(1.0)  # seconds to wait for a free buffer before a file is dropped
+    save_logits_probe: tuple[Name, ...] = _free(())  # JSONL of fixed rows scored beside every saved batch; "" = off
+    save_logits_max_gib: Amount = _free(0.0)  # GiB of files kept; 0 = no limit by bytes
+    save_logits_keep_every: Count = _free(0)  # every n-th file is kept for ever; 0 = none
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The tables that define a model."""
+
+    model: ModelConfig
+    quantization: QuantizationConfig
+    qlora: QloraConfig
+    so8t: So8tConfig
 
 
 @dataclass(frozen=True)
@@ -206,6 +230,10 @@ class Config:
     data: DataConfig
     pet: PetConfig
     training: TrainingConfig
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        return ModelSpec(self.model, self.quantization, self.qlora, self.so8t)
 
     def __post_init__(self) -> None:
         scratch, adapters, full = self.model.from_scratch, self.qlora.enabled, not self.qlora.enabled
@@ -228,10 +256,6 @@ class Config:
                 adapters and not self.qlora.target_modules,
                 "qlora.target_modules is empty; name the linear layers or set qlora.enabled to false",
             ),
-            (
-                not (self.data.train_data or self.data.sources),
-                "data.train_data is missing; write a file, a glob or a list of them",
-            ),
             (len(set(layers)) < len(layers), "so8t.layer_indices names a layer twice; write it once"),
             (pet.enabled and abs(phases - 1) > 1e-6, f"the pet.*_ratio keys sum to {phases:g}, not to 1"),
         ]
@@ -241,34 +265,36 @@ class Config:
 
 
 def _tables(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every table inside of `section` by its dotted name, each followed by those inside of it."""
+    """Every table inside `section` with its dotted name, each followed by its own tables."""
     for key, annotation in get_type_hints(section).items():
         if is_dataclass(annotation):
             yield prefix + key, annotation
             yield from _tables(annotation, f"{prefix}{key}.")
 
 
-TABLES: dict[str, Any] = dict(_tables(Config))
-FIELDS = {
-    name: field
-    for table, section in TABLES.items()
-    for field in fields(section)
-    if (name := f"{table}.{field.name}") not in TABLES
-}
-ANNOTATIONS = {
-    f"{table}.{key}": annotation
-    for table, section in TABLES.items()
-    for key, annotation in get_type_hints(section, include_extras=True).items()
-}
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration."""
 
-# these change neither weights nor losses, so that a resumed run may change them
-FREE_ON_RESUME = frozenset(
-    {"data.eval_data", "training.output_dir", "training.resume", "training.report_to"}
-    | {"training.logging_steps", "training.eval_steps", "training.save_steps", "training.save_total_limit"}
-    | {"training.gradient_checkpointing", "training.memory_budget_gib"}
-    | {"training.ignore_memory_plan", "training.memory_snapshot_step"}
-    | {name for name in FIELDS if name.startswith("training.save_logits")}
-)
+    name: str  # without its table
+    annotation: Any
+    default: Any  # MISSING = it must be given
+    free_on_resume: bool
+
+
+def _keys() -> Iterator[tuple[str, Key]]:
+    """Every key by its dotted name."""
+    for table, section in TABLES.items():
+        annotations = get_type_hints(section, include_extras=True)
+        for item in fields(section):
+            if f"{table}.{item.name}" not in TABLES:
+                free = "free_on_resume" in item.metadata
+                default = item.default if item.default_factory is MISSING else item.default_factory()
+                yield f"{table}.{item.name}", Key(item.name, annotations[item.name], default, free)
+
+
+TABLES: dict[str, Any] = dict(_tables(Config))
+KEYS: dict[str, Key] = dict(_keys())
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -276,28 +302,30 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises InputError with one sentence that names the file or key, what is wrong and what to write.
     """
-    values = {name: _default(field) for name, field in FIELDS.items()}
+    values = {name: key.default for name, key in KEYS.items()}
     for name, value in _read_file(path):
-        values[name] = _checked(str(path), name, [value])
+        if name in RETIRED:
+            log.warning("%s: %s is no longer a key and is ignored; %s", path, name, RETIRED[name])
+        else:
+            values[name] = _validate(str(path), name, value)
     for override in overrides:
-        name, readings = _read_override(override)
-        values[name] = _checked("command line", name, readings)
+        name, value = _read_override(override)
+        values[name] = _validate("command line", name, value)
     for name, value in values.items():
         if value is MISSING:
-            raise InputError(f"{path}: {name} is missing; it must be {_words(ANNOTATIONS[name])}")
+            raise InputError(f"{path}: {name} is missing; it must be {_describe(KEYS[name].annotation)}")
+    if not (values["data.train_data"] or values["data.sources"]):
+        words = _describe(KEYS["data.train_data"].annotation)
+        raise InputError(f"{path}: data.train_data is missing; it must be {words} with at least one file")
     config: Config = _build(Config, "", values)
     return config
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as a TOML file that loads back to an equal Config."""
     lines = []
     for table in TABLES:
-        keys = [(key, value) for key, value in vars(attrgetter(table)(config)).items() if f"{table}.{key}" in FIELDS]
+        keys = [(key, value) for key, value in vars(attrgetter(table)(config)).items() if f"{table}.{key}" in KEYS]
         lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in keys), ""]
     return "\n".join(lines)
 
@@ -305,13 +333,15 @@ def to_toml(config: Config) -> str:
 def changed_keys(saved: Config, current: Config) -> list[str]:
     """The dotted keys that differ between the two and would alter the result of a resumed run."""
     return [
-        name for name in FIELDS if name not in FREE_ON_RESUME and attrgetter(name)(saved) != attrgetter(name)(current)
+        name
+        for name, key in KEYS.items()
+        if not key.free_on_resume and attrgetter(name)(saved) != attrgetter(name)(current)
     ]
 
 
 def _build(section: Any, prefix: str, values: dict[str, Any]) -> Any:
-    """A `section` of the values of its keys, whose dotted names begin with `prefix`, and of the tables inside of it."""
-    names = {field.name: prefix + field.name for field in fields(section)}
+    """Build a `section` from `values`, whose dotted names begin with `prefix`, with the tables inside it."""
+    names = {item.name: prefix + item.name for item in fields(section)}
     return section(
         **{
             key: _build(TABLES[name], f"{name}.", values) if name in TABLES else values[name]
@@ -322,82 +352,84 @@ def _build(section: Any, prefix: str, values: dict[str, Any]) -> Any:
 
 def _read_file(path: Path) -> Iterator[tuple[str, object]]:
     """The dotted name and the value of every key in the file."""
+    text = ""
     try:
-        document = tomli.loads(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        document = tomli.loads(text)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; write the path of a TOML file") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML: {error}; text needs quotes, true and false do not") from error
+    except ValueError as error:
+        place = re.search(r"at line (\d+)", str(error))
+        line = text.split("\n")[int(place[1]) - 1] if place else text  # a string that does not end has no line
+        remedy = BACKSLASHES if "\\" in line else "text needs quotes, true and false do not"
+        raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
 
 
 def _read_table(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
     for key, value in table.items():
         name = prefix + key
-        if not isinstance(value, dict) or name in FIELDS:
+        if not isinstance(value, dict) or name in KEYS:
             yield name, value
         elif name in TABLES:
             yield from _read_table(path, value, f"{name}.")
         else:
             near = get_close_matches(name, TABLES, n=1, cutoff=0)[0]
             every = ", ".join(f"[{known}]" for known in TABLES)
-            raise InputError(f"{path}: there is no table {_shown(name)}; the nearest of {every} is [{near}]")
+            raise InputError(f"{path}: there is no table {_quote(name)}; the nearest of {every} is [{near}]")
 
 
-def _read_override(override: str) -> tuple[str, list[object]]:
-    """The dotted name of the key and what its value may mean: TOML, or bare text as shells eat quotes."""
+def _read_override(override: str) -> tuple[str, object]:
+    """The dotted name of the key and its value: TOML, or bare text, because shells remove quotes."""
     name, equals, text = (part.strip() for part in override.partition("="))
     if not equals:
-        raise InputError(f"command line: {_shown(override)} sets nothing; write section.key=value")
-    readings: list[object] = []
-    with suppress(ValueError, RecursionError):  # it is no TOML, or a line break begins a second key
+        raise InputError(f"command line: {_quote(override)} sets nothing; write section.key=value")
+    with suppress(ValueError):  # no TOML, or a line break begins a second key
         [value] = tomli.loads(f"value = {text}").values()
-        readings.append(value)
-    if not text.startswith(("[", '"', "'")):
-        readings.append(text)
-    if not readings:
+        return name, value
+    if text.startswith(("[", '"', "'")):
         raise InputError(f"command line: {name} = {text} is not TOML; put the value in quotes for the shell")
-    return name, readings
+    return name, text
 
 
-def _checked(source: str, name: str, readings: list[object]) -> Any:
-    """The first reading that the field takes."""
-    if name not in FIELDS:
-        raise InputError(f"{source}: there is no key {_shown(name)}; {_nearest(name)}")
-    for reading in readings:
-        try:
-            return _fit(ANNOTATIONS[name], reading)
-        except ValueError:
-            continue
-    raise InputError(f"{source}: {name} must be {_words(ANNOTATIONS[name])}, not {_shown(readings[0])}")
+def _validate(source: str, name: str, value: object) -> Any:
+    """Check that there is such a key, and convert `value` to its type."""
+    if name not in KEYS:
+        raise InputError(f"{source}: there is no key {_quote(name)}; {_nearest(name)}")
+    try:
+        return _convert(KEYS[name].annotation, value)
+    except ValueError as error:
+        words = _describe(KEYS[name].annotation)
+        remedy = f"; {BACKSLASHES}" if re.search(r"(?<!\\)\\[bfnrtu]", _toml(value)) else ""
+        raise InputError(f"{source}: {name} must be {words}, not {_quote(value)}{remedy}") from error
 
 
-def _fit(annotation: Any, value: Any) -> Any:
-    """`value` as a field of this annotation holds it; ValueError if it cannot. A bool is no number."""
+def _convert(annotation: Any, value: Any) -> Any:
+    """Convert `value` to the type of the annotation, or raise ValueError. A bool is not a number."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Union:
         for argument in arguments:
             with suppress(ValueError):
-                return _fit(argument, value)
+                return _convert(argument, value)
         raise ValueError
     if origin is Annotated:
-        value = _fit(arguments[0], value)
-        fits = arguments[1].test(value)
+        value = _convert(arguments[0], value)
+        fits = arguments[1].holds(value)
     elif origin is tuple:
         if isinstance(value, str):
             value = [value] if value else []
         fits = isinstance(value, list)
-        value = tuple(_fit(arguments[0], item) for item in value) if fits else ()
+        value = tuple(_convert(arguments[0], item) for item in value) if fits else ()
     elif origin is Literal:
         fits = value in arguments
     elif origin is dict:
         fits = isinstance(value, dict) and all(map(_is_plain, value.values()))
     elif is_dataclass(annotation):
-        return _fit_table(annotation, value)
+        return _convert_table(annotation, value)
     elif annotation is float:
-        value = float(_fit(int, value)) if type(value) is int else value
+        value = float(_convert(int, value)) if type(value) is int else value
         fits = type(value) is float and math.isfinite(value)
     elif annotation is int:
         fits = type(value) is int and abs(value) < 2**63
@@ -411,46 +443,46 @@ def _fit(annotation: Any, value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether JSON, TOML and Jinja write it alike; a date of TOML is none."""
+    """Say whether TOML, JSON and Jinja write it alike; a date is not."""
     if isinstance(value, dict | list):
         return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
     return isinstance(value, bool | int | float | str)
 
 
-def _fit_table(section: Any, value: Any) -> Any:
-    """A table of an array of tables as `section` holds it."""
+def _convert_table(section: Any, value: Any) -> Any:
+    """One table of an array of tables, as `section` holds it."""
     annotations = get_type_hints(section, include_extras=True)
-    required = {field.name for field in fields(section) if field.default is MISSING}
+    required = {item.name for item in fields(section) if item.default is MISSING}
     if not isinstance(value, dict) or not required <= value.keys() <= annotations.keys():
         raise ValueError
-    return section(**{key: _fit(annotations[key], item) for key, item in value.items()})
+    return section(**{key: _convert(annotations[key], item) for key, item in value.items()})
 
 
-def _words(annotation: Any) -> str:
-    """What to write for a field of this annotation."""
+def _describe(annotation: Any) -> str:
+    """Describe the values that the annotation allows."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Union:
-        return " or ".join(map(_words, arguments))
+        return " or ".join(map(_describe, arguments))
     if origin is Annotated:
-        return f"{_words(arguments[0])} {arguments[1].be}"
+        return f"{_describe(arguments[0])} {arguments[1].words}"
     if origin is tuple:
-        return f"a list (each item {_words(arguments[0])})"
+        return f"a list (each item {_describe(arguments[0])})"
     if origin is Literal:
         return " or ".join(map(_toml, arguments))
     if origin is dict:
         return "a table of names and values"
     if is_dataclass(annotation):
-        keys = (f"{key} ({_words(of)})" for key, of in get_type_hints(annotation, include_extras=True).items())
+        keys = (f"{key} ({_describe(of)})" for key, of in get_type_hints(annotation, include_extras=True).items())
         return f"a table with {', '.join(keys)}"
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text in quotes"}
     return words[annotation]
 
 
 def _nearest(name: str) -> str:
-    """Advice for a name that is no field: the key of that or a like name, in its own table if it is there."""
+    """Suggest a key for an unknown name: one with a similar name, preferably in the same table."""
     table, _, key = name.rpartition(".")
-    near = get_close_matches(key.lower(), [field.name for field in FIELDS.values()], 1, 0.7)
-    homes = [known for known, field in FIELDS.items() if field.name in near]
+    near = get_close_matches(key.lower(), [known.name for known in KEYS.values()], 1, 0.7)
+    homes = [known for known, its in KEYS.items() if its.name in near]
     homes = [known for known in homes if known.startswith(f"{table}.")] or homes
     return f"did you mean {' or '.join(homes)}?" if homes else "config.toml lists every key"
 
@@ -461,9 +493,7 @@ def _toml(value: object) -> str:
         case bool():
             return str(value).lower()
         case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        case int():
-            return str(value) if abs(value) < 2**63 else hex(value)  # str() gives up at 4300 digits
+            return json.dumps(value, ensure_ascii=False)
         case list() | tuple():
             return f"[{', '.join(map(_toml, value))}]"
         case dict():
@@ -475,6 +505,6 @@ def _toml(value: object) -> str:
             return str(value)
 
 
-def _shown(value: object) -> str:
+def _quote(value: object) -> str:
     text = _toml(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

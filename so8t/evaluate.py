@@ -1,21 +1,28 @@
 """Scoring rows without training on them: validation, the probe, and the evidence of a step that failed."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from so8t.data import Batch
+from so8t.gates import orthogonality_error
 from so8t.logits import LogitsSaver
-from so8t.losses import ce_sum
+from so8t.losses import Tap, ce_sum
 from so8t.model import Model, head_weight, hidden_states
 
 
 @torch.no_grad()
-def score(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Every batch with its hidden [batch, seq, hidden_size] and its CE summed over its targets; without dropout."""
+def score(
+    model: Model, batches: Sequence[Batch], autocast: torch.autocast, tap: Callable[[Batch], Tap | None] | None = None
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Every batch with its hidden [batch, seq, hidden_size] and its CE summed over its targets; without dropout.
+
+    tap: makes the tap of a batch.
+    """
     if not batches:
         return
     model.eval()
@@ -23,32 +30,10 @@ def score(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -> I
         for batch in batches:
             with autocast:
                 hidden = hidden_states(model, batch)
-                ce = ce_sum(hidden, head_weight(model), batch.targets)
+                ce = ce_sum(hidden, head_weight(model), batch.targets, tap(batch) if tap else None)
             yield batch, hidden, ce
     finally:
         model.train()
-
-
-def capture_probe(
-    model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
-) -> None:
-    """On a due step, hand the logits of the probe's fixed rows to the saver."""
-    for batch, hidden, ce in score(model, batches if logits_saver.is_due(step) else [], autocast):
-        logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, kind="probe")
-
-
-def keep_evidence(
-    model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
-) -> list[int]:
-    """Save the logits of the first micro-batch whose CE is not finite, and return its sample_ids; else of the last."""
-    sample_ids: list[int] = []
-    for batch, hidden, ce in score(model, batches, autocast):
-        logits_saver.capture(step, epoch, batch, hidden, head_weight(model), ce, force=True)
-        if not math.isfinite(ce.item()):
-            sample_ids = batch.sample_ids.tolist()
-            break
-    logits_saver.after_step(step)
-    return sample_ids
 
 
 def evaluate(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -> float:
@@ -57,9 +42,37 @@ def evaluate(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -
     return float(total) / sum(batch.num_targets for batch in batches)  # sync
 
 
+def keep_evidence(
+    model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
+) -> list[int]:
+    """Save the logits of the first micro-batch whose CE is not finite, and return its sample_ids; else of the last."""
+    sample_ids: list[int] = []
+    for batch, _, ce in score(model, batches, autocast, partial(logits_saver.new_tap, step, epoch)):
+        if not math.isfinite(ce.item()):
+            sample_ids = batch.sample_ids.tolist()
+            break
+    logits_saver.after_step(step)
+    return sample_ids
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The fixed rows of training.save_logits_probe, scored after every step that saves, with its new weights."""
+
+    batches: Sequence[Batch]
+    autocast: torch.autocast
+    logits_saver: LogitsSaver
+
+    def after_step(self, step: int, epoch: int, model: Model) -> None:
+        batches = self.batches if self.logits_saver.is_due(step) else []
+        tap = partial(self.logits_saver.new_tap, step, epoch, kind="probe")
+        for _ in score(model, batches, self.autocast, tap):
+            pass  # the tap takes all that is wanted
+
+
 @dataclass(frozen=True)
 class Validation:
-    """The mean loss of `data.eval_data`, every eval_steps and after the last step; 0 = never."""
+    """Logged every eval_steps and after the last step; 0 = never."""
 
     batches: Sequence[Batch]
     eval_steps: int
@@ -67,6 +80,13 @@ class Validation:
     autocast: torch.autocast
 
     def after_step(self, step: int, model: Model) -> dict[str, float]:
-        """{"eval_loss": ..} on a due step, else nothing."""
-        is_due = self.eval_steps and (step % self.eval_steps == 0 or step == self.total_steps)
-        return {"eval_loss": evaluate(model, self.batches, self.autocast)} if self.batches and is_due else {}
+        """On a due step {"gate_error": ..}, and {"eval_loss": ..} where there is data.eval_data; else nothing.
+
+        gate_error: the largest |R R^T - I| over all gates; eval_loss: mean CE over the targets of `batches`.
+        """
+        if not self.eval_steps or (step % self.eval_steps and step != self.total_steps):
+            return {}
+        metrics = {"gate_error": float(orthogonality_error(model))}  # sync
+        if self.batches:
+            metrics["eval_loss"] = evaluate(model, self.batches, self.autocast)
+        return metrics

@@ -1,16 +1,26 @@
-"""The one way anything reaches disk: a temporary name in the same folder, fsync, rename."""
+"""The one way anything reaches disk: a temporary name in the same folder, fsync, rename.
+
+Windows renames, replaces and deletes nothing that a process has open or mapped, itself included. Virus scanners and
+indexers let go in a moment, so such calls are tried again for PATIENCE seconds before their error is raised.
+"""
 
 import errno
 import io
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 TEMPORARY_SUFFIX = ".so8t-tmp"
 PIECE_BYTES = 8 * 2**20
+PATIENCE = 2.0  # seconds
+# access denied, sharing violation, lock violation, folder not empty (its files are about to go), file is mapped
+IN_USE = frozenset({5, 32, 33, 145, 1224})
 
 
 class _PassingThrough(io.FileIO):
@@ -22,7 +32,7 @@ class _PassingThrough(io.FileIO):
 
     def write(self, data: Any) -> int:
         written = super().write(memoryview(data)[:PIECE_BYTES])  # the buffer above comes back with the rest
-        if written == PIECE_BYTES and hasattr(os, "posix_fadvise"):  # Linux and FreeBSD
+        if sys.platform == "linux" and written == PIECE_BYTES:
             os.fsync(self.fileno())
             os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return written
@@ -33,21 +43,23 @@ def atomic_write(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes; it gets its name only when it is complete and on the disk.
 
     If the block raises, the temporary file is removed and an older file at `path` stays as it was. `mode` less the
-    umask is that of the file from its first byte on: 0o600 for a secret.
+    umask is that of the file from its first byte on: 0o600 for a secret, which on Windows only its owner may open.
     """
     temporary = _temporary_name(path)
     try:
         temporary.unlink(missing_ok=True)  # a killed process's, whose mode would stay
         temporary.touch(mode)
+        if sys.platform == "win32" and mode == 0o600:
+            _keep_for_owner(temporary)
         with io.BufferedWriter(_PassingThrough(temporary, "wb")) as file:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _when_free(lambda: temporary.replace(path))
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    _fsync_folder(path.parent)
 
 
 @contextmanager
@@ -59,26 +71,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for child in temporary.rglob("*"):
-            _fsync(child)
-        _fsync(temporary)
+            (_fsync_folder if child.is_dir() else _fsync_file)(child)
+        _fsync_folder(temporary)
         # a folder that is not empty cannot be replaced in one call, and deleting it takes long: the new one comes first
         older = _set_aside(path) if path.exists() else None
-        temporary.rename(path)
+        _when_free(lambda: temporary.rename(path))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync(path.parent)
+    _fsync_folder(path.parent)
     if older is not None:
         shutil.rmtree(older, ignore_errors=True)
 
 
 def delete_folder(path: Path) -> None:
     """Delete a folder so that a kill never leaves half of it under its own name."""
-    shutil.rmtree(_set_aside(path))
+    doomed = _set_aside(path)
+    _when_free(lambda: shutil.rmtree(doomed))
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append `line` to a log in one write, so that a kill or a full disk leaves whole lines only."""
+    """Append `line` to a log in one write, so that a kill or a full disk leaves whole lines only.
+
+    Two processes may do so at once, except on Windows.
+    """
     data = line.encode() + b"\n"
     with path.open("ab", buffering=0) as file:
         end = file.tell()
@@ -90,17 +106,15 @@ def append_line(path: Path, line: str) -> None:
 def sweep_temporaries(folder: Path) -> None:
     """Delete what a killed process left half-written directly under `folder`."""
     for stale in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        if stale.is_dir():
-            shutil.rmtree(stale)
-        else:
-            stale.unlink()
+        delete = shutil.rmtree if stale.is_dir() else os.unlink
+        _when_free(lambda: delete(stale))  # noqa: B023 # it is called at once
 
 
 def _set_aside(folder: Path) -> Path:
     """Give a folder that is to be deleted a temporary name."""
     doomed = folder.with_name(f"{folder.name}.deleted{TEMPORARY_SUFFIX}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
+    _when_free(lambda: folder.rename(doomed))
     return doomed
 
 
@@ -108,9 +122,38 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _when_free(call: Callable[[], object]) -> None:
+    """Call it again while Windows says that another process uses the file, for PATIENCE seconds."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            call()
+            return
+        except OSError as error:
+            if getattr(error, "winerror", None) not in IN_USE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("r+b") as file:  # Windows flushes only what may be written
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders; NTFS keeps a journal of its names
+        return
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _keep_for_owner(path: Path) -> None:
+    """What 0o600 means elsewhere: drop the rights that come with the folder, give all to the owner (S-1-3-4)."""
+    command = ["icacls", str(path), "/inheritance:r", "/grant:r", "*S-1-3-4:F"]
+    result = subprocess.run(command, capture_output=True)
+    if result.returncode != 0:
+        raise PermissionError(errno.EACCES, "icacls cannot keep it for its owner", str(path))

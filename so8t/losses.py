@@ -1,7 +1,6 @@
-"""The losses as sums over tokens, never means: the step divides once, by what it counted over all its micro-batches."""
+"""The losses as sums over tokens, not means: the step divides once, by counts over all its micro-batches."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +8,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NO_TARGET = -100  # Hugging Face's value for a position that carries no loss
-Observer = Callable[[Tensor, Tensor], None]  # given positions [n] in batch x seq, on the host, and their logits [n, V]
 CHUNK_ROWS = 128  # rows of logits alive at once: 128 x 32064 in float32 is 16 MiB
+
+
+class Tap(Protocol):
+    """Receives the logits of one micro-batch while `ce_sum` computes them: begin, add for every chunk, finish."""
+
+    def begin(self, head_weight: Tensor) -> None:
+        """head_weight: [vocabulary, hidden_size]"""
+
+    def add(self, positions: Tensor, logits: Tensor) -> None:
+        """positions: [n] in batch x seq, ascending, on the host; logits: [n, vocabulary], overwritten afterwards."""
+
+    def finish(self, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
+        """hidden: [batch, seq, hidden_size]; ce: 0-dim, the sum. Positions that were not added have no target."""
 
 
 def head_dtype(head_weight: Tensor) -> torch.dtype:
@@ -21,12 +32,12 @@ def head_dtype(head_weight: Tensor) -> torch.dtype:
     return head_weight.dtype
 
 
-def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, observe: Observer | None = None) -> Tensor:
+def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, tap: Tap | None = None) -> Tensor:
     """Cross-entropy of `hidden @ head_weight.T` against `targets`, summed over the positions that have a target.
 
-    hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; targets: [batch, seq], -100 = no loss.
-    Keep `targets` on the host: its rows are then found without a GPU->CPU sync. Returns a float32 scalar on
-    the device of `hidden`. The whole logits tensor never exists; `observe` sees its chunks as they come.
+    hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size], on one device; targets: [batch, seq],
+    on the host, where their rows are found without a GPU->CPU sync, -100 = no loss. Returns a float32 scalar on the
+    device of `hidden`. The whole logits tensor never exists; `tap` sees its chunks as they come.
     """
     rows = (targets.flatten() != NO_TARGET).nonzero().squeeze(1)
     kept_targets = targets.flatten()[rows].to(hidden.device, non_blocking=True)
@@ -34,7 +45,11 @@ def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, observe: Observ
     if not torch.is_grad_enabled():  # autograd.Function asks the tensors, not the mode, whether a gradient is wanted
         head_weight = head_weight.detach()
     tensors = kept_hidden, head_weight, kept_targets
-    loss: Tensor = _ChunkedCrossEntropy.apply(*tensors, rows, observe)  # type: ignore[no-untyped-call]
+    if tap is not None:
+        tap.begin(head_weight)
+    loss: Tensor = _ChunkedCrossEntropy.apply(*tensors, rows, tap)  # type: ignore[no-untyped-call]
+    if tap is not None:
+        tap.finish(hidden.detach(), head_weight.detach(), loss.detach())
     return loss
 
 
@@ -48,7 +63,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, positions: Tensor, observe: Observer | None
+        ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, positions: Tensor, tap: Tap | None
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         weight = head_weight.to(head_dtype(head_weight))
@@ -60,8 +75,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + CHUNK_ROWS)
                 rows, labels = hidden[chunk].to(weight.dtype), targets[chunk, None]
                 logits = F.linear(rows, weight).float()
-                if observe is not None:
-                    observe(positions[chunk], logits)
+                if tap is not None:
+                    tap.add(positions[chunk], logits)
                 log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
                 loss += (log_normalizer - logits.gather(1, labels)).sum()
                 if grad_hidden is None and grad_weight is None:
@@ -86,19 +101,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def pet_sum(hidden: Tensor, attention_mask: Tensor | None, huber_delta: float = 0.0) -> Tensor:
-    """PET: how much `hidden` bends along the sequence, summed over its triples of neighbouring real tokens.
+    """PET, a smoothness penalty: the second difference of `hidden` along the sequence, squared and summed.
 
-    hidden: [batch, seq, hidden_size]; attention_mask: [batch, seq], 1 = real token, None = all are real. A triple
-    counts the mean over hidden_size of the squared second difference h[t+2] - 2 h[t+1] + h[t], in float32. With
-    `huber_delta` > 0 that square goes on as a straight line beyond |difference| = huber_delta (Huber 1964, times
-    two, so that both forms agree below it). Divide by the number of triples of the whole step.
+    hidden: [batch, seq, hidden_size]; attention_mask: [batch, seq] on the host, 1 = real token, None = all are real.
+    Returns a float32 scalar on the device of `hidden`. Every window of three neighbouring real tokens adds one term:
+    the mean over hidden_size of (h[t+2] - 2 h[t+1] + h[t])^2, in float32. With `huber_delta` > 0 the square becomes a
+    straight line beyond |difference| = huber_delta (Huber 1964, times two, so that both agree below it). Divide by
+    the number of terms of the whole step.
     """
     hidden = hidden.float()
     bend = hidden[:, 2:] - 2 * hidden[:, 1:-1] + hidden[:, :-2]
     if attention_mask is not None:
         real = attention_mask.bool()
         # filled before squaring, so that nothing at a padded position, not even an inf, reaches loss or gradient
-        bend = bend.masked_fill(~(real[:, 2:] & real[:, 1:-1] & real[:, :-2])[..., None], 0.0)
+        padded = ~(real[:, 2:] & real[:, 1:-1] & real[:, :-2])[..., None]
+        bend = bend.masked_fill(padded.to(hidden.device, non_blocking=True), 0.0)
     if huber_delta > 0:
         penalty = 2 * F.huber_loss(bend, torch.zeros_like(bend), delta=huber_delta, reduction="none")
     else:

@@ -1,25 +1,42 @@
-"""metrics.jsonl, the progress line, and TensorBoard where it was asked for."""
+"""metrics.jsonl, the progress line, and the tracker that was asked for: TensorBoard, Weights & Biases or Trackio."""
 
+import importlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from so8t import __version__
 from so8t.config import InputError, TrainingConfig
 from so8t.files import append_line, atomic_write
+from so8t.text import size_of
+
+RUN_FILE = "run.json"
 
 
-def step_figures(measured: Sequence[float], num_targets: int, num_triples: int, pet_weight: float) -> dict[str, float]:
-    """What a step's sums over tokens come to: the CE a target, the PET a triple, and the loss they make up."""
-    ce_total, pet_total, grad_norm, gate_error = measured
-    ce, pet = ce_total / num_targets, pet_total / num_triples
-    loss = ce + pet_weight * pet if pet_weight else ce
-    figures = {"loss": loss, "ce": ce, "pet": pet, "pet_weight": pet_weight}
-    return figures | {"grad_norm": grad_norm, "gate_error": gate_error, "num_targets": num_targets}
+def write_run_file(output_dir: Path, device: torch.device, total_steps: int, data_fingerprint: str) -> None:
+    """run.json: when the run was last started, on what, with which versions and data. The report has it on top."""
+    device_name = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    run = {
+        "started": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "device": device_name,
+        "total_steps": total_steps,
+        "data": data_fingerprint[:16],
+        "so8t": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    with atomic_write(output_dir / RUN_FILE) as file:
+        file.write(json.dumps(run, indent=1).encode())
 
 
 class Metrics:
@@ -46,7 +63,7 @@ class Metrics:
         self._first: dict[str, float] = {}  # records of this process's first and last step
         self._last: dict[str, float] = {}
         self._tokens = self._seconds = 0.0
-        self._board = _tensorboard(folder) if is_main and config.report_to == "tensorboard" else None
+        self._track, self._close_tracker = _tracker(config.report_to if is_main else "none", folder)
         self._progress = tqdm(
             total=total_steps,
             initial=first_step - 1,
@@ -63,19 +80,18 @@ class Metrics:
         first, last = self._first, self._last
         return (
             f"loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}, "
-            f"{self._tokens / self._seconds:.0f} tokens/s, peak memory {last['peak_memory_bytes'] / 2**30:.2f} GiB; "
+            f"{self._tokens / self._seconds:.0f} tokens/s, peak memory {size_of(last['peak_memory_bytes'])}; "
             f"every step is in {self._path}"
         )
 
     def close(self) -> None:
         self._progress.close()
-        if self._board is not None:
-            self._board.close()
+        self._close_tracker()
 
-    def after_step(self, step: int, values: Mapping[str, float]) -> None:
+    def after_step(self, step: int, **values: float) -> None:
         """Record the step: `values` and tokens_per_sec. inf and NaN become null.
 
-        `values` has at least loss, lr, num_tokens, seconds and peak_memory_bytes.
+        Among the values are loss, lr, num_tokens, seconds and peak_memory_bytes.
         """
         if not self._is_main:
             return
@@ -86,30 +102,60 @@ class Metrics:
         self._first, self._last = self._first or record, record
         self._tokens += values["num_tokens"]
         self._seconds += values["seconds"]
-        if self._board is not None:
-            for name, value in record.items():
-                self._board.add_scalar(name, value, step)
+        self._track(record, step)
         self._progress.update()
         if step % self._logging_steps == 0:
             self._progress.set_postfix_str(
-                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed:.0f} tokens/s, peak {peak / 2**30:.2f} GiB"
+                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed:.0f} tokens/s, peak {size_of(peak)}"
             )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One dict a step. A line that a full disk or a power cut left half-written is passed over."""
+    """One dict a step: "step" and numbers, None where one was inf or NaN.
+
+    A line that a full disk or a power cut left half-written is passed over. Raises InputError for one that is whole and
+    no step.
+    """
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         with suppress(ValueError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if not (
+                isinstance(record, dict) and type(record.get("step")) is int and all(map(_is_number, record.values()))
+            ):
+                raise InputError(
+                    f"{path}, line {number} is no step: it must be an object of numbers with the key step; delete it"
+                )
+            records.append(record)
     return records
 
 
-def _tensorboard(folder: Path) -> Any:
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+Track = Callable[[Mapping[str, float], int], object]
+
+
+def _tracker(name: str, folder: Path) -> tuple[Track, Callable[[], object]]:
+    """How to send a step's record to training.report_to, and how to end; InputError if it is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(folder / "tensorboard"))
+            return lambda record, step: [
+                board.add_scalar(key, value, step) for key, value in record.items()
+            ], board.close
+        if name in ("wandb", "trackio"):
+            tracker: Any = importlib.import_module(name)  # trackio has wandb's interface, but keeps its files elsewhere
+            where = {"dir": str(folder)} if name == "wandb" else {}
+            run = tracker.init(project="so8t", name=folder.resolve().name, **where)
+            return lambda record, step: run.log(dict(record), step=step), run.finish
     except ImportError as error:
         raise InputError(
-            'training.report_to is "tensorboard", which is not installed: pip install tensorboard, or set it to "none"'
+            f'training.report_to is "{name}", which is not installed: pip install {name}, or set it to "none"'
         ) from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    except Exception as error:  # of their own: nobody is logged in, no network
+        raise InputError(f'training.report_to = "{name}" cannot start ({error}); set it to "none"') from error
+    return lambda record, step: None, lambda: None

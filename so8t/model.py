@@ -1,6 +1,5 @@
 """The model: base weights (4-bit, 8-bit or as they are), LoRA, gates, what is trainable, and its place on disk."""
 
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,7 +8,7 @@ import bitsandbytes
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,15 +22,14 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from so8t.config import InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig
+from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig
 from so8t.data import Batch, derive_seed, stop_token_ids
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates
+from so8t.quiet import hide_bars
 
-ALL_LAYERS = 10**6  # for `checkpointed_layers`: more than any model has
 GATES_FILE = "so8t_gates.safetensors"
 Model: TypeAlias = PreTrainedModel | PeftModel
-# peft 0.21 asks transformers 5 by an old name; no user can do anything about that
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+hide_bars()
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -39,14 +37,14 @@ def load_model_config(config: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(config.base_model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(_not_a_model(config, error)) from error
+        raise InputError(_not_a_model(config.base_model, error)) from error
 
 
 def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base_model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(_not_a_model(config, error)) from error
+        raise InputError(_not_a_model(config.base_model, error)) from error
     if not tokenizer.is_fast:
         raise InputError(
             f"model.base_model: the tokenizer of {config.base_model} gives no character offsets, which labels need; "
@@ -60,62 +58,67 @@ def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _not_a_model(config: ModelConfig, error: Exception) -> str:
+def _not_a_model(source: str | Path, error: Exception) -> str:
+    """What cannot be loaded: a checkpoint's folder, or else what model.base_model names; and which file of it."""
     reason = " ".join(str(error).split())
-    return f'model.base_model = "{config.base_model}" cannot be loaded as a folder or a hub id: {reason}'
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            safe_open(path, "pt")
+        except (OSError, SafetensorError) as unreadable:  # the reason does not say which file it is
+            reason = f"{path.name} is no safetensors file or torn ({unreadable})"
+    if isinstance(source, Path):
+        return f"{source} cannot be loaded: {reason}"
+    where = "" if Path(source).is_dir() else f" (in {Path.cwd()} there is no such folder)"
+    return f'model.base_model = "{source}" cannot be loaded as a folder or a hub id{where}: {reason}'
 
 
 def load_model(
-    config: ModelConfig,
-    quantization: QuantizationConfig,
-    qlora: QloraConfig,
-    so8t: So8tConfig,
+    spec: ModelSpec,
     device: torch.device,
     *,
     seed: int,
-    checkpointed_layers: int = 0,
+    checkpointed_layers: int | None = 0,
     checkpoint: Path | None = None,
 ) -> Model:
     """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given."""
     torch.manual_seed(derive_seed(seed, "initial weights"))
-    model = _load_base(config, quantization, device, None if qlora.enabled else checkpoint)
-    _check_head(model, config.base_model)
-    tables = quantization, qlora, so8t
-    return adapt(model, *tables, seed=seed, checkpointed_layers=checkpointed_layers, checkpoint=checkpoint).train()
+    model = _load_base(spec.model, spec.quantization, device, None if spec.qlora.enabled else checkpoint)
+    _check_head(model, spec.model.base_model)
+    return adapt(model, spec, seed=seed, checkpointed_layers=checkpointed_layers, checkpoint=checkpoint).train()
 
 
 def adapt(
     model: PreTrainedModel,
-    quantization: QuantizationConfig,
-    qlora: QloraConfig,
-    so8t: So8tConfig,
+    spec: ModelSpec,
     *,
     seed: int = 0,
-    checkpointed_layers: int = 0,
+    checkpointed_layers: int | None = 0,
     checkpoint: Path | None = None,
 ) -> Model:
     """Put adapters and gates onto a base model, and recompute its first `checkpointed_layers` in the backward pass.
 
-    LoRA and gates are float32, everything else stays as it was loaded: casting embeddings, head and norms up, as peft's
-    prepare_model_for_kbit_training does, turns the residual stream to float32 too and nearly doubles its memory.
+    None = all layers. LoRA and gates are float32, everything else stays as it was loaded: casting embeddings, head and
+    norms up, as peft's prepare_model_for_kbit_training does, turns the residual stream to float32 too and nearly
+    doubles its memory.
     """
     adapted: Model = model
-    if qlora.enabled and checkpoint is not None:
+    if spec.qlora.enabled and checkpoint is not None:
         try:
             adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
         except (OSError, ValueError, SafetensorError) as error:  # peft takes a folder without adapter for a hub id
             raise InputError(f"{checkpoint}: its adapter_model.safetensors cannot be read ({error})") from error
-    elif qlora.enabled:
-        adapted = get_peft_model(model, _lora_config(model, qlora))
-    if so8t.enabled:  # after LoRA, so that the gate stands before base layer and adapter alike
-        attach_gates(model, so8t.layer_indices, so8t.init_scale, derive_seed(seed, "gates"))
-    if so8t.enabled and checkpoint is not None:
+    elif spec.qlora.enabled:
+        adapted = get_peft_model(model, _lora_config(model, spec.qlora))
+    if spec.so8t.enabled:  # after LoRA, so that the gate stands before base layer and adapter alike
+        attach_gates(model, spec.so8t.layer_indices, spec.so8t.init_scale, derive_seed(seed, "gates"))
+    if spec.so8t.enabled and checkpoint is not None:
         load_gates(model, checkpoint / GATES_FILE)
-    if checkpointed_layers:
+    if checkpointed_layers != 0:
         # An 8-bit layer keeps its own input where non-reentrant checkpointing cannot drop it (1.06 MiB a token on
         # Phi-3.5), so that an 8-bit base takes the reentrant form; the gradients are equal to the bit.
-        model.activation_checkpointing_enable({"use_reentrant": quantization.load_in_8bit})
-        for layer in checkpointable_layers(model)[checkpointed_layers:]:  # the last are the first to be done with
+        model.activation_checkpointing_enable({"use_reentrant": spec.quantization.load_in_8bit})
+    if checkpointed_layers:  # the first ones: the last are the first to be done with
+        for layer in checkpointable_layers(model)[checkpointed_layers:]:
             layer.gradient_checkpointing = False
     return adapted
 
@@ -165,12 +168,51 @@ def _load_base(
             if mismatched:
                 raise OSError(f"its config.json wants other shapes than its files have of {', '.join(mismatched)}")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(_not_a_model(config, error)) from error
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # on a CPU with AVX512-BF16, one forward in eval mode repacks the weight into a layout without gradients
-            module.support_avx512bf16_for_cpu = False
+        raise InputError(_not_a_model(checkpoint or config.base_model, error)) from error
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    for layer in layers:
+        # on a CPU with AVX512-BF16, one forward in eval mode repacks the weight into a layout without gradients
+        layer.support_avx512bf16_for_cpu = False
+    if device.type == "cpu":
+        for layer in {layer.in_features: layer for layer in layers}.values():
+            _check_dequantization(layer.weight)
     return model
+
+
+def _check_dequantization(weight: bitsandbytes.nn.Params4bit) -> None:
+    """Refuse a CPU on which bitsandbytes unpacks the first rows of this weight to other numbers than plain torch.
+
+    bitsandbytes 0.50 starts a new block with every row on CPUs with AVX512-BF16, although it packed blocks of the flat
+    weight: rows that are not a multiple of the block's size come out wrong by up to their own size.
+    """
+    rows = weight.quant_state.blocksize  # so many rows are whole blocks, whatever their length
+    unpacked = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)[:rows].float()
+    if not torch.allclose(unpacked, dequantized_rows(weight, rows), rtol=2**-6, atol=1e-6):
+        raise InputError(
+            f"quantization.load_in_4bit: bitsandbytes {bitsandbytes.__version__} reads rows of {unpacked.shape[1]} "
+            "4-bit weights wrongly on this CPU, so that every result would be wrong; write load_in_4bit = false or "
+            "train on a GPU"
+        )
+
+
+def dequantized_rows(weight: bitsandbytes.nn.Params4bit, rows: int) -> Tensor:
+    """The first `rows` rows of a 4-bit weight in plain torch: float32 [rows or all that there are, in_features].
+
+    One byte holds two indices into the table of 16 numbers, the upper four bits first. Blocks of the flat weight share
+    a scale; with double quantization the scales are stored in 8 bits, blocks of them scaled again, less their mean.
+    Formats: NF4 of QLoRA (https://arxiv.org/abs/2305.14314, section 3) and FP4, as bitsandbytes stores them.
+    """
+    state = weight.quant_state
+    count = min(rows, state.shape[0]) * state.shape[1]
+    blocks = -(-count // state.blocksize)
+    scales = state.absmax[:blocks]
+    if state.nested:
+        outer = state.state2.absmax.repeat_interleave(state.state2.blocksize)[:blocks]
+        scales = state.state2.code[scales.int()] * outer + state.offset
+    packed = weight.data.view(torch.uint8).flatten()[: -(-count // 2)]
+    indices = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:count]
+    numbers: Tensor = state.code[indices.int()] * scales.repeat_interleave(state.blocksize)[:count]
+    return numbers.view(-1, state.shape[1])
 
 
 def _quantization_options(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -274,6 +316,7 @@ def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
     set_stops(causal_lm(model), tokenizer)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)
+        causal_lm(model).generation_config.save_pretrained(folder)  # it has the tokens at which an answer ends
     else:
         without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
         model.save_pretrained(folder, state_dict=without_gates)
@@ -284,5 +327,7 @@ def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
 
 def set_stops(model: PreTrainedModel, tokenizer: Any) -> None:
     """Let `generate` stop at whatever ends an answer in the chat template, as in training."""
-    if tokenizer.chat_template and model.generation_config is not None:
-        model.generation_config.eos_token_id = stop_token_ids(tokenizer)
+    if tokenizer.chat_template:
+        known = model.generation_config.eos_token_id
+        stops = [*stop_token_ids(tokenizer), *(known if isinstance(known, list) else [] if known is None else [known])]
+        model.generation_config.eos_token_id = list(dict.fromkeys(stops))

@@ -1,4 +1,4 @@
-"""The optimizer and its precision: which parameters decay, how many bits a state has. Never a silent fallback."""
+"""The optimizer and its precision: which parameters decay, how many bits a state has. There is no silent fallback."""
 
 import warnings
 from typing import Any
@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from so8t.config import TrainingConfig
+from so8t.driver import lends_host_memory
 from so8t.gates import SO8Gate
+from so8t.model import trainable_parameters
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -17,12 +19,12 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     rather than "small". bitsandbytes keeps the states of tensors under 4096 elements in 32 bits.
     """
     gates = {id(gate.angles) for gate in model.modules() if isinstance(gate, SO8Gate)}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = trainable_parameters(model)
     decaying = [p for p in trainable if p.ndim >= 2 and id(p) not in gates]
-    steady = [p for p in trainable if p.ndim < 2 or id(p) in gates]
+    not_decaying = [p for p in trainable if p.ndim < 2 or id(p) in gates]
     groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": config.weight_decay},
-        {"params": steady, "weight_decay": 0.0},
+        {"params": not_decaying, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if config.optim == "adamw":
@@ -37,12 +39,17 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         if trainable[0].device.type == "cpu":
             print("optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU has nowhere to page them to")
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        elif lends_host_memory():
+            print(
+                "optim: paged_adamw_8bit pages nothing on Windows, whose driver cannot move managed memory on demand: "
+                "its states need room on the GPU like those of adamw_8bit"
+            )
         optimizer = bitsandbytes.optim.PagedAdamW8bit(groups, lr=config.learning_rate)
     return optimizer
 
 
 def make_amp(config: TrainingConfig, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    """Autocast to bfloat16 or float16, and float16's gradient scaler. What is off does nothing."""
+    """Autocast to bfloat16 or float16, and float16's gradient scaler. Both are no-ops when disabled."""
     if device.type == "cpu" and (config.bf16 or config.fp16) and not _has_16_bit_arithmetic():
         print(
             "amp: this CPU has no 16-bit arithmetic and emulates it, many times slower than float32; "

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Process:
+    """This process among those that torchrun started."""
+
     rank: int
     world_size: int
     device: torch.device
@@ -22,7 +24,7 @@ class Ranks:
         return self.rank == 0
 
 
-def start() -> Ranks:
+def start() -> Process:
     """Join the processes that torchrun started, if it did; one accelerator a rank, else the CPU."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -31,11 +33,11 @@ def start() -> Ranks:
     else:
         device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device)
-    if rank > 0:  # one voice is enough
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    if rank > 0:  # only rank 0 prints
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if world_size > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else None)
-    return Ranks(rank, world_size, device)
+    return Process(rank, world_size, device)
 
 
 def stop() -> None:

@@ -32,6 +32,15 @@ answer naturally echoes its question ("The difference between .. and .. is"), an
 greater length than the safety and policy thoughts, of which more than a stock phrase ("consult a qualified
 professional") has no reason to leave.
 
+That is the form, of training rows too. Before an answer leaves, `release` also asks for *copies* that are not literal.
+Of a thought it looks at the letters that somebody could learn, which are those that do not stand in the query in runs
+of `SHORTEST_KNOWN` or more: a list of guesses in the query makes nothing known. They are *shared* where `SHORTEST_RUN`
+letters or more in a row stand in the final too. A final stays inside that shares more
+than `FREE_LETTERS` letters of a thought and more than `LARGEST_RUN` of them in one run or `LARGEST_SHARE` in all, or
+of the three thoughts together more than `FREE_LETTERS_TOGETHER` and `LARGEST_SHARE_TOGETHER`. So a word left out,
+changed, put in or moved makes no difference; what is said in other words, translated, or in shorter pieces than that,
+no comparison of letters finds.
+
 The **safety label** is read off the verdict that opens the safety thought: what stands before its first colon or
 full stop, which must be one of `VERDICTS` and nothing more. "Safe: plain arithmetic." is ALLOW and "Unsafe: it is
 fraud." REFUSE; a thought that opens in any other way, "Not safe" or "Safe, but ..", leaves it open and is ESCALATE.
@@ -45,6 +54,8 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
+from so8t.text import Fold
+
 PARTS = ("task", "safety", "policy", "final")
 TAG_NAMES = {"task": "think-task", "safety": "think-safety", "policy": "think-policy", "final": "final"}
 
@@ -55,6 +66,10 @@ SECTIONS = ("padding", "prompt", "task", "safety", "policy", "final", "answer")
 # in letters and digits, see the module's docstring
 SHORTEST_QUOTE = 16
 LONGEST_ECHO = {"task": 72, "safety": 36, "policy": 36}
+
+SHORTEST_RUN, SHORTEST_KNOWN = 6, 12
+FREE_LETTERS, LARGEST_RUN, LARGEST_SHARE = 10, 0.55, 2 / 3
+FREE_LETTERS_TOGETHER, LARGEST_SHARE_TOGETHER = 20, 0.4
 
 SafetyLabel = Literal["ALLOW", "REFUSE", "ESCALATE"]
 VERDICTS: dict[str, SafetyLabel] = {
@@ -104,8 +119,11 @@ def render(task: str, safety: str, policy: str, final: str) -> str:
     return text
 
 
-def parse(text: str) -> Thinking:
-    """Take a well-formed answer apart, in linear time; raises ThinkingError for anything else."""
+def parse(text: str, query: str = "") -> Thinking:
+    """Take a well-formed answer apart, in linear time; raises ThinkingError for anything else.
+
+    What a thought has from `query` may be repeated.
+    """
     if _HALF_CHARACTER.search(text):
         raise ThinkingError("there is half of a surrogate pair, which is no character; save the text as UTF-8")
     positions: dict[str, int] = {}
@@ -142,7 +160,7 @@ def parse(text: str) -> Thinking:
             where = f"in its characters {left.start + 1} to {right.end}"
             raise ThinkingError(f"there is tag-like text inside <{name}>, {where}; a part must not contain tags")
     for part, longest_echo in LONGEST_ECHO.items():
-        if _repeats(folded["final"], folded[part], longest_echo):
+        if _repeats(folded["final"], folded[part], longest_echo, _fold(query)):
             raise ThinkingError(f"<final> repeats <{TAG_NAMES[part]}>; say it in other words or leave it out")
     return Thinking(**contents, spans=spans)
 
@@ -155,11 +173,16 @@ def final_only(text: str) -> str | None:
         return None
 
 
-def release(text: str) -> Released:
-    """Decide what of a generated text may leave; whatever is not well-formed leaves as REFUSAL and ESCALATE."""
+def release(text: str, query: str) -> Released:
+    """Decide what of a generated text may leave.
+
+    What is not well-formed, or copies more of its thoughts than `query` tells, leaves as REFUSAL and ESCALATE.
+    """
     try:
-        answer = parse(text)
+        answer = parse(text, query)
     except ThinkingError:
+        return Released(REFUSAL, "ESCALATE", text.strip())
+    if _copies(answer, query):
         return Released(REFUSAL, "ESCALATE", text.strip())
     thoughts = text[: answer.spans["final"][0]]
     return Released(answer.final.strip(), safety_label(answer.safety), thoughts.strip())
@@ -169,6 +192,11 @@ def safety_label(safety: str) -> SafetyLabel:
     """The label that the safety thought stands for, see the module's docstring."""
     verdict = re.split("[:.。]", _fold(safety), maxsplit=1)[0].strip()
     return _FOLDED_VERDICTS.get(verdict, "ESCALATE")
+
+
+def is_blank(text: str) -> bool:
+    """Say whether nothing is left of `text` without white space and invisible characters."""
+    return not _fold(text).strip()
 
 
 def has_tags(text: str) -> bool:
@@ -199,18 +227,45 @@ def neutralise(text: str) -> str:
 
 def repeats(text: str, source: str, longest_echo: int) -> bool:
     """Say whether `text` is `source`, or quotes it whole or in a run of more than `longest_echo` letters."""
-    return _repeats(_fold(text), _fold(source), longest_echo)
+    return _repeats(_fold(text), _fold(source), longest_echo, "")
 
 
-def _repeats(folded_final: str, folded_thought: str, longest_echo: int) -> bool:
+def _repeats(folded_final: str, folded_thought: str, longest_echo: int, folded_query: str) -> bool:
     if folded_final.split() == folded_thought.split():
         return True
-    final, thought = _letters(folded_final), _letters(folded_thought)
-    if len(thought) >= SHORTEST_QUOTE and thought in final:
+    final, thought, query = map(_letters, (folded_final, folded_thought, folded_query))
+    if len(thought) >= SHORTEST_QUOTE and thought in final and thought not in query:
         return True
     shorter, longer = sorted((final, thought), key=len)
-    runs = set(_runs(shorter, longest_echo + 1))
+    runs = set(_runs(shorter, longest_echo + 1)).difference(_runs(query, longest_echo + 1))
     return bool(runs) and not runs.isdisjoint(_runs(longer, longest_echo + 1))
+
+
+def _copies(answer: Thinking, query: str) -> bool:
+    final = set(_runs(_letters(_fold(answer.final)), SHORTEST_RUN))
+    known = set(_runs(_letters(_fold(query)), SHORTEST_KNOWN))
+    num_shared = num_own = 0
+    for thought in (answer.task, answer.safety, answer.policy):
+        letters = _letters(_fold(thought))
+        own = [not is_known for is_known in _covered(letters, known, SHORTEST_KNOWN)]
+        in_final = _covered(letters, final, SHORTEST_RUN)
+        shared = bytes(is_own and is_shared for is_own, is_shared in zip(own, in_final, strict=True))
+        longest_run = max(map(len, shared.split(b"\0")))
+        if sum(shared) > FREE_LETTERS and (
+            longest_run > LARGEST_RUN * sum(own) or sum(shared) > LARGEST_SHARE * sum(own)
+        ):
+            return True
+        num_shared, num_own = num_shared + sum(shared), num_own + sum(own)
+    return num_shared > FREE_LETTERS_TOGETHER and num_shared > LARGEST_SHARE_TOGETHER * num_own
+
+
+def _covered(letters: str, runs: set[str], length: int) -> bytearray:
+    """For each letter, whether it stands in one of `runs`, all of that length."""
+    covered = bytearray(len(letters))
+    for start, run in enumerate(_runs(letters, length)):
+        if run in runs:
+            covered[start : start + length] = b"\1" * length
+    return covered
 
 
 def _letters(folded: str) -> str:
@@ -256,6 +311,8 @@ _INVISIBLE_CATEGORIES = {"Mn", "Mc", "Me", "Cc", "Cf"}
 def _fold_character(character: str) -> str:
     if character.isspace():
         return " "
+    if "\U00020000" <= character < "\U000e0000" or character >= "\U000e1000":
+        return character  # beyond the planes of living scripts and symbols, and the invisible tag characters
     plain = unicodedata.normalize("NFKD", character)
     if len(plain) > 4:  # no letter of a tag needs it, and a text must not grow eighteenfold
         return character
@@ -264,13 +321,7 @@ def _fold_character(character: str) -> str:
     return unicodedata.normalize("NFC", "".join(visible))
 
 
-# a table and not unicodedata.normalize on the whole text, which is quadratic in a run of combining marks.
-# The two planes of living scripts and symbols, and the invisible tag characters; the rest folds to itself
-_FOLD = {
-    code: folded
-    for code in chain(range(0x20000), range(0xE0000, 0xE1000))
-    if (folded := _fold_character(chr(code))) != chr(code)
-}
+_FOLD = Fold(_fold_character)
 
 # escaped once or many times, with and without the semicolon; html.unescape alone raises beyond 4300 digits
 _REFERENCE = (
@@ -311,8 +362,9 @@ _TAG_LIKE = re.compile(
     rf"|/{_NAME}>"  # /final>
 )
 
-_BRACKET_CHARACTERS = "<>" + "".join(chr(code) for code, folded in _FOLD.items() if folded in ("<", ">"))
-_BRACKETS = re.compile(f"[{_BRACKET_CHARACTERS}]|{_REFERENCE}")
+# every character that folds to a bracket: the look-alikes, and those that NFKD makes of them
+BRACKETS = "<«˂ᐸ‹≪≮≺⊀⋖\u2329❬❮❰⟨⟪⦑⧼〈《︽︿﹤＜𝈶" + ">»˃ᐳ›≫≯≻⊁⋗\u232a❭❯❱⟩⟫⦒⧽〉》︾﹀﹥＞𝈷"
+_BRACKETS = re.compile(f"[{BRACKETS}]|{_REFERENCE}")
 
 
 class _Bracket(NamedTuple):

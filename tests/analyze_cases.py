@@ -4,15 +4,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from logits_cases import NO_AUTOCAST, settings
+from logits_cases import make_saver
 from torch import Tensor
 
 from so8t.data import Batch
-from so8t.logits import LogitsRecord, LogitsSaver, read_logits
+from so8t.logits import LogitsRecord, read_logits
 from so8t.losses import NO_TARGET, ce_sum
 from so8t.thinking import SECTIONS
 
@@ -54,12 +53,12 @@ def save_steps(
     """Save these logits in a run, with `keys` of [training] less their save_logits_; returns all records of the run."""
     run.mkdir(exist_ok=True)
     shutil.copy("config.toml", run)
-    saver = LogitsSaver(settings(max_files=0, **keys), run, NO_AUTOCAST)
-    with patch("os.fsync"):  # which makes files outlive a power cut, and a hundred small ones slow
-        for step, (batch, logits) in steps.items():
-            head_weight = torch.eye(logits.shape[-1])  # with which the hidden states are the logits
-            ce = ce_sum(logits, head_weight, batch.targets)
-            saver.capture(step, (epochs or {}).get(step, 0), batch, logits, head_weight, ce, kind=kind)
-            saver.after_step(step)
-        saver.close()
+    vocab = next(iter(steps.values()))[1].shape[-1]
+    saver = make_saver(run, vocab=vocab, max_files=0, **keys)
+    for step, (batch, logits) in steps.items():
+        head_weight = torch.eye(logits.shape[-1])  # with which the hidden states are the logits
+        tap = saver.new_tap(step, (epochs or {}).get(step, 0), batch, kind)
+        ce_sum(logits, head_weight, batch.targets, tap)
+        saver.after_step(step)
+    saver.close()
     return list(read_logits(run / "logits"))

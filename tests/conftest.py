@@ -1,8 +1,10 @@
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -12,7 +14,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--windows-files", action="store_true", help="pretend the file semantics of Windows")
+
+
+@pytest.fixture
+def is_windows_files(request: pytest.FixtureRequest) -> bool:
+    """Whether files behave as on Windows, by nature or by --windows-files."""
+    return sys.platform == "win32" or bool(request.config.getoption("--windows-files"))
+
+
+@pytest.fixture(autouse=True)
+def _windows_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.config.getoption("--windows-files"):
+        from windows_files import pretend_windows
+
+        pretend_windows(monkeypatch)
+
+
 # the imports are in the fixtures because they take seconds, which a test of the configuration need not wait for
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """It makes files outlive a power cut, which no test stages, and costs seconds on a busy disk."""
+    with patch("os.fsync"):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +55,21 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained("so8t/demo")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The folder of a tiny Phi-3 with the demo's tokenizer."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 1, "eos_token_id": 0}
+    Phi3ForCausalLM(Phi3Config(**sizes, **heads, bos_token_id=None)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +93,8 @@ def memorised_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux mounts one so simply")
     folder = tmp_path / "small_disk"
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)], capture_output=True)

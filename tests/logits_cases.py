@@ -1,17 +1,18 @@
 """What the tests of saved logits share: small batches, and a small training loop around a LogitsSaver."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from so8t.config import TrainingConfig
 from so8t.data import Batch
-from so8t.logits import LogitsSaver
+from so8t.logits import LogitsPlan, LogitsSaver
+from so8t.logits.writer import Kind, write_file
 from so8t.losses import NO_TARGET, ce_sum
 
 VOCAB, HIDDEN = 97, 16
@@ -45,11 +46,14 @@ class Case:
     batch: Batch
     hidden: Tensor
     head_weight: Tensor
-    ce: Tensor
 
     @property
     def logits(self) -> Tensor:
         return F.linear(self.hidden, self.head_weight)
+
+    @property
+    def ce(self) -> Tensor:
+        return ce_sum(self.hidden, self.head_weight, self.batch.targets)
 
 
 def make_case(
@@ -59,16 +63,42 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, length, HIDDEN, generator=generator).to(dtype)
     head_weight = torch.randn(vocab, HIDDEN, generator=generator).to(dtype)
-    return Case(batch, hidden, head_weight, ce_sum(hidden, head_weight, batch.targets))
+    return Case(batch, hidden, head_weight)
 
 
-def capture(saver: LogitsSaver, step: int, case: Case, **keys: Any) -> None:
-    saver.capture(step, 0, case.batch, case.hidden, case.head_weight, case.ce, **keys)
+def make_plan(
+    vocab: int = VOCAB,
+    computed_in: torch.dtype = torch.float32,
+    max_tokens: int = 24,
+    probe_tokens: int = 0,
+    **keys: Any,
+) -> LogitsPlan:
+    return LogitsPlan(settings(**keys), vocab, computed_in, max_tokens, probe_tokens)
 
 
-def save_one(output_dir: Path, case: Case, **keys: Any) -> dict[str, Any]:
+def make_saver(
+    output_dir: Path, write: Callable[[Path, dict[str, Any]], None] = write_file, **options: Any
+) -> LogitsSaver:
+    """options: those of make_plan."""
+    return LogitsSaver(make_plan(**options), output_dir, write=write)
+
+
+def disabled(output_dir: Path) -> LogitsSaver:
+    """A saver of a job that saves no logits."""
+    plan = make_plan()
+    return LogitsSaver(replace(plan, training=replace(plan.training, save_logits=False)), output_dir)
+
+
+def capture(saver: LogitsSaver, step: int, case: Case, kind: Kind | None = None) -> None:
+    """Compute the loss with a tap; with a `kind`, whether or not the step is due."""
+    tap = saver.tap(step, 0, case.batch) if kind is None else saver.new_tap(step, 0, case.batch, kind)
+    ce_sum(case.hidden, case.head_weight, case.batch.targets, tap)
+
+
+def save_one(output_dir: Path, case: Case, **options: Any) -> dict[str, Any]:
     """The contents of the file that these settings make of the case, as a user loads it."""
-    saver = LogitsSaver(settings(**keys), output_dir, NO_AUTOCAST)
+    vocab, computed_in = len(case.head_weight), case.head_weight.dtype
+    saver = make_saver(output_dir, vocab=vocab, computed_in=computed_in, **options)
     capture(saver, 1, case)
     saver.after_step(1)
     saver.close()
@@ -77,27 +107,44 @@ def save_one(output_dir: Path, case: Case, **keys: Any) -> dict[str, Any]:
     return contents
 
 
+def save_steps(saver: LogitsSaver, steps: Iterable[int]) -> None:
+    """Save the same batch at each of these steps that is due."""
+    case = make_case()
+    for step in filter(saver.is_due, steps):
+        capture(saver, step, case)
+        saver.after_step(step)
+    saver.close()
+
+
 def train_losses(
-    saver: LogitsSaver, steps: int = 8, before_step: Callable[[int], None] = lambda step: None, first_step: int = 1
+    saver: LogitsSaver, steps: int = 8, before_step: Callable[[int], None] = lambda step: None
 ) -> list[float]:
-    """Train a tiny model with the saver at its side, as train.py does; returns the loss of every step."""
+    """Train a tiny model, with dropout, by train.py's own `forward`; returns the loss of every step."""
+    # here, because they take seconds that the tests of rotation need not wait for
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    import train
+
     torch.manual_seed(0)
-    embedding, head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False)
-    optimizer = torch.optim.AdamW([*embedding.parameters(), *head.parameters()], lr=0.05)
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 16, "num_attention_heads": 2}
+    model = Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=VOCAB, num_hidden_layers=1, num_key_value_heads=2, resid_pdrop=0.2, pad_token_id=0, **sizes
+        )
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     losses = []
     try:
-        for step in range(first_step, steps + 1):
+        for step in range(1, steps + 1):
             before_step(step)
             batch = make_batch(seed=step)
-            hidden = embedding(batch.input_ids) + 0.1 * torch.randn(2, 12, HIDDEN)  # so that random numbers count
-            observe = saver.observer(step, 0, batch, head.weight, is_last=True)
-            ce = ce_sum(hidden, head.weight, batch.targets, observe)
-            saver.capture(step, 0, batch, hidden, head.weight, ce)
-            torch.autograd.backward(ce / batch.num_targets)
+            tap = saver.tap(step, 0, batch)
+            share, parts = train.forward(model, batch, NO_AUTOCAST, batch.num_targets, 20, 0.1, 0.0, tap)
+            torch.autograd.backward(share)
             optimizer.step()
             optimizer.zero_grad()
             saver.after_step(step)
-            losses.append(ce.item())
+            losses.append(float(parts[0]))
     finally:
         saver.close()
     return losses

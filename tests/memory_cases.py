@@ -1,16 +1,34 @@
 """What the tests and benchmarks of memory share: a step of a real model, and a counter of its tensors' bytes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import train
+from so8t.config import Config
 from so8t.data import Batch
-from so8t.logits import LogitsSaver
-from so8t.memory.trace import LiveBytes
-from so8t.model import Model, head_weight, trainable_parameters
+from so8t.logits import LogitsSaver, plan_logits
+from so8t.memory import BatchShape, StepSpec
+from so8t.memory.live_bytes import LiveBytes
+from so8t.model import Model, load_model_config, trainable_parameters
+
+
+def step_spec(
+    config: Config,
+    micro_batch: BatchShape,
+    device_type: str = "cpu",
+    *,
+    model_config: Any = None,
+    probe: tuple[BatchShape, ...] = (),
+) -> StepSpec:
+    """What train.py plans with, for the model of this config or for `model_config`."""
+    model_config = model_config or load_model_config(config.model)
+    probe_tokens = sum(shape.tokens for shape in probe)
+    logits = plan_logits(config, model_config.vocab_size, micro_batch.tokens, probe_tokens)
+    return StepSpec(config, model_config, device_type, train.forward, logits, micro_batch, probe)
 
 
 def take_step(
@@ -22,15 +40,12 @@ def take_step(
     autocast: torch.autocast,
     pet_weight: float = 0.1,
 ) -> None:
-    """One step of a real model, with what train.py keeps alive and lets go of."""
-    for index, batch in enumerate(micro_batches):
-        is_last = index == len(micro_batches) - 1
-        observe = saver.observer(step, 0, batch, head_weight(model), is_last)
-        hidden, ce, pet = train.forward(model, batch, autocast, pet_weight, 0.0, observe)
-        saver.capture(step, 0, batch, hidden, head_weight(model), ce, is_last=is_last)
-        del hidden
-        torch.autograd.backward(ce + pet)
-        del ce, pet
+    """One step of a real model by train.py's `forward`."""
+    for batch in micro_batches:
+        tap = saver.tap(step, 0, batch) if batch is micro_batches[-1] else None
+        share, _ = train.forward(model, batch, autocast, 1, 1, pet_weight, 0.0, tap)
+        torch.autograd.backward(share)
+        del share
     clip_grad_norm_(trainable_parameters(model), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from so8t.config import ModelConfig, QloraConfig, QuantizationConfig, So8tConfig
+import train
+from so8t.config import ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
 from so8t.data import Batch, Row, collate
-from so8t.losses import NO_TARGET, ce_sum, pet_sum
+from so8t.losses import NO_TARGET
 from so8t.model import Model, head_weight, hidden_states, load_model
 from so8t.thinking import SECTIONS
 
-VOCAB, HIDDEN, LAYERS = 61, 32, 3
+# rows of 4-bit layers are multiples of 64, because bitsandbytes 0.50 reads others wrongly on CPUs with AVX512-BF16
+VOCAB, HIDDEN, LAYERS = 61, 64, 3
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
-    "intermediate_size": 48,
+    "intermediate_size": 128,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -62,15 +64,13 @@ def load(
     **keys: Any,
 ) -> Model:
     """load_model of a base in `bits` (4, 8; 0 = unquantized): by default rank 4, no dropout, all gates."""
-    return load_model(
+    spec = ModelSpec(
         ModelConfig(str(base_model), dtype=dtype, **(model or {})),  # type: ignore[arg-type]
         QuantizationConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8),
         QloraConfig(**({"r": 4, "lora_alpha": 8, "lora_dropout": 0.0} | (qlora or {}))),
         So8tConfig(**(so8t or {})),
-        CPU,
-        seed=seed,
-        **keys,
     )
+    return load_model(spec, CPU, seed=seed, **keys)
 
 
 FULL = {"enabled": False}  # for `qlora`: every weight is trained
@@ -128,11 +128,8 @@ def gradients(
     """The gradient of one step over these micro-batches, as train.py takes it, by parameter name."""
     model.zero_grad()
     torch.manual_seed(7)  # dropout
-    num_targets, num_triples, _ = torch.tensor([batch.counts for batch in micro_batches]).sum(dim=0).tolist()
+    num_targets, num_pet_terms, _ = torch.tensor([batch.counts for batch in micro_batches]).sum(dim=0).tolist()
     for batch in micro_batches:
-        with autocast:
-            hidden = hidden_states(model, batch)
-            ce = ce_sum(hidden, head_weight(model), batch.targets)
-            pet = pet_sum(hidden, batch.attention_mask)
-        torch.autograd.backward(ce / num_targets + pet_weight * pet / num_triples)
+        share, _ = train.forward(model, batch, autocast, num_targets, num_pet_terms, pet_weight, 0.0, None)
+        torch.autograd.backward(share)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

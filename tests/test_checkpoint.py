@@ -21,6 +21,8 @@ from so8t.optim import make_optimizer
 
 TOTAL_STEPS, MICRO_BATCHES = 50, 4
 
+pytestmark = pytest.mark.disk
+
 
 @pytest.fixture
 def config(tmp_path: Path, base_models: dict[str, Path]) -> Config:
@@ -29,7 +31,7 @@ def config(tmp_path: Path, base_models: dict[str, Path]) -> Config:
     return replace(config, training=training)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(base_models: dict[str, Path]) -> Model:
     return load(base_models["phi3"])
 
@@ -139,8 +141,30 @@ def test_full_disk_names_the_last_good_checkpoint_and_leaves_it(
     assert load_training_state(find_checkpoint(config), "fingerprint", MICRO_BATCHES) is not None
 
 
+def test_a_checkpoint_that_somebody_reads_costs_a_warning_and_goes_with_a_later_rotation(
+    config: Config, model: Model, tokenizer: Any, caplog: pytest.LogCaptureFixture, is_windows_files: bool
+) -> None:
+    if not is_windows_files:
+        pytest.skip("pytest --windows-files: elsewhere a folder that is read can be deleted")
+    config = replace(config, training=replace(config.training, save_total_limit=1))
+    save(config, model, tokenizer, 20)
+    folder = Path(config.training.output_dir) / "checkpoints" / "step_000020"
+    with (folder / "training_state.pt").open("rb"):
+        save(config, model, tokenizer, 40)
+        assert [path.name for path in sorted(folder.parent.iterdir())] == ["step_000020", "step_000040"]
+    assert "step_000020 cannot be deleted now" in caplog.text
+    save(config, model, tokenizer, 60)
+    assert [path.name for path in folder.parent.iterdir()] == ["step_000060"]
+
+
+def test_paths_that_are_too_long_are_told_before_training(config: Config) -> None:
+    output_dir = Path(config.training.output_dir, *["x" * 200] * 20)
+    with pytest.raises(InputError, match=r"training\.output_dir: cannot write into .*; choose another"):
+        make_output_dir(replace(config, training=replace(config.training, output_dir=str(output_dir))), True)
+
+
 def test_output_dir_that_cannot_be_written_is_named(config: Config) -> None:
     output_dir = Path(config.training.output_dir)
-    output_dir.write_text("a file")
+    output_dir.write_text("a file", encoding="utf-8")
     with pytest.raises(InputError, match=r"training\.output_dir: cannot write into .*; choose another"):
         make_output_dir(config, True)

@@ -12,7 +12,7 @@ import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from so8t.config import FIELDS, FREE_ON_RESUME, Config, InputError, changed_keys, load_config, to_toml
+from so8t.config import KEYS, RETIRED, Config, InputError, changed_keys, load_config, to_toml
 
 DEFAULT_JOB = Path(__file__).parent.parent / "config.toml"
 REQUIRED = """
@@ -60,7 +60,8 @@ def names_in(table: dict[str, Any], prefix: str = "") -> list[str]:
     """The dotted names of the keys in a table and in those inside of it."""
     names = []
     for key, value in table.items():
-        names += names_in(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+        is_table = isinstance(value, dict) and bool(value)  # an empty one is a value
+        names += names_in(value, f"{prefix}{key}.") if is_table else [prefix + key]
     return names
 
 
@@ -82,7 +83,7 @@ def test_a_required_key_that_is_missing_is_named(load: Load, name: str) -> None:
 
 def test_the_default_job_sets_every_key_once_and_nothing_else() -> None:
     document = tomli.loads(DEFAULT_JOB.read_text(encoding="utf-8"))
-    assert names_in(document) == list(FIELDS)
+    assert names_in(document) == list(KEYS)
 
 
 def test_the_default_job_comments_every_key() -> None:
@@ -131,7 +132,7 @@ def test_a_whole_number_is_fine_where_a_float_is_asked_for(load: Load) -> None:
         ("training.output_dir", "3", "text in quotes that is not empty, not 3"),
         ("training.output_dir", '["a"]', 'not ["a"]'),
         ("training.output_dir", "1979-05-27", "not 1979-05-27"),
-        ("training.output_dir", "{ a = 1 }", "not a table"),
+        ("training.output_dir", "{ a = 1 }", 'not {"a" = 1}'),
         ("so8t.layer_indices", "[4, true]", "(each item a whole number of at least 0), not [4, true]"),
         ("so8t.layer_indices", "4", "a list"),
         ("so8t.layer_indices", '"4"', "a list"),
@@ -178,8 +179,6 @@ def test_a_value_that_is_no_choice_is_answered_with_the_choices(load: Load, name
         ("qlora.r", "0", "at least 1"),
         ("qlora.lora_alpha", "0", "at least 1"),
         ("qlora.lora_dropout", "1.0", "from 0 to less than 1, not 1.0"),
-        ("data.train_data", '""', "at least one file"),
-        ("data.train_data", "[]", "at least one file"),
         ("data.train_data", '["a", ""]', "not empty"),
         ("data.max_seq_length", "1", "at least 2"),
         ("data.policy.trusted_weight", "0", "a whole number of at least 1, not 0"),
@@ -202,9 +201,7 @@ def test_a_value_that_is_no_choice_is_answered_with_the_choices(load: Load, name
         ("training.save_steps", "-1", "at least 0"),
         ("training.seed", "-1", "from 0 to 2**63 - 1, not -1"),
         ("training.seed", f"{2**63}", "from 0 to 2**63 - 1"),
-        ("training.seed", "0x" + "f" * 5000, "from 0 to 2**63 - 1"),  # Python cannot print it in decimal
         ("training.resume", '""', "not empty"),
-        ("training.output_dir", '"a\\u0000b"', "text in quotes"),
         ("training.save_logits_steps", "0", "at least 1"),
         ("training.save_logits_top_k", "0", "at least 1"),
         ("training.save_logits_max_wait", "inf", "finite"),
@@ -290,7 +287,7 @@ def test_a_key_outside_of_every_table_is_told_where_it_belongs(load: Load) -> No
 def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.toml: No such file .*; write the path of a TOML file"):
         load_config(tmp_path / "none.toml")
-    with pytest.raises(InputError, match=r"Is a directory; write the path of a TOML file"):
+    with pytest.raises(InputError, match=r"(Is a directory|Permission denied); write the path of a TOML file"):
         load_config(tmp_path)
 
 
@@ -312,14 +309,6 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(load: Load) -> None:
     assert load("\ufeff" + REQUIRED.replace("\n", "\r\n")) == load(REQUIRED)
 
 
-def test_absurd_numbers_and_nesting_are_input_errors(load: Load) -> None:
-    assert "is not TOML" in sentence(load, with_key("training.seed", "9" * 5000))
-    for depth in (100, 5_000, 100_000):
-        nested = "[" * depth + "]" * depth
-        sentence(load, with_key("training.seed", nested))
-        sentence(load, REQUIRED, f"training.seed={nested}")
-
-
 # --- overrides
 
 
@@ -332,7 +321,6 @@ def test_absurd_numbers_and_nesting_are_input_errors(load: Load) -> None:
         ('training.output_dir="runs/y"', "training.output_dir", "runs/y"),
         ("training.output_dir='runs/y'", "training.output_dir", "runs/y"),
         ("training.output_dir=runs/y=z", "training.output_dir", "runs/y=z"),  # a shell ate the quotes
-        ("training.output_dir=2024", "training.output_dir", "2024"),
         ("training.optim=adamw", "training.optim", "adamw"),
         ("data.train_data=a.jsonl", "data.train_data", ("a.jsonl",)),
         ('data.train_data=["a.jsonl", "b.jsonl"]', "data.train_data", ("a.jsonl", "b.jsonl")),
@@ -364,7 +352,6 @@ def test_an_override_may_give_a_required_key(load: Load) -> None:
         ("training.seed=1\nbf16 = 2", "training.seed must be"),
         ("data.train_data=[a.jsonl]", "data.train_data = [a.jsonl] is not TOML; put the value in quotes"),
         ('training.output_dir="runs', "is not TOML"),
-        ("training.output_dir=\udcff", "training.output_dir must be text"),  # an argument that is not UTF-8
     ],
 )
 def test_an_override_that_cannot_be_read_is_quoted(load: Load, override: str, words: str) -> None:
@@ -423,10 +410,26 @@ def test_a_config_that_the_code_builds_is_checked_too(load: Load) -> None:
         replace(config, training=replace(config.training, fp16=True))
 
 
+@pytest.mark.parametrize("folder", ["D:/webdataset/checkpoints", r"D:\\webdataset\\checkpoints", r"D:\temp\run"])
+def test_a_path_of_windows_is_taken_as_it_is(load: Load, folder: str) -> None:
+    quote = '"' if "\\\\" in folder or "/" in folder else "'"
+    plain = folder.replace("\\\\", "\\")
+    config = load(with_key("training.output_dir", f"{quote}{folder}{quote}"))
+    assert config.training.output_dir == plain
+    assert load(REQUIRED, f"training.output_dir={plain}").training.output_dir == plain  # as cmd.exe hands it over
+    assert load(to_toml(config)) == config
+
+
+@pytest.mark.parametrize("folder", [r"D:\webdataset", r"C:\Users\so8t", r"D:\temp\run", "D:\\", r"D:\xylo", r"D:\new"])
+def test_a_path_of_windows_in_double_quotes_is_told_how_to_be_written(load: Load, folder: str) -> None:
+    with pytest.raises(InputError, match=r"write 'D:\\data' in single quotes, or D:/data"):
+        load(with_key("training.output_dir", f'"{folder}"'))
+
+
 # --- writing and comparing
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
-NAME = st.one_of(TEXT, st.sampled_from(['a"b', "a\\b", "改行\nと\r\nタブ\t", "'''", '"""', "\x7f\x1b"])).filter(bool)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], min_codepoint=0x20))
+NAME = st.one_of(TEXT, st.sampled_from(['a"b', "a\\b", "D:\\データ\\学習", "'''", '"""', "\x7f\x85"])).filter(bool)
 
 
 @given(
@@ -466,10 +469,10 @@ JUNK = st.one_of(
 )
 
 
-@given(st.sampled_from(sorted(FIELDS)), JUNK)
+@given(st.sampled_from(sorted(KEYS)), JUNK)
 def test_junk_values_raise_nothing_but_input_errors(load: Load, name: str, junk: str) -> None:
     for text, overrides in ((with_key(name, junk), []), (REQUIRED, [f"{name}={junk}"])):
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if any("\ud800" <= character <= "\udfff" or character == "\x7f" for character in text + junk):
             continue  # no such file can be written
         try:
             config = load(text, *overrides)
@@ -525,8 +528,13 @@ def test_a_resumed_run_may_change_what_only_watches_it(load: Load) -> None:
     assert changed_keys(saved, current) == []
 
 
-def test_every_key_that_is_free_on_resume_exists() -> None:
-    assert not FREE_ON_RESUME - set(FIELDS)
+@pytest.mark.parametrize("name", sorted(RETIRED))
+def test_a_key_of_an_older_version_is_ignored_in_a_file_with_a_word(
+    load: Load, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(with_key(name, "3")) == load(REQUIRED)
+    assert f"{name} is no longer a key and is ignored" in caplog.text
+    assert f'there is no key "{name}"' in sentence(load, REQUIRED, f"{name}=3")
 
 
 def test_sections_are_frozen(load: Load) -> None:

@@ -157,11 +157,14 @@ def test_validation_is_due_every_eval_steps_and_after_the_last_step(
     model: Model, eval_steps: int, due: list[int]
 ) -> None:
     validation = Validation(BATCHES[:1], eval_steps, 5, NO_AUTOCAST)
-    found = {step: figures for step in range(1, 6) if (figures := validation.after_step(step, model))}
+    found = {step: metrics for step in range(1, 6) if (metrics := validation.after_step(step, model))}
     assert list(found) == due
     expected = evaluate(model, BATCHES[:1], NO_AUTOCAST)
-    assert all(figures == {"eval_loss": expected} for figures in found.values())
+    for metrics in found.values():
+        assert metrics["eval_loss"] == expected
+        assert 0 <= metrics["gate_error"] < 1e-5
 
 
-def test_validation_without_rows_never_runs(model: Model) -> None:
-    assert [Validation([], 1, 3, NO_AUTOCAST).after_step(step, model) for step in (1, 2, 3)] == [{}] * 3
+def test_without_rows_to_validate_only_the_gates_are_checked(model: Model) -> None:
+    validation = Validation([], 2, 3, NO_AUTOCAST)
+    assert [list(validation.after_step(step, model)) for step in (1, 2, 3)] == [[], ["gate_error"], ["gate_error"]]

@@ -1,14 +1,17 @@
 import json
 import math
+import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from so8t.config import InputError, TrainingConfig
-from so8t.metrics import Metrics, read_metrics
+from so8t.metrics import RUN_FILE, Metrics, read_metrics, write_run_file
 
-FIGURES = {"loss": 3.0, "lr": 1e-3, "num_tokens": 100, "seconds": 0.5, "peak_memory_bytes": 2**30}
+VALUES = {"loss": 3.0, "lr": 1e-3, "num_tokens": 100, "seconds": 0.5, "peak_memory_bytes": 2**30}
 
 
 def make_metrics(folder: Path, first_step: int = 1, is_main: bool = True, **keys: Any) -> Metrics:
@@ -18,7 +21,7 @@ def make_metrics(folder: Path, first_step: int = 1, is_main: bool = True, **keys
 def record(folder: Path, steps: range, first_step: int = 1, **keys: Any) -> Metrics:
     metrics = make_metrics(folder, first_step, **keys)
     for step in steps:
-        metrics.after_step(step, FIGURES | {"loss": 3.0 + step})
+        metrics.after_step(step, **VALUES | {"loss": 3.0 + step})
     metrics.close()
     return metrics
 
@@ -49,9 +52,9 @@ def test_half_a_line_left_by_a_power_cut_costs_that_line_only(tmp_path: Path) ->
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     metrics = make_metrics(tmp_path)
-    metrics.after_step(1, FIGURES | {"loss": math.nan, "grad_norm": math.inf})
+    metrics.after_step(1, **VALUES | {"loss": math.nan, "grad_norm": math.inf})
     metrics.close()
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert (found["loss"], found["grad_norm"]) == (None, None)
 
@@ -59,7 +62,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
 def test_constant_loss_is_shown_as_that_constant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = make_metrics(tmp_path)
     for step in range(1, 9):
-        metrics.after_step(step, FIGURES)
+        metrics.after_step(step, **VALUES)
     metrics.close()
     shown = capsys.readouterr().err
     assert "loss 3.0000, lr 1.00e-03, 200 tokens/s, peak " in shown
@@ -78,7 +81,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_gets_every_figure_when_asked_for(tmp_path: Path) -> None:
+def test_tensorboard_gets_every_value_when_asked_for(tmp_path: Path) -> None:
     record(tmp_path, range(1, 4), report_to="tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -87,7 +90,59 @@ def test_tensorboard_gets_every_figure_when_asked_for(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 4.0), (2, 5.0), (3, 6.0)]
 
 
-def test_tensorboard_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match=r"training\.report_to .* pip install tensorboard"):
-        make_metrics(tmp_path, report_to="tensorboard")
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
+    with pytest.raises(InputError, match=rf'training\.report_to is "{name}", .* pip install {name}'):
+        make_metrics(tmp_path, report_to=name)
+
+
+class Tracker:
+    """What of wandb and trackio is called, with their signatures."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, float]] = []
+        self.is_finished = False
+
+    def init(self, project: str, name: str, dir: str | None = None) -> "Tracker":
+        assert (project, dir is None or Path(dir).is_dir()) == ("so8t", True)
+        self.name = name
+        return self
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.logged.append((step, metrics["loss"]))
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_get_every_figure_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    record(tmp_path, range(1, 4), report_to=name)
+    assert (tracker.name, tracker.logged, tracker.is_finished) == (tmp_path.name, [(1, 4.0), (2, 5.0), (3, 6.0)], True)
+
+
+def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker()
+    tracker.init = lambda **_: (_ for _ in ()).throw(RuntimeError("nobody is logged in"))  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    with pytest.raises(InputError, match=r'"wandb" cannot start \(nobody is logged in\)'):
+        make_metrics(tmp_path, report_to="wandb")
+
+
+@pytest.mark.parametrize("line", ["[]", "1", "{}", '{"step": "1"}', '{"step": 1, "loss": "low"}', '{"step": true}'])
+def test_a_whole_line_that_is_no_step_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": null}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is no step"):
+        read_metrics(path)
+
+
+def test_the_run_file_says_when_on_what_and_with_what_data_it_started(tmp_path: Path) -> None:
+    write_run_file(tmp_path, torch.device("cpu"), 216, "abc" * 20)
+    run = json.loads((tmp_path / RUN_FILE).read_text(encoding="utf-8"))
+    assert datetime.fromisoformat(run["started"]).tzinfo is not None
+    assert (run["total_steps"], run["data"], run["torch"]) == (216, ("abc" * 20)[:16], torch.__version__)
+    assert run["device"].startswith("cpu, ")

@@ -1,5 +1,6 @@
 """The real model path on tiny models: against Hugging Face, both bitsandbytes traps, what trains, what reaches disk."""
 
+import copy
 import gc
 import io
 import json
@@ -7,6 +8,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,12 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     PhiConfig,
     T5Config,
 )
 
-from so8t.config import InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig
+from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
 from so8t.data import Batch, collate, split
 from so8t.evaluate import score
 from so8t.gates import gates_of
@@ -58,6 +61,7 @@ from so8t.model import (
     Model,
     causal_lm,
     checkpointable_layers,
+    dequantized_rows,
     describe,
     head_weight,
     hidden_states,
@@ -321,6 +325,66 @@ def test_four_bit_layers_never_repack_their_weights_for_evaluation(
     assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * len(layers)
 
 
+def four_bit_weight(rows: int, length: int, quant_type: str, double: bool) -> Any:
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(length, rows, bias=False, quant_type=quant_type, compress_statistics=double)
+    return layer.to("cpu").weight  # bitsandbytes quantizes on the way to a device
+
+
+def unpacked_flat(weight: Any) -> Tensor:
+    """By bitsandbytes in rows of one block, which every CPU reads rightly."""
+    state = copy.copy(weight.quant_state)
+    state.shape = torch.Size((state.shape.numel() // state.blocksize, state.blocksize))
+    unpacked: Tensor = bnb.functional.dequantize_4bit(weight, state)
+    return unpacked.view(weight.quant_state.shape)
+
+
+@pytest.mark.parametrize("length", [64, 96])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_plain_dequantization_is_that_of_bitsandbytes(quant_type: str, double: bool, length: int) -> None:
+    weight = four_bit_weight(300, length, quant_type, double)  # more than 256 blocks, so that double shows
+    expected = unpacked_flat(weight)
+    torch.testing.assert_close(dequantized_rows(weight, 300), expected)
+    torch.testing.assert_close(dequantized_rows(weight, 1000), expected)
+    torch.testing.assert_close(dequantized_rows(weight, 64), expected[:64])
+
+
+@pytest.fixture
+def odd_rows(tmp_path: Path) -> Path:
+    """A model whose down_proj has rows of 96 numbers, one and a half blocks of 4-bit weights."""
+    LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": 96})).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bit_weights_that_a_cpu_reads_wrongly_are_refused(
+    odd_rows: Path, base_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, double: bool
+) -> None:
+    right = bnb.functional.dequantize_4bit
+
+    def blocks_of_rows(weight: Any, state: Any) -> Tensor:  # as bitsandbytes 0.50 on a CPU with AVX512-BF16
+        unpacked: Tensor = right(weight, state)
+        is_whole = unpacked.shape[1] % state.blocksize == 0
+        return unpacked if is_whole else torch.cat((unpacked[:1], 1.1 * unpacked[1:]))
+
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", blocks_of_rows)
+    quantization = QuantizationConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double)
+    tables = quantization, QloraConfig(), So8tConfig()
+    load_model(ModelSpec(ModelConfig(str(base_models["llama"])), *tables), CPU, seed=0)
+    with pytest.raises(
+        InputError, match=r"quantization\.load_in_4bit: bitsandbytes .* reads rows of 96 4-bit weights wrongly .* GPU"
+    ):
+        load_model(ModelSpec(ModelConfig(str(odd_rows)), *tables), CPU, seed=0)
+
+
+def test_four_bit_rows_of_one_and_a_half_blocks_are_right_on_this_cpu_or_refused(odd_rows: Path) -> None:
+    weight = four_bit_weight(64, 96, "nf4", True)
+    is_right = torch.allclose(bnb.functional.dequantize_4bit(weight, weight.quant_state), unpacked_flat(weight))
+    with nullcontext() if is_right else pytest.raises(InputError, match="reads rows of 96 4-bit weights wrongly"):
+        load(odd_rows, bits=4)
+
+
 # ---- what is trained, and in which precision
 
 
@@ -385,7 +449,7 @@ def test_four_bit_weights_are_quantized_as_the_config_says(
         bnb_4bit_use_double_quant=double,
     )
     config = ModelConfig(str(base_models["phi3"]), dtype="bfloat16")
-    model = load_model(config, quantization, QloraConfig(), So8tConfig(), CPU, seed=0)
+    model = load_model(ModelSpec(config, quantization, QloraConfig(), So8tConfig()), CPU, seed=0)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.weight.quant_state
@@ -519,9 +583,9 @@ def test_weights_that_the_files_lack_or_have_in_another_shape_are_not_made_up(
     tmp_path: Path, base_models: dict[str, Path], key: str, more: int, sentence: str
 ) -> None:
     folder = shutil.copytree(base_models["phi3"], tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config[key] += more
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match=sentence):
         load(folder)
 
@@ -536,10 +600,10 @@ def test_model_that_transformers_cannot_build_is_reported(tmp_path: Path, from_s
 def add_custom_code(folder: Path, **auto_map: Any) -> Path:
     """Make the folder's classes ones of its own file; returns what that file writes when it is executed."""
     trace = folder / "executed"
-    (folder / "custom.py").write_text(f"open({str(trace)!r}, 'w')\nclass Custom: pass\n")
+    (folder / "custom.py").write_text(f"open({str(trace)!r}, 'w')\nclass Custom: pass\n", encoding="utf-8")
     path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {"model_type": "custom"}
-    path.write_text(json.dumps(config | {"auto_map": auto_map}))
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model_type": "custom"}
+    path.write_text(json.dumps(config | {"auto_map": auto_map}), encoding="utf-8")
     return trace
 
 
@@ -559,7 +623,8 @@ def test_custom_configuration_and_tokenizer_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 10))
     trace = add_custom_code(tmp_path, AutoConfig="custom.Custom", AutoModelForCausalLM="custom.Custom")
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["custom.Custom", None]}})
+        json.dumps({"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["custom.Custom", None]}}),
+        encoding="utf-8",
     )
     config = ModelConfig(str(tmp_path))
     with pytest.raises(InputError, match=r"^model\.base_model = .* custom code"):
@@ -637,7 +702,7 @@ def test_adapter_folder_is_a_plain_one_of_peft(tmp_path: Path, base_models: dict
     trained = load(base_models["phi3"], so8t=IDENTITY)
     randomize_lora(trained)
     save_model(trained, tokenizer, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+    assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] == str(
         base_models["phi3"]
     )
     with_peft = peft.PeftModel.from_pretrained(load_plain(base_models["phi3"]), str(tmp_path))

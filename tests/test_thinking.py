@@ -1,6 +1,9 @@
+import json
 import re
 import time
 import unicodedata
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from thinking_cases import ENGLISH, JAPANESE, TAG_LIKE, TAGS, answer, malformed, swapped
 
 from so8t.thinking import (
+    BRACKETS,
     LONGEST_ECHO,
     PARTS,
     REFUSAL,
@@ -16,6 +20,7 @@ from so8t.thinking import (
     TAG_NAMES,
     SafetyLabel,
     ThinkingError,
+    _fold,
     final_only,
     has_tags,
     neutralise,
@@ -141,17 +146,17 @@ def test_a_query_is_changed_only_where_it_is_tag_like() -> None:
     ],
 )
 def test_the_label_is_the_verdict_that_opens_the_safety_thought(safety: str, label: SafetyLabel) -> None:
-    released = release(answer(safety=safety))
-    assert (released.answer, released.safety_label) == (ENGLISH["final"], label)
+    found = release(answer(safety=safety), "")
+    assert (found.answer, found.safety_label) == (ENGLISH["final"], label)
 
 
 def test_what_stays_inside_is_everything_before_the_final_or_everything() -> None:
     text = answer(**JAPANESE)
-    released = release(f"\n{text}\n")
-    assert released.answer == JAPANESE["final"]
-    assert f"{released.thinking}\n<final>{JAPANESE['final']}</final>" == text
-    assert release(released.thinking).thinking == released.thinking
-    assert release(f"{text} はい ") == (REFUSAL, "ESCALATE", f"{text} はい")
+    found = release(f"\n{text}\n", "")
+    assert found.answer == JAPANESE["final"]
+    assert f"{found.thinking}\n<final>{JAPANESE['final']}</final>" == text
+    assert release(found.thinking, "").thinking == found.thinking
+    assert release(f"{text} はい ", "") == (REFUSAL, "ESCALATE", f"{text} はい")
 
 
 def test_the_refusal_could_be_a_final_itself() -> None:
@@ -219,6 +224,78 @@ def test_a_short_thought_may_stand_in_the_final_and_a_longer_one_may_not() -> No
     short, long = letters(SHORTEST_QUOTE - 1), letters(SHORTEST_QUOTE)
     assert final_only(answer(safety=short, final=f"zzz {short}")) is not None
     assert final_only(answer(safety=long, final=f"zzz {long}")) is None
+
+
+SAMPLE = [json.loads(line) for line in Path("so8t/demo/sample.jsonl").read_text(encoding="utf-8").splitlines()]
+THOUGHTS = PARTS[:3]
+
+
+def released(row: dict[str, str], final: str) -> bool:
+    text = answer(**{part: row[part] for part in THOUGHTS}, final=final)
+    return release(text, row["query"]).answer != REFUSAL
+
+
+def test_no_final_of_the_sample_is_taken_for_a_copy() -> None:
+    assert [row["query"] for row in SAMPLE if not released(row, row["final"])] == []
+
+
+def pieces_of(thought: str) -> list[str]:
+    return thought.split() if " " in thought else [thought[i : i + 3] for i in range(0, len(thought), 3)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "at_least"),
+    [
+        (lambda words: words[:-1], 0.80),
+        (lambda words: words[1:], 0.90),
+        (lambda words: words[len(words) // 2 :] + words[: len(words) // 2], 0.95),
+        (lambda words: [*words[: len(words) // 2], "本当に", *words[len(words) // 2 :]], 0.95),
+        (lambda words: [*words[:-1], words[-1][0], "Q", words[-1][2:]], 0.90),
+    ],
+    ids=["less the last word", "less the first word", "halves swapped", "a word pushed in", "a letter changed"],
+)
+def test_a_thought_that_is_nearly_copied_stays_inside(changed: Any, at_least: float) -> None:
+    """The rest are so short, or have lost so much with a word, that they are within the bounds."""
+    caught = [
+        not released(row, f"So: {(' ' if ' ' in row[part] else '').join(changed(pieces_of(row[part])))}")
+        for row in SAMPLE
+        for part in THOUGHTS
+    ]
+    assert sum(caught) / len(caught) >= at_least
+    all_three = [" ".join("".join(changed([*pieces_of(row[part])])) for part in THOUGHTS) for row in SAMPLE]
+    assert [final for row, final in zip(SAMPLE, all_three, strict=True) if released(row, final)] == []
+
+
+COPIED = letters(40)
+OWN = {"task": "q" * 40, "safety": COPIED, "policy": "q" * 40, "query": "zzzz"}
+
+
+@pytest.mark.parametrize(
+    ("final", "is_released"),
+    [
+        (COPIED[:22], True),  # 55 % in one run
+        (COPIED[:23], False),
+        (f"{COPIED[:13]}zzz{COPIED[20:33]}", True),  # 65 % in two
+        (f"{COPIED[:13]}zzz{COPIED[20:34]}", False),
+        ("zzz".join(COPIED[i : i + 5] for i in range(0, 40, 5)), True),  # all, in runs that are too short to count
+        ("zzz".join(COPIED[i : i + 6] for i in range(0, 36, 6)), False),
+        (COPIED[::-1], True),
+    ],
+)
+def test_the_bounds_of_a_copy_are_those_of_the_docstring(final: str, is_released: bool) -> None:
+    assert released(OWN, f"zzz {final} zzz") == is_released
+
+
+def test_what_the_query_says_already_is_no_copy_and_shares_of_all_thoughts_add_up() -> None:
+    query = "What is the difference between supervised and unsupervised machine learning?"
+    task = "Explain the difference between supervised and unsupervised machine learning."
+    row = {"task": task, "safety": "Safe: plain facts.", "policy": "Be short.", "query": query}
+    final = "The difference between supervised and unsupervised machine learning lies in the labels."
+    assert released(row, final)
+    assert not released(row | {"query": "And that?"}, final)
+    three = {"task": letters(20), "safety": letters(60)[20:40], "policy": letters(60)[40:], "query": "zzzz"}
+    assert released(three, f"zzz {three['task'][:9]} zzz {three['safety'][:9]}")
+    assert not released(three, " zzz ".join(three[part][:9] for part in THOUGHTS))
 
 
 def test_an_error_never_quotes_the_answer() -> None:
@@ -293,7 +370,7 @@ def test_render_refuses_what_would_not_come_back() -> None:
 @settings(max_examples=1000)
 def test_nothing_comes_out_of_a_malformed_answer(text: str) -> None:
     assert final_only(text) is None
-    assert release(text) == (REFUSAL, "ESCALATE", text.strip())
+    assert release(text, "") == (REFUSAL, "ESCALATE", text.strip())
 
 
 @given(st.data())
@@ -342,5 +419,11 @@ def test_a_hostile_megabyte_is_judged_in_linear_time(hostile: str) -> None:
         final_only(judged)
         assert time.process_time() - started < 3
     started = time.process_time()
+    release(answer(safety=hostile[:50_000], final=hostile[50_000:100_000]), hostile[:50_000])
     assert not has_tags(neutralise(hostile))
     assert time.process_time() - started < 6
+
+
+def test_the_brackets_are_all_characters_that_fold_to_one() -> None:
+    folded = {code: _fold(chr(code)) for code in range(0x20000) if not 0xD800 <= code < 0xE000}
+    assert sorted(BRACKETS) == sorted(chr(code) for code, plain in folded.items() if plain in ("<", ">"))

@@ -1,29 +1,30 @@
 """What the saved logits of a run say."""
 
-from so8t.analyze.changes import Changes, Comparison, Key, changes, compare, row_keys
-from so8t.analyze.dynamics import SampleDynamics, training_dynamics
-from so8t.analyze.run import Analysis, analyze, logits_folder
-from so8t.analyze.scores import Bounds, Calibration, CalibrationBin, Scores, StepScores, calibration, score_step
-from so8t.analyze.tables import tables
+from typing import TYPE_CHECKING
+
+from so8t import cli
 
 __all__ = [
     "Analysis",
     "Bounds",
-    "Calibration",
-    "CalibrationBin",
-    "Changes",
     "Comparison",
     "Key",
     "SampleDynamics",
-    "Scores",
     "StepScores",
     "analyze",
-    "calibration",
-    "changes",
     "compare",
-    "logits_folder",
     "row_keys",
     "score_step",
-    "tables",
+    "to_text",
+    "token_changes",
     "training_dynamics",
 ]
+
+if TYPE_CHECKING:
+    from so8t.analyze.changes import Comparison, Key, compare, row_keys, token_changes
+    from so8t.analyze.dynamics import SampleDynamics, training_dynamics
+    from so8t.analyze.run import Analysis, analyze
+    from so8t.analyze.scores import Bounds, StepScores, score_step
+    from so8t.analyze.tables import to_text
+else:
+    __getattr__ = cli.on_demand(__name__, __all__, "changes", "dynamics", "run", "scores", "tables")

@@ -1,4 +1,4 @@
-"""How belief changed between two steps, at the rows that both of them hold.
+"""How the predictions changed between two steps, at the rows that both of them hold.
 
 The divergence is KL(earlier || later) = sum over the vocabulary of p log(p / q), p the earlier step's distribution and
 q the later one's. Two "full" files give it exactly, of the logits as stored. "topk" and "stats" know some tokens one by
@@ -9,7 +9,6 @@ Everything else is exact in every form.
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from so8t.analyze.scores import Bounds, float16_bounds
 from so8t.config import InputError
-from so8t.logits.reader import LogitsRecord
+from so8t.logits import LogitsRecord
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 
@@ -81,7 +80,7 @@ def row_keys(record: LogitsRecord) -> list[Key]:
     return [(sample_id, hashlib.sha256(row[:, :length].numpy().tobytes()).digest()) for sample_id, row, length in rows]
 
 
-def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
+def token_changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
     """Compare two files of one kind token by token; without a row that both hold, all tensors are empty.
 
     Raises InputError if they are of models with other vocabularies.
@@ -119,7 +118,7 @@ def changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
 
 
 def compare(changes: Changes) -> Comparison:
-    """Sum the changes up, NaN if there are none. Percentiles interpolate linearly, as in numpy and llama.cpp."""
+    """Sum the changes up, NaN if there are none. Percentiles interpolate linearly, as in numpy."""
     low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
     p50, p95, p99 = (Bounds(_percentile(low, q), _percentile(high, q)) for q in (50, 95, 99))
     prob_change = changes.prob_change.double()
@@ -203,8 +202,8 @@ def _logprob_bounds(record: LogitsRecord, which: Tensor, ids: Tensor) -> tuple[T
         low = high = record.at_targets("top1_logprob", which)[:, None]
     low, high = torch.cat((label_logprob, low), dim=1), torch.cat((label_logprob, high), dim=1)
     matches = (ids[:, :, None] == _known_ids(record, which)[:, None, :]) & (ids[:, :, None] >= 0)
-    place = matches.int().argmax(dim=-1)
-    low, high = low.gather(1, place), high.gather(1, place)
+    position = matches.int().argmax(dim=-1)
+    low, high = low.gather(1, position), high.gather(1, position)
     return low, high, matches.any(dim=-1) & low.isfinite()
 
 
@@ -213,65 +212,3 @@ def _percentile(values: NDArray[np.float64], percent: float) -> float:
         return math.nan
     above = float(np.percentile(values, percent, method="higher"))  # interpolating up to inf would give NaN
     return above if math.isinf(above) else float(np.percentile(values, percent))
-
-
-@np.errstate(over="ignore", invalid="ignore")  # a model that has diverged: inf and NaN show as such
-def llama_report(changes: Changes) -> str:
-    """The changes in the layout of llama.cpp's `llama-perplexity --kl-divergence`, base = earlier and Q = later step.
-
-    What follows a ± is the standard error of the mean before it; that of a quotient or difference is propagated.
-    """
-    n = len(changes.t)
-
-    def mean(values: NDArray[np.float64]) -> tuple[float, float]:
-        return float(values.mean()), float(values.std()) / math.sqrt(max(n - 1, 1))
-
-    later, base = changes.later_nll.double().numpy(), changes.earlier_nll.double().numpy()
-    (log_q, log_q_error), (log_base, log_base_error) = mean(later), mean(base)
-    (log_ratio, log_ratio_error) = mean(later - base)
-    covariance = float(((later - log_q) * (base - log_base)).mean()) / max(n - 1, 1)
-    correlation = covariance / (log_q_error * log_base_error) if log_q_error * log_base_error else math.nan
-    ppl, ppl_base, ratio = np.exp((log_q, log_base, log_ratio))
-    ppl_error, base_error = ppl * log_q_error, ppl_base * log_base_error
-    difference_error = math.sqrt(max(ppl_error**2 + base_error**2 - 2 * ppl * ppl_base * covariance, 0))
-    low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
-    is_exact = np.array_equal(low, high, equal_nan=True)
-    kl_mean, kl_error = mean(low)
-    change = 100 * changes.prob_change.double().numpy()
-    (change_mean, change_error), (square, square_error) = mean(change), mean(change**2)
-    rms = math.sqrt(square)
-    same, same_error = mean(100 * changes.same_top1.double().numpy())
-
-    def kl(value: float) -> str:
-        return f"{value:10.6f}" if is_exact or math.isnan(value) else f"at least {value:.6f}"
-
-    def percentiles(unit: str, values: NDArray[np.float64], percents: Sequence[float]) -> list[tuple[str, float]]:
-        names: dict[float, str] = {100: "Maximum", 50: "Median ", 0: "Minimum"}
-        return [(f"{names.get(p, f'{p:4.1f}%  ')} {unit}", _percentile(values, p)) for p in percents]
-
-    tails = (99.9, 99, 95, 90)
-    others = tuple(100 - percent for percent in reversed(tails))
-    return "\n".join(
-        [
-            "====== Perplexity statistics ======",
-            f"Mean PPL(Q)                   : {ppl:10.6f} ± {ppl_error:10.6f}",
-            f"Mean PPL(base)                : {ppl_base:10.6f} ± {base_error:10.6f}",
-            f"Cor(ln(PPL(Q)), ln(PPL(base))): {100 * correlation:6.2f}%",
-            f"Mean ln(PPL(Q)/PPL(base))     : {log_ratio:10.6f} ± {log_ratio_error:10.6f}",
-            f"Mean PPL(Q)/PPL(base)         : {ratio:10.6f} ± {ratio * log_ratio_error:10.6f}",
-            f"Mean PPL(Q)-PPL(base)         : {ppl - ppl_base:10.6f} ± {difference_error:10.6f}",
-            "",
-            "====== KL divergence statistics ======",
-            f"Mean    KLD: {kl(kl_mean)}" + (f" ± {kl_error:10.6f}" if is_exact else ""),
-            *(f"{name}: {kl(value)}" for name, value in percentiles("KLD", low, (100, *tails, 50, *others, 0))),
-            "",
-            "====== Token probability statistics ======",
-            f"Mean    Δp: {change_mean:6.3f} ± {change_error:5.3f} %",
-            *(
-                f"{name}: {value:6.3f}%"
-                for name, value in percentiles("Δp", change, (100, *tails, 75, 50, 25, *others, 0))
-            ),
-            f"RMS Δp    : {rms:6.3f} ± {0.5 / rms * square_error if rms else 0:5.3f} %",
-            f"Same top p: {same:6.3f} ± {same_error:5.3f} %",
-        ]
-    )

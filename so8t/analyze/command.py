@@ -2,8 +2,9 @@
 
     python -m so8t.analyze runs/default
     python -m so8t.analyze runs/default --json > analysis.json         # inf and NaN become null
-    python -m so8t.analyze runs/default --compare 20 100               # in the layout of llama.cpp's KL report
+    python -m so8t.analyze runs/default --compare 120 200              # two saved steps
     python -m so8t.analyze runs/default --export safetensors exported  # or cartography, or kd-jsonl
+    python -m so8t.analyze runs/default --verify                       # is every file as it was written?
 
 A number in the tables is exact; a range (0.19..0.21, or >=0.19) is all that the form of the file lets anyone know.
 """
@@ -17,10 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from so8t import cli
-from so8t.analyze.changes import compare, llama_report
-from so8t.analyze.formats import EXPORTS
-from so8t.analyze.run import analyze, compare_steps, logits_folder, records_of
-from so8t.analyze.tables import tables
 from so8t.config import InputError
 
 
@@ -30,25 +27,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run, or a folder of saved logits")
     parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
-    parser.add_argument("--compare", nargs=2, type=int, metavar=("EARLIER", "LATER"), help="two saved steps")
-    parser.add_argument("--export", nargs=2, metavar=("FORMAT", "OUT"), help=f"FORMAT is one of {', '.join(EXPORTS)}")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--compare", nargs=2, type=int, metavar=("EARLIER", "LATER"), help="two saved steps")
+    instead.add_argument(
+        "--export", nargs=2, metavar=("FORMAT", "OUT"), help="FORMAT is cartography, safetensors or kd-jsonl"
+    )
+    instead.add_argument(
+        "--verify", action="store_true", help="hold every file against its checksums; exit 1 if damaged"
+    )
     options = parser.parse_args(arguments)
+    if options.json and (options.export or options.verify):
+        parser.error("--json goes with the analysis and with --compare only")
+    return cli.run("so8t.analyze", lambda: _command(options))
 
-    def command() -> int:
-        if options.export:
-            print(_export(options.run, *options.export))
-        elif options.compare:
-            result = compare_steps(options.run, *options.compare)
-            print(json.dumps(_finite(asdict(compare(result)))) if options.json else llama_report(result))
-        else:
-            analysis = analyze(options.run)
-            print(json.dumps(_finite(asdict(analysis))) if options.json else tables(analysis))
-        return 0
 
-    return cli.run("so8t.analyze", command)
+def _command(options: argparse.Namespace) -> int:
+    # here, because torch takes seconds that --help need not wait for
+    from so8t.analyze.changes import compare
+    from so8t.analyze.run import analyze, compare_steps, verify
+    from so8t.analyze.tables import comparison_to_text, to_text
+
+    if options.export:
+        print(_export(options.run, *options.export))
+    elif options.verify:
+        lines, all_whole = verify(options.run)
+        print(*lines, sep="\n")
+        return 0 if all_whole else 1
+    elif options.compare:
+        comparison = compare(compare_steps(options.run, *options.compare))
+        print(json.dumps(_finite(asdict(comparison))) if options.json else comparison_to_text(comparison))
+    else:
+        analysis = analyze(options.run)
+        print(json.dumps(_finite(asdict(analysis))) if options.json else to_text(analysis))
+    return 0
 
 
 def _export(run: Path, name: str, out: str) -> str:
+    from so8t.analyze.formats import EXPORTS
+    from so8t.analyze.run import logits_folder, records_of
+
     if name not in EXPORTS:
         raise InputError(f"--export: there is no format {name}; write one of {', '.join(EXPORTS)}")
     path = Path(out)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from so8t.analyze.changes import Key, row_keys
-from so8t.logits.reader import LogitsRecord
+from so8t.logits import LogitsRecord
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from so8t.analyze.changes import row_keys
 from so8t.analyze.dynamics import training_dynamics
 from so8t.config import InputError
 from so8t.files import atomic_folder, atomic_write
-from so8t.logits.reader import LogitsRecord, read_file
+from so8t.logits import LogitsRecord, read_file
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 
@@ -65,7 +65,7 @@ def export_cartography(paths: Sequence[Path], out: Path) -> str:
                 for guid, probs in complete
             ]
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            (folder / "training_dynamics" / f"dynamics_epoch_{index}.jsonl").write_text(text)
+            (folder / "training_dynamics" / f"dynamics_epoch_{index}.jsonl").write_bytes(text.encode())
     unit = "steps of the probe" if kind == "probe" else "epochs of training"
     return f"{out}: {len(complete)} of {len(samples)} rows over {len(epochs)} {unit}"
 
@@ -90,7 +90,7 @@ def export_safetensors(paths: Sequence[Path], out: Path) -> str:
 
 
 def export_kd(paths: Sequence[Path], out: Path) -> str:
-    """Every row once, as the newest file that holds it believes: tokens, labels, and the teacher's top-k a position.
+    """Every row once, as the newest file that holds it predicts: tokens, labels, and the teacher's top-k a position.
 
     `target_token_ids[t]`, `target_logprobs[t]` and `target_mask[t]` tell of input token t + 1, and the mask is 1 where
     that is a label and the teacher's numbers are finite. The log-probabilities are normalised over the k tokens, as

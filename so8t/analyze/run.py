@@ -1,12 +1,4 @@
-"""Analyse the saved logits of a run: scores a step, changes between steps, what became of each row; or export them.
-
-    python -m so8t.analyze runs/default
-    python -m so8t.analyze runs/default --json > analysis.json         # inf and NaN become null
-    python -m so8t.analyze runs/default --compare 20 100               # in the layout of llama.cpp's KL report
-    python -m so8t.analyze runs/default --export safetensors exported  # or cartography, or kd-jsonl
-
-A number in the tables is exact; a range (0.19..0.21, or >=0.19) is all that the form of the file lets anyone know.
-"""
+"""The saved logits of a run as a whole: every file's scores, the changes between files, what became of each row."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,36 +8,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from so8t.analyze.changes import Changes, Comparison, Key, changes, compare, row_keys
+from so8t.analyze.changes import Changes, Comparison, Key, compare, row_keys, token_changes
 from so8t.analyze.dynamics import SampleDynamics, training_dynamics
-from so8t.analyze.scores import Bounds, Calibration, CalibrationBin, Scores, StepScores, calibration, score_step
+from so8t.analyze.scores import StepScores, score_step
 from so8t.config import CONFIG_FILE, InputError, TrainingConfig, load_config
-from so8t.logits.reader import LogitsRecord, read_file, read_logits
-
-__all__ = [
-    "Analysis",
-    "Bounds",
-    "Calibration",
-    "CalibrationBin",
-    "Changes",
-    "Comparison",
-    "Key",
-    "SampleDynamics",
-    "Scores",
-    "StepScores",
-    "analyze",
-    "calibration",
-    "changes",
-    "compare",
-    "logits_folder",
-    "row_keys",
-    "score_step",
-    "training_dynamics",
-]
+from so8t.logits import LogitsRecord, NotLogitsError, logits_paths, read_file, read_logits
 
 log = logging.getLogger("so8t")
-TITLES = {"logits": "batches trained on", "probe": "probe"}
-SHOWN_ROWS = 10  # of the training dynamics; --json has all
 
 
 @dataclass(frozen=True)
@@ -83,7 +52,7 @@ def analyze(run: Path) -> Analysis:
     pairs = tqdm(_pairs(paths), desc="comparing steps", unit="pair", leave=False, delay=2)
     for earlier, later in pairs:
         with _if_still_there():
-            comparisons.append(compare(changes(read_file(earlier), read_file(later))))
+            comparisons.append(compare(token_changes(read_file(earlier), read_file(later))))
     comparisons = [comparison for comparison in comparisons if comparison.tokens]
     return Analysis(steps, comparisons, training_dynamics(_again(paths)))
 
@@ -113,6 +82,24 @@ def records_of(folder: Path) -> Iterator[LogitsRecord]:
         raise InputError(f"{folder} holds no file of saved logits; train with training.save_logits = true")
 
 
+def verify(run: Path) -> tuple[list[str], bool]:
+    """A line for each file of saved logits, oldest step first, and whether all of them are as they were written."""
+    lines, all_whole = [], True
+    for path in logits_paths(logits_folder(run)):
+        try:
+            damaged = read_file(path).damaged()
+        except NotLogitsError as error:
+            lines.append(f"{path.name}: {error}")
+            all_whole = False
+            continue
+        if damaged is None:
+            lines.append(f"{path.name}: cannot be verified, it was written before files had checksums")
+        else:
+            lines.append(f"{path.name}: " + (f"damaged: {', '.join(damaged)}" if damaged else "as it was written"))
+            all_whole &= not damaged
+    return lines, all_whole
+
+
 def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     """Every file with each of the last ones before it that hold some of its rows."""
     last_seen: dict[tuple[str, Key], Path] = {}
@@ -139,7 +126,7 @@ def compare_steps(run: Path, earlier: int, later: int) -> Changes:
             raise InputError(f"--compare: {folder} holds nothing of step {step}; its steps are {steps}")
     for kind in ("probe", "logits"):
         if (kind, earlier) in records and (kind, later) in records:
-            result = changes(records[kind, earlier], records[kind, later])
+            result = token_changes(records[kind, earlier], records[kind, later])
             if len(result.t):
                 return result
     raise InputError(

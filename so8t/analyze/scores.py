@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from so8t.logits.reader import LogitsRecord
+from so8t.logits import LogitsRecord
 from so8t.losses import CHUNK_ROWS
 from so8t.thinking import SECTIONS
 
@@ -65,7 +65,8 @@ class StepScores:
     epoch: int
     kind: str  # "logits" = a batch that was trained on, "probe" = the fixed rows of save_logits_probe
     form: str  # "full", "topk" or "stats"
-    verified: bool  # what the file stores gives the loss that training saw
+    verified: bool  # what the file stores gave the loss that training saw, and has not changed since
+    damaged: tuple[str, ...] | None  # tensors that have changed since; None = not known, the file has no checksums
     total: Scores
     sections: dict[str, Scores]  # by thinking.SECTIONS, those that have target tokens
 
@@ -97,7 +98,17 @@ def score_step(record: LogitsRecord) -> StepScores:
     codes = record.sections[row, t + 1]
     sections = {name: scores(codes == code) for code, name in enumerate(SECTIONS) if bool((codes == code).any())}
     total = scores(torch.ones_like(is_top1))
-    return StepScores(record.step, record.epoch, record.kind, record.form, record.verified, total, sections)
+    damaged = record.damaged()
+    return StepScores(
+        step=record.step,
+        epoch=record.epoch,
+        kind=record.kind,
+        form=record.form,
+        verified=record.verified and not damaged,
+        damaged=None if damaged is None else tuple(damaged),
+        total=total,
+        sections=sections,
+    )
 
 
 def calibration(confidence: Tensor, correct: Tensor, rounding: Tensor) -> Calibration:
@@ -152,7 +163,8 @@ def _likeliest_other(
     record: LogitsRecord, is_top1: Tensor, confidence: Tensor, rounding: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[N] the lowest and the highest that the probability of the likeliest token beside the label may be."""
-    low, high = confidence - rounding, confidence + rounding  # which is that of the likeliest of all, except in
+    # that is the likeliest of all, except in the rows where the label itself is the likeliest
+    low, high = confidence - rounding, confidence + rounding
     rows = is_top1.nonzero().squeeze(1)
     if record.form == "full":
         logsumexp = record.at_targets("logsumexp")

@@ -8,11 +8,11 @@ from so8t.analyze.dynamics import SampleDynamics
 from so8t.analyze.run import Analysis
 from so8t.analyze.scores import Bounds, StepScores
 
-TITLES = {"logits": "batches trained on", "probe": "probe"}
+TITLES = {"logits": "batches trained on", "probe": "the probe"}
 SHOWN_ROWS = 10  # of the training dynamics; --json has all
 
 
-def tables(analysis: Analysis) -> str:
+def to_text(analysis: Analysis) -> str:
     """The analysis as text."""
     blocks = []
     for kind, title in TITLES.items():
@@ -21,11 +21,7 @@ def tables(analysis: Analysis) -> str:
         samples = [sample for sample in analysis.dynamics if sample.kind == kind]
         if steps:
             blocks += [f"{title}: {len(steps)} steps", _scores_table(steps)]
-            blocks += [
-                f"step {step.step} is not verified: what its file stores does not give the loss that training saw"
-                for step in steps
-                if not step.verified
-            ]
+            blocks += filter(None, map(_doubt, steps))
         if comparisons:
             blocks += [f"{title}: changes between steps, at the rows that both hold", _changes_table(comparisons)]
         seen_again = [one for one in samples if len(one.steps) > 1]
@@ -37,6 +33,40 @@ def tables(analysis: Analysis) -> str:
         if seen_again:
             blocks.append(_dynamics_table(seen_again[:SHOWN_ROWS]))
     return "\n\n".join(blocks)
+
+
+def comparison_to_text(one: Comparison) -> str:
+    """Two steps beside each other, with what the numbers rest on in the first line."""
+    numbers: list[tuple[str, object]] = [
+        (f"perplexity at step {one.earlier_step}", _number(one.earlier_perplexity)),
+        (f"perplexity at step {one.later_step}", _number(one.later_perplexity)),
+        *(
+            (f"KL divergence, {name}", _shown(bounds))
+            for name, bounds in (
+                ("mean", one.kl_mean),
+                ("median", one.kl_p50),
+                ("95th percentile", one.kl_p95),
+                ("99th", one.kl_p99),
+            )
+        ),
+        ("same likeliest token", f"{one.same_top1:.2%}"),
+        ("change of the label's probability, mean", f"{100 * one.prob_change_mean:+.3f} points"),
+        ("its size, mean", f"{100 * one.prob_change_abs_mean:.3f} points"),
+        ("its size, root mean square", f"{100 * one.prob_change_rms:.3f} points"),
+    ]
+    rows = "1 row" if one.rows == 1 else f"{one.rows} rows"
+    basis = f"{rows}, {one.tokens} tokens of {TITLES[one.kind]}; KL(step {one.earlier_step} || step {one.later_step})"
+    width = max(len(name) for name, _ in numbers)
+    return "\n".join([f"{basis} in nats a token", "", *(f"{name:{width}}  {value}" for name, value in numbers)])
+
+
+def _doubt(step: StepScores) -> str:
+    """Why the numbers of a step are not to be trusted; "" if they are."""
+    if step.damaged:
+        return f"step {step.step} is damaged: {', '.join(step.damaged)} of its file changed after it was written"
+    if not step.verified:
+        return f"step {step.step} is not verified: what its file stores does not give the loss that training saw"
+    return ""
 
 
 def _scores_table(steps: Iterable[StepScores]) -> str:

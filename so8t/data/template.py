@@ -191,9 +191,12 @@ class ChatTemplate:
             self._appended = eos
             return
         behind_first = double[4] if len(double) > 4 else ""
-        if self._stop_in(single):
+        added = self._added_in(single)
+        # Phi-3 closes every turn with one token and the whole conversation with the end of text
+        closes_every_turn = added and added == self._added_in(behind_first) and not self._stop_in(behind_first)
+        if self._stop_in(single) and not closes_every_turn:
             return
-        if added := self._added_in(single):
+        if added:
             self.added_stop = added
             self.stops.append(self._tokenizer.convert_tokens_to_ids(added))
         elif (stop := self._stop_in(behind_first)) and self._added_in(behind_first) == behind_first[:stop].strip():

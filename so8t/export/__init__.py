@@ -1,5 +1,16 @@
 """A run as an ordinary Hugging Face folder."""
 
-from so8t.export.merge import ExportError, Report, export
+from typing import TYPE_CHECKING
 
-__all__ = ["ExportError", "Report", "export"]
+from so8t import cli
+
+__all__ = [
+    "ExportError",
+    "Report",
+    "export",
+]
+
+if TYPE_CHECKING:
+    from so8t.export.merge import ExportError, Report, export
+else:
+    __getattr__ = cli.on_demand(__name__, __all__, "merge")

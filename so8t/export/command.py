@@ -12,10 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from so8t import cli
-from so8t.export.merge import DTYPES, ExportError, export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,20 +21,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="a run's training.output_dir (its newest checkpoint) or a checkpoint")
     parser.add_argument("out", type=Path, help="the folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the exported weights (default: bf16)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the exported weights (default: bf16)"
+    )
     options = parser.parse_args(arguments)
 
-    def command() -> int:
-        try:
-            export(options.run, options.out, options.dtype)
-        except (ExportError, OSError) as error:
-            raise ExportError(f"{options.out} was not written: {error}") from error
-        except torch.OutOfMemoryError as error:
-            raise ExportError(
-                f"{options.out} was not written: the GPU has no room for the model in its training dtype; "
-                'set CUDA_VISIBLE_DEVICES="" to export on the CPU'
-            ) from error
-        print(f"exported: {options.out}")
-        return 0
+    return cli.run("so8t.export", lambda: _export(options))
 
-    return cli.run("so8t.export", command, ExportError)
+
+def _export(options: argparse.Namespace) -> int:
+    import torch  # here, because it takes seconds that --help need not wait for
+
+    from so8t.export.merge import ExportError, export
+
+    try:
+        export(options.run, options.out, options.dtype)
+    except (ExportError, OSError) as error:
+        raise OSError(f"{options.out} was not written: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise OSError(
+            f"{options.out} was not written: the GPU has no room for the model in its training dtype; "
+            'set CUDA_VISIBLE_DEVICES="" to export on the CPU'
+        ) from error
+    print(f"exported: {options.out}")
+    return 0

@@ -1,7 +1,4 @@
-"""A finished run as an ordinary Hugging Face folder: LoRA merged, gates baked in, checked against the live model.
-
-    python -m so8t.export runs/default exported/default
-    python -m so8t.export runs/smollm2/checkpoints/step_000020 exported/smollm2 --dtype fp32
+"""LoRA merged, gates baked in, written, loaded again and checked against the live model.
 
 The live model is the unquantized base with LoRA and gates beside it. It is merged in place, written shard by shard, and
 the folder is loaded again for the check. Memory holds one model in `model.dtype` (on the GPU if there is one) and, in
@@ -15,56 +12,32 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
-from so8t.config import CONFIG_FILE, Config, DataConfig, InputError, ModelConfig, QuantizationConfig, load_config
-from so8t.data import Batch, load_dataset, split
-from so8t.evaluate import score
+from so8t.config import CONFIG_FILE, Config, InputError, ModelSpec, QuantizationConfig, load_config
+from so8t.data import Batch
+from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute, ends_in_stop
 from so8t.export.model_card import model_card
 from so8t.files import atomic_folder, atomic_write
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle
-from so8t.losses import CHUNK_ROWS, NO_TARGET
 from so8t.metrics import read_metrics
-from so8t.model import Model, causal_lm, head_weight, load_model, load_model_config, load_tokenizer, set_stops
-from so8t.policy import REPORT_FILE as POLICY_FILE
+from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer, set_stops
+from so8t.policy import PolicyReport, read_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPORT_FILE = "so8t_export.json"
-CHECK_ROWS = 16
-
-# How far a logit may be off by the rounding of the weights, as a share of the largest logit. SmolLM2 is off by 0.005,
-# 0.0005 and 1e-6, tiny random models by up to 0.013 and 0.002. One of SmolLM2's ten gates forgotten makes 0.017 to
-# 0.026: what bfloat16 may hide, an export with --dtype fp32 finds.
-TOLERANCES = {"bf16": 0.02, "fp16": 0.004, "fp32": 1e-4}
 
 
 class ExportError(Exception):
     """The export failed; nothing stands under the name that was asked for."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model makes of some rows, in float32. The logits, hidden @ head_weight.T, are too many to be kept."""
-
-    hidden: list[Tensor]  # a row each, [seq, hidden_size]
-    head_weight: Tensor  # [vocabulary, hidden_size]
-    nll: float  # mean over the targets
-
-
-class Agreement(NamedTuple):
-    """How near two models are to each other on the same rows."""
-
-    largest_difference: float  # between two logits
-    largest_logit: float
-    top1: float  # share of the positions at which the same token is the likeliest
 
 
 @dataclass(frozen=True)
@@ -110,53 +83,46 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
     """
     checkpoint = newest_checkpoint(run)
     config = load_config(checkpoint / CONFIG_FILE)
+    documents = read_documents(checkpoint)
     if out.exists():
         raise InputError(f"{out} is there already; delete it or choose another folder")
-    model_config = load_model_config(config.model)
+    # what the checkpoint has of its own, so that a run exports from any working directory
+    own = replace(config.model, base_model=str(checkpoint))
+    model_config = load_model_config(own if (checkpoint / "config.json").is_file() else config.model)
     if getattr(model_config, "quantization_config", None):
         raise InputError(
             f"model.base_model: the weights of {config.model.base_model} are quantized and nothing can be merged into "
             f"them; name the model that they were made from in {checkpoint / CONFIG_FILE}"
         )
-    tokenizer = load_tokenizer(config.model, model_config.vocab_size)
-    batches = check_batches(config.data, tokenizer, checkpoint.parents[1] / "data")
+    tokenizer = load_tokenizer(own, model_config.vocab_size)
+    batches = check_batches(config.data, tokenizer)
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(atomic_folder(out))
         except OSError as error:
             raise InputError(f"cannot write into {out.parent} ({error.strerror}); choose another folder") from error
         report = write_and_check(config, checkpoint, tokenizer, batches, folder, dtype, max_shard_size)
+        gc.collect()  # Windows renames no folder whose files are mapped
         print("\n".join(report.sentences()))
         if not report.largest_difference <= report.tolerance:  # NaN is no agreement either
             wider = "" if dtype == "fp32" else "; if it is with --dtype fp32, the rounding of its weights is too coarse"
             raise ExportError(f"the exported model is not the one that was trained{wider}")
-        write_documents(report, config, checkpoint, out.name, folder)
+        write_documents(report, config, documents, out.name, folder)
     return report
 
 
 def newest_checkpoint(run: Path) -> Path:
-    checkpoint = [run, *checkpoint_folders(run)][-1].resolve()
-    if not (checkpoint / STATE_FILE).is_file():
+    checkpoints = checkpoint_folders(run)
+    if not checkpoints and any((run / name).is_file() for name in (STATE_FILE, GATES_FILE)):
+        checkpoints = [run]
+    if not checkpoints:
         raise InputError(
             f"{run} holds no checkpoint of so8t; give a run's training.output_dir or one of its checkpoints/step_* "
             "folders"
         )
+    checkpoint = checkpoints[-1].resolve()
     step_of(checkpoint)  # the name must tell the step
     return checkpoint
-
-
-def check_key(config: DataConfig) -> str:
-    return "data.eval_data" if config.eval_data else "data.train_data"
-
-
-def check_batches(config: DataConfig, tokenizer: Any, folder: Path) -> list[Batch]:
-    """Rows of data.eval_data, or without it of data.train_data, spread over the files; one a batch.
-
-    folder: where the run keeps its tokens, if it does.
-    """
-    files, stored = config.eval_data or config.train_data, folder if folder.is_dir() else None
-    rows = load_dataset(check_key(config), files, tokenizer, config, stored).rows
-    return split(rows[:: -(-len(rows) // CHECK_ROWS)], rows_per_batch=1)
 
 
 def write_and_check(
@@ -170,30 +136,25 @@ def write_and_check(
 ) -> Report:
     """Write the merged model into `folder`, load it from there, and compare it with the live one on `batches`."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    base = replace(config.model, attn_implementation="sdpa")  # flash_attention_2 knows no float32
-
-    def load_live(base: ModelConfig, quantization: QuantizationConfig) -> Model:
-        seed = config.training.seed
-        return load_model(base, quantization, config.qlora, config.so8t, device, seed=seed, checkpoint=checkpoint)
-
-    bits = config.quantization.bits
-    quantized = None
-    if bits:
-        quantized = compute(load_live(replace(base, dtype="float32"), config.quantization), batches)
-        gc.collect()  # modules refer to one another in circles
-    model = load_live(base, QuantizationConfig())
+    quantized = as_trained(config, checkpoint, device, batches) if config.quantization.bits else None
+    gc.collect()  # modules refer to one another in circles
+    spec = replace(live_spec(config), quantization=QuantizationConfig())
+    model = load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint)
     live = compute(model, batches)
     angles: list[Tensor] = [gate.angles for gate in gates_of(model).values()]
     gates_largest_angle = largest_angle(torch.cat(angles)).item() if angles else None
     merged = merge(model, DTYPES[dtype])
     try:
         write_model(merged, tokenizer, folder, max_shard_size)
+        if vocabulary := sentencepiece_file(config.model.base_model):
+            shutil.copyfile(vocabulary, folder / vocabulary.name)
     except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise a sort of their own
         raise ExportError(f"the model could not be written ({error})") from error
     del model, merged
     gc.collect()
     written = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
-    check_stops(written, batches)
+    if not all(ends_in_stop(batch, written) for batch in batches):
+        raise ExportError("its generate() would not stop where the rows of training end their answers")
     exported = compute(written, batches)
 
     agreement = compare(live, exported)
@@ -209,64 +170,22 @@ def write_and_check(
         top1_agreement=agreement.top1,
         nll_live=live.nll,
         nll_exported=exported.nll,
-        quantized_bits=bits,
+        quantized_bits=config.quantization.bits,
         quantized_nll=quantized.nll if quantized else None,
         quantized_top1_agreement=compare(quantized, exported).top1 if quantized else None,
     )
 
 
-def check_stops(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-    """Raise ExportError unless the last token that each row teaches is one at which the model's `generate` stops."""
-    eos: Any = model.generation_config.eos_token_id if model.generation_config else None
-    stops = torch.tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos])
-    for batch in batches:
-        if not torch.isin(batch.targets[0][batch.targets[0] != NO_TARGET][-1], stops):
-            raise ExportError("its generate() would not stop where the rows of training end their answers")
+def live_spec(config: Config) -> ModelSpec:
+    """The model of the run, with an attention that knows float32: flash_attention_2 does not."""
+    return replace(config.model_spec, model=replace(config.model, attn_implementation="sdpa"))
 
 
-def compute(model: Model, batches: Sequence[Batch]) -> Outputs:
-    """Score the rows, one a batch."""
-    multiply_in_float32(causal_lm(model))
-    scores = list(score(model, batches, torch.autocast(causal_lm(model).device.type, enabled=False)))
-    nll = torch.stack([ce for _, _, ce in scores]).sum().item() / sum(batch.num_targets for batch in batches)
-    # detached, because merging casts the parameter
-    return Outputs([hidden[0] for _, hidden, _ in scores], head_weight(model).detach(), nll)
-
-
-def multiply_in_float32(model: PreTrainedModel) -> None:
-    """Cast each module's weights up while it runs, and back afterwards, so that no second model is needed.
-
-    The rounding of 16-bit arithmetic would hide what the check looks for, and most CPUs only emulate it, slowly.
-    """
-    dtype = model.dtype
-    if dtype == torch.float32:
-        return
-
-    def cast_up(module: nn.Module, args: Any) -> None:
-        module.float()
-
-    def cast_back(module: nn.Module, args: Any, output: Any) -> None:
-        module.to(dtype)
-
-    model.get_output_embeddings().float()  # multiplied by its weight alone, so no hook of it would run
-    for module in model.modules():
-        if any(parameter.dtype == dtype for parameter in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(cast_up)
-            module.register_forward_hook(cast_back)
-
-
-@torch.no_grad()
-def compare(one: Outputs, other: Outputs) -> Agreement:
-    """Over every position of every row, a few at a time."""
-    differences, sizes, same = [], [], []
-    for rows in zip(one.hidden, other.hidden, strict=True):
-        for chunk, other_chunk in zip(*(torch.split(hidden, CHUNK_ROWS) for hidden in rows), strict=True):
-            logits, other_logits = F.linear(chunk, one.head_weight), F.linear(other_chunk, other.head_weight)
-            differences.append((logits - other_logits).abs().amax())
-            sizes.append(logits.abs().amax())
-            same.append(logits.argmax(dim=-1) == other_logits.argmax(dim=-1))
-    largest_difference, largest_logit = (torch.stack(values).amax().item() for values in (differences, sizes))
-    return Agreement(largest_difference, largest_logit, torch.cat(same).float().mean().item())
+def as_trained(config: Config, checkpoint: Path, device: torch.device, batches: Sequence[Batch]) -> Outputs:
+    """The outputs of the model on the quantised weights that it was trained on."""
+    spec = live_spec(config)
+    spec = replace(spec, model=replace(spec.model, dtype="float32"))
+    return compute(load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint), batches)
 
 
 @torch.no_grad()
@@ -302,19 +221,27 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_
     set_stops(model, tokenizer)
     model.save_pretrained(folder, state_dict=without_gates, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
-    vocabulary = getattr(tokenizer, "vocab_file", None)
-    if vocabulary and Path(vocabulary).name == "tokenizer.model":  # llama.cpp's converter reads Phi-3's from it
-        shutil.copyfile(vocabulary, folder / "tokenizer.model")
 
 
-def write_documents(report: Report, config: Config, checkpoint: Path, name: str, folder: Path) -> None:
-    """The report as JSON, and the model card."""
+def sentencepiece_file(base_model: str) -> Path | None:
+    """The tokenizer.model of the base, from which llama.cpp's converter reads Phi-3's vocabulary; None without one."""
+    name = "tokenizer.model"
+    found = Path(base_model) / name if Path(base_model).is_dir() else try_to_load_from_cache(base_model, name)
+    return Path(found) if isinstance(found, (str, Path)) and Path(found).is_file() else None
+
+
+def read_documents(checkpoint: Path) -> tuple[list[dict[str, Any]], PolicyReport | None]:
+    """What the model card quotes: the steps up to the checkpoint, and what the data policy left out."""
     run = checkpoint.parents[1]
-    metrics_file, policy_file = run / "metrics.jsonl", run / POLICY_FILE
-    records = read_metrics(metrics_file) if metrics_file.exists() else []
-    left_out = json.loads(policy_file.read_bytes()) if policy_file.exists() else None
-    past = [record for record in records if record["step"] <= report.step]
-    card = model_card(name, config, report.step, past, left_out, report.gates_largest_angle, report.sentences())
+    records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    return [record for record in records if record["step"] <= step_of(checkpoint)], read_report(run)
+
+
+def write_documents(
+    report: Report, config: Config, documents: tuple[list[dict[str, Any]], PolicyReport | None], name: str, folder: Path
+) -> None:
+    """The report as JSON, and the model card."""
+    card = model_card(name, config, report.step, *documents, report.gates_largest_angle, report.sentences())
     for file_name, text in ((REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n"), ("README.md", card)):
         with atomic_write(folder / file_name) as file:
             file.write(text.encode())

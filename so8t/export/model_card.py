@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from so8t.config import Config
+from so8t.policy import PolicyReport
 
 CARD = """\
 ---
@@ -48,13 +49,13 @@ def model_card(
     config: Config,
     step: int,
     metrics: Sequence[Mapping[str, Any]],
-    policy: Mapping[str, Any] | None,
+    policy: PolicyReport | None,
     gates_largest_angle: float | None,
     check: Sequence[str],
 ) -> str:
     """The README.md of a model folder `name`.
 
-    metrics: records of metrics.jsonl up to `step`; policy: what policy.json holds; gates_largest_angle: radians, None
+    metrics: records of metrics.jsonl up to `step`; policy: None without policy.json; gates_largest_angle: radians, None
     without gates; check: the sentences of the export's report.
     """
     base_model = config.model.base_model
@@ -87,12 +88,12 @@ def _files(paths: Sequence[str]) -> str:
     return ", ".join(f"`{Path(path).name if Path(path).is_absolute() else path}`" for path in paths)
 
 
-def _policy(policy: Mapping[str, Any]) -> str:
-    counts = "".join(f"\n| {rule} | {count} |" for rule, count in policy["counts"].items())
-    unchecked = "" if "nsfw" in policy["counts"] else "The rule `nsfw` was off: nothing in so8t checked that. "
+def _policy(policy: PolicyReport) -> str:
+    counts = "".join(f"\n| {rule} | {count} |" for rule, count in policy.counts.items())
+    unchecked = "" if "nsfw" in policy.counts else "The rule `nsfw` was off: nothing in so8t checked that. "
     return (
-        f'{unchecked}The data policy (mode "{policy["mode"]}") read {policy["rows_read"]} rows and used '
-        f"{policy['rows_used']}; left out by rule:\n\n| rule | rows |\n| --- | --- |{counts}"
+        f'{unchecked}The data policy (mode "{policy.mode}") read {policy.rows_read} rows and used '
+        f"{policy.rows_used}; left out by rule:\n\n| rule | rows |\n| --- | --- |{counts}"
     )
 
 
@@ -101,7 +102,9 @@ def _metrics(records: Sequence[Mapping[str, Any]]) -> str:
         return "The run left no metrics.jsonl."
     shown = [(records[0], "loss"), (records[-1], "loss"), (records[-1], "ce"), (records[-1], "pet")]
     shown += [(record, "eval_loss") for record in records if "eval_loss" in record][-1:]
-    figures = "".join(f"\n| {record['step']} | {name} | {_figure(record[name])} |" for record, name in shown)
+    figures = "".join(
+        f"\n| {record['step']} | {name} | {_figure(record[name])} |" for record, name in shown if name in record
+    )
     return f"| step | figure | value |\n| --- | --- | --- |{figures}"
 
 

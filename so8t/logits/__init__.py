@@ -1,7 +1,18 @@
 """Saved logits: the saver of the loop, the plan of what it takes, and the reader."""
 
-from so8t.logits.folder import plan_logits
-from so8t.logits.reader import LogitsRecord, read_file, read_logits
+from so8t.logits.plan import LogitsPlan, plan_logits
+from so8t.logits.reader import LogitsRecord, NotLogitsError, logits_paths, read_file, read_logits
 from so8t.logits.saver import LogitsSaver
+from so8t.logits.score import score_rows
 
-__all__ = ["LogitsRecord", "LogitsSaver", "plan_logits", "read_file", "read_logits"]
+__all__ = [
+    "LogitsPlan",
+    "LogitsRecord",
+    "LogitsSaver",
+    "NotLogitsError",
+    "logits_paths",
+    "plan_logits",
+    "read_file",
+    "read_logits",
+    "score_rows",
+]

@@ -1,7 +1,8 @@
-"""Reading saved logits: one record type for the three forms. logits_record.py says what the files hold."""
+"""Reading saved logits: one record type for the three forms, of files that are as record.py says that they are."""
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from so8t.config import TrainingConfig
 from so8t.logits.folder import list_files
-from so8t.logits.record import FORMAT_VERSION, shift
+from so8t.logits.record import DTYPES, FORMAT_VERSION, Layout, checksum, position_layout, shift
 from so8t.losses import NO_TARGET
+from so8t.thinking import SECTIONS
 
 log = logging.getLogger("so8t")
+
+
+class NotLogitsError(Exception):
+    """A file that holds no saved logits; the message says which key is wrong."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +108,16 @@ class LogitsRecord:
         Nothing is rescaled to sum to one: `1 - logprobs.exp().nansum()` is the mass of the unknown tokens. Raises
         KeyError if the file leaves the position out.
         """
-        place = self._place(position)
+        index = self._index(position)
         if self.form == "full":
-            logits: Tensor = self.contents["logits"][place]
+            logits: Tensor = self.contents["logits"][index]
             return logits.float().log_softmax(dim=-1)
         ids, values = ("topk_ids", "topk_logprobs") if self.form == "topk" else ("top1_id", "top1_logprob")
         logprobs = torch.full((self.contents["vocab_size"],), math.nan)
-        logprobs[self.contents[ids][place].long()] = self.contents[values][place].float()
+        logprobs[self.contents[ids][index].long()] = self.contents[values][index].float()
         target = self.targets[position]
         if target != NO_TARGET:
-            logprobs[target] = self.contents["label_logprob"][place]
+            logprobs[target] = self.contents["label_logprob"][index]
         return logprobs
 
     def tokens(self, tokenizer: Any) -> list[list[str]]:
@@ -120,14 +127,24 @@ class LogitsRecord:
         """
         return [_token_texts(row, tokenizer) for row in self.input_ids.tolist()]
 
-    def _place(self, position: tuple[int, int]) -> tuple[int, ...]:
-        """Where `position` stands in the file's tensors."""
+    def damaged(self) -> list[str] | None:
+        """The tensors whose bytes are not those that were written; None if the file is older than checksums.
+
+        Reads the whole file, through a mapping of its own that is gone afterwards.
+        """
+        if "checksums" not in self.contents:
+            return None
+        contents = torch.load(self.path, mmap=True, weights_only=True)
+        return [name for name, value in contents["checksums"].items() if checksum(contents[name]) != value]
+
+    def _index(self, position: tuple[int, int]) -> tuple[int, ...]:
+        """The index of `position` in the file's tensors."""
         if "positions" not in self.contents:
             return position
-        places = (self.contents["positions"] == torch.tensor(position)).all(dim=1).nonzero()
-        if not len(places):
+        matches = (self.contents["positions"] == torch.tensor(position)).all(dim=1).nonzero()
+        if not len(matches):
             raise KeyError(f"{self.path}: {position} has no target, and this file holds only positions with one")
-        return (int(places[0]),)
+        return (int(matches[0]),)
 
     def _on_grid(self, values: Tensor) -> Tensor:
         if "positions" not in self.contents:
@@ -154,30 +171,95 @@ def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
 def read_logits(path: str | Path) -> Iterator[LogitsRecord]:
     """Yield the records of a file, or of a folder, oldest step first; their tensors are memory-mapped.
 
-    A file that is torn, or that LogitsSaver did not write, is skipped with a warning. Raises FileNotFoundError if there
+    A file that is torn, or not as record.py says, is skipped with a warning. Raises FileNotFoundError if there
     is nothing at `path`.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder of saved logits")
-    paths = [path]
-    if path.is_dir():
-        paths = [file.path for file in list_files(path)]
-        paths += sorted(set(path.glob("*.pt")) - set(paths))
-    for file in paths:
+    for file in logits_paths(Path(path)):
         try:
             record = read_file(file)
-        except Exception as error:  # whatever torch.load makes of bytes that are not its own
-            log.warning("%s: skipped, it is no file of saved logits (%s: %s)", file, type(error).__name__, error)
+        except NotLogitsError as error:
+            log.warning("%s: skipped, %s", file, error)
             continue
         yield record
 
 
+def logits_paths(path: Path) -> list[Path]:
+    """The files that `read_logits` reads, the foreign ones last. Raises FileNotFoundError if nothing is at `path`."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder of saved logits")
+    if not path.is_dir():
+        return [path]
+    paths = [file.path for file in list_files(path)]
+    return paths + sorted(set(path.glob("*.pt")) - set(paths))
+
+
 def read_file(path: Path) -> LogitsRecord:
-    """The record of one file, memory-mapped. Raises ValueError or what torch.load raises if it holds none."""
-    contents = torch.load(path, mmap=True, weights_only=True)
-    if contents["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version is {contents['format_version']}, not {FORMAT_VERSION}")
+    """The record of one file, memory-mapped. Raises NotLogitsError, or FileNotFoundError if it is gone."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of torch.load, about what foreign files hold
+            contents = torch.load(path, mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises whatever it makes of bytes that are not its own
+        # not its text: that advises to load the file without weights_only, which would run a hostile one
+        raise NotLogitsError(f"it is torn or no file of saved logits ({type(error).__name__})") from error
+    if fault := _fault(contents):
+        raise NotLogitsError(f"it is no file of saved logits as so8t writes them: {fault}")
     names = ("step", "epoch", "kind", "form", "loss", "verified", "labels", "sections", "sample_ids")
     known = {name: contents[name] for name in names}
     return LogitsRecord(path, input_ids=contents["input_ids"].long(), contents=contents, **known)
+
+
+def _fault(contents: Any) -> str | None:
+    """What is not as the table of record.py has it; None if everything is."""
+    if not isinstance(contents, dict):
+        return f"it holds a {type(contents).__name__}, not a dict"
+    kinds = {"format_version": int, "step": int, "epoch": int, "vocab_size": int, "kind": str, "form": str}
+    for name, kind in (kinds | {"loss": float, "verified": bool}).items():
+        if type(contents.get(name)) is not kind:
+            return f"{name} is no {kind.__name__}"
+    choices = {"format_version": (FORMAT_VERSION,), "kind": ("logits", "probe"), "form": ("full", "topk", "stats")}
+    for name, known in choices.items():
+        if contents[name] not in known:
+            return f"{name} is {contents[name]}, not {' or '.join(map(str, known))}"
+    labels = contents.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return "labels is no tensor of [rows, tokens]"
+    targets, vocab = shift(labels), contents["vocab_size"]
+    positions = (targets != NO_TARGET).nonzero()
+    num_positions = (len(positions),) if "positions" in contents else tuple(labels.shape)
+    for name, (dtype, shape) in _layout(contents, tuple(labels.shape), num_positions).items():
+        value = contents.get(name)
+        if not isinstance(value, Tensor):
+            return f"there is no tensor {name}"
+        if value.dtype != dtype:
+            return f"{name} is {value.dtype}, not {dtype}"
+        if tuple(value.shape) != shape:
+            return f"{name} has the shape {list(value.shape)}, not {list(shape)}"
+    if "positions" in contents and not torch.equal(contents["positions"].long(), positions):
+        return "positions are not those that have a target"
+    for name, ids, size in (
+        ("labels", labels[labels != NO_TARGET], vocab),
+        ("input_ids", contents["input_ids"], vocab),
+        ("sections", contents["sections"], len(SECTIONS)),
+        ("top1_id", contents["top1_id"], vocab),
+        ("topk_ids", contents.get("topk_ids", torch.empty(0)).int(), vocab),
+    ):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            return f"{name} has values that are not from 0 to {size - 1}"
+    return None
+
+
+def _layout(contents: dict[str, Any], grid: tuple[int, ...], positions: tuple[int, ...]) -> Layout:
+    """Dtype and shape of every tensor that a file has; grid: [rows, tokens], positions: P of the table."""
+    logits, topk_ids = (contents.get(name) for name in ("logits", "topk_ids"))
+    dtype = logits.dtype if isinstance(logits, Tensor) and logits.dtype in DTYPES.values() else torch.float32
+    k = topk_ids.shape[-1] if isinstance(topk_ids, Tensor) and topk_ids.ndim else 1
+    training = TrainingConfig("", save_logits_form=contents["form"], save_logits_top_k=k)
+    a_position = position_layout(training, contents["vocab_size"], dtype)
+    layout = {name: (dtype, (*positions, *shape)) for name, (dtype, shape) in a_position.items()}
+    layout |= {"labels": (torch.int64, grid), "input_ids": (torch.int32, grid), "sections": (torch.uint8, grid)}
+    layout["sample_ids"] = torch.int64, grid[:1]
+    if "positions" in contents:
+        layout["positions"] = torch.int32, (*positions, 2)
+    return layout

@@ -19,12 +19,18 @@ are P = [B, T] with save_logits_positions "all", and with "labels" P = [N], thos
 | `sample_ids` | all | [B] int64: each row's place in the data |
 | `step`, `epoch`, `timestamp` | all | int, int, str |
 | `loss` | all | float: mean cross-entropy of these rows as the loop computed it; NaN if none has a target |
-| `verified` | all | bool: what this very file stores gives that loss |
+| `verified` | all | bool: what this very file stored gave that loss when it was written |
+| `checksums` | all | dict: name of a tensor -> CRC-32 of its bytes, so that later damage shows |
 | `kind`, `form`, `vocab_size` | all | "logits" or "probe"; "full", "topk" or "stats"; int |
 | `format_version` | all | int |
+
+A file of kind "logits" holds a micro-batch as step N trained on it, that is with the weights after step N - 1. One of
+kind "probe" is scored after the update: it belongs to the checkpoint of step N. Older versions of so8t scored it
+before the update.
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,7 +109,13 @@ def file_contents(
     contents["form"] = training.save_logits_form
     contents["format_version"] = FORMAT_VERSION
     contents["verified"] = is_consistent(contents, computed_in)
-    return contents
+    tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
+    return contents | {"checksums": {name: checksum(value) for name, value in tensors.items()}}
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor in host memory."""
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def is_consistent(contents: dict[str, Any], computed_in: torch.dtype) -> bool:

@@ -1,33 +1,29 @@
-"""LogitsSaver: what the model believed, on disk every `save_logits_steps` steps, never in training's way.
+"""LogitsSaver: the logits of every `save_logits_steps`-th step on disk, without slowing training down or stopping it.
 
-On a due step the logits of the last micro-batch go into a reusable host buffer: `observer` takes what the loss
-multiplies, `capture` multiplies `hidden` for the rest, and `after_step` hands the buffer to the one writer thread. Two
-buffers of each kind bound the memory: while both are busy the loop waits up to `save_logits_max_wait` seconds, then
-drops the file. Whatever fails here is one warning and a count, never the end of training.
+    tap = saver.tap(step, epoch, batch)                    # None unless the step is due
+    ce = ce_sum(hidden, head_weight, batch.targets, tap)   # shows the tap its logits, a chunk at a time
+    saver.after_step(step)                                 # hands the file to the writer thread
 
-Around it: logits_record.py (what a file holds), logits_score.py (how its numbers are computed), logits_writer.py (the
-thread), logits_files.py (names, rotation, room on the disk), logits_reader.py.
+Two buffers for each kind of file bound the host memory: while both are busy the loop waits up to `save_logits_max_wait`
+seconds, then drops the file. A failure, such as a full disk, is one warning and a count; training goes on.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from so8t.config import TrainingConfig
 from so8t.data import Batch
-from so8t.logits.folder import LogitsFolder, plan_logits
-from so8t.logits.reader import LogitsRecord, read_logits
-from so8t.logits.record import position_layout
+from so8t.logits.folder import LogitsFolder
+from so8t.logits.plan import LogitsPlan
 from so8t.logits.score import HostTransfer, Scorer
-from so8t.logits.writer import Figures, Kind, Pending, Writer
-from so8t.losses import NO_TARGET, Observer, head_dtype
-
-__all__ = ["LogitsRecord", "LogitsSaver", "plan_logits", "read_logits"]
+from so8t.logits.writer import Kind, Record, SaverCounters, Writer, write_file
+from so8t.losses import NO_TARGET
 
 FLUSH_SECONDS = 30.0  # how long flush() and close() wait for the writer
 
@@ -37,85 +33,59 @@ class LogitsSaver:
 
     def __init__(
         self,
-        training: TrainingConfig,
+        plan: LogitsPlan,
         output_dir: Path,
-        autocast: torch.autocast,
-        max_tokens: int = 0,
-        probe_tokens: int = 0,
+        is_main: bool = True,
+        write: Callable[[Path, dict[str, Any]], None] = write_file,
     ) -> None:
-        """autocast: in which the loop runs the model; max_tokens: of a micro-batch, padding included; probe_tokens: of
-        all batches of the probe together.
+        """plan: sizes the buffers, which are allocated when first needed; write: puts a file's contents on the disk.
 
-        The numbers size the buffers, which are allocated when first needed. A longer micro-batch makes its buffer grow;
-        a probe must keep within its number.
+        A micro-batch longer than planned makes its buffer grow; a probe must keep within its number of tokens.
         """
-        self.enabled = training.save_logits
-        self._training = training
-        self._autocast = autocast
-        self._capacity: dict[Kind, int] = {"logits": max_tokens, "probe": probe_tokens}
-        self._folder = LogitsFolder(output_dir / training.save_logits_dir, training)
-        self._figures = Figures()
+        self.enabled = plan.training.save_logits and is_main
+        self.counters = SaverCounters()
+        self._plan = plan
+        self._folder = LogitsFolder(output_dir / plan.training.save_logits_dir, plan.training)
+        self._write = write
         self._writer: Writer | None = None  # started when first needed, like the transfer
         self._transfer: HostTransfer | None = None
-        self._pending: dict[Kind, Pending] = {}
-        self._given_up: dict[Kind, int] = {}  # the last step whose file was dropped, or failed
+        self._records: dict[Kind, Record] = {}  # of the step under way
+        self._buffer_bytes: dict[int, int] = {}  # by the identity of the buffer
+        self._lost_probe = 0  # the last step whose probe was dropped, or failed
         if self.enabled:
             try:
                 self._folder.tidy()
             except OSError as error:
-                self._figures.warn_once("tidy", f"logits: {self._folder.path} cannot be tidied up ({error})")
+                self.counters.warn_once("tidy", f"logits: {self._folder.path} cannot be tidied up ({error})")
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the buffers that logits have waited in."""
+        return sum(self._buffer_bytes.values())
 
     def is_due(self, step: int) -> bool:
-        return self.enabled and step % self._training.save_logits_steps == 0
+        return self.enabled and step % self._plan.training.save_logits_steps == 0
 
-    def observer(self, step: int, epoch: int, batch: Batch, head_weight: Tensor, is_last: bool) -> Observer | None:
-        """For ce_sum: the logits that it computes need not be computed again by `capture`. None if nothing is due.
+    def tap(self, step: int, epoch: int, batch: Batch) -> "LogitsTap | None":
+        """For ce_sum: takes the logits of this micro-batch if `step` is due."""
+        return self.new_tap(step, epoch, batch) if self.is_due(step) else None
 
-        head_weight: [vocabulary, hidden_size]
+    def new_tap(self, step: int, epoch: int, batch: Batch, kind: Kind = "logits") -> "LogitsTap | None":
+        """A tap whether or not the step is due.
+
+        A second batch in a step replaces the first; the batches of a "probe", all padded to one length, are stacked.
         """
-        if not (is_last and self.is_due(step)):
+        if not self.enabled or (kind == "probe" and self._lost_probe == step):
             return None
-        with self._guard("logits", step):
-            self._open("logits", step, epoch, batch, head_weight)
-        return self._observe
-
-    def capture(
-        self,
-        step: int,
-        epoch: int,
-        batch: Batch,
-        hidden: Tensor,
-        head_weight: Tensor,
-        ce: Tensor,
-        *,
-        is_last: bool = True,
-        kind: Kind = "logits",
-        force: bool = False,
-    ) -> None:
-        """Score a micro-batch into host memory, if it is the step's last one and `step` is due, or if forced.
-
-        hidden: [batch, seq, hidden_size], after the final norm; head_weight: [vocabulary, hidden_size]; ce: 0-dim,
-        cross-entropy summed over the batch's targets. A second call in a step replaces the first; but the batches of a
-        "probe", all padded to one length, are stacked. No tensor of the device is kept.
-        """
-        if not ((is_last and self.is_due(step)) or (force and self.enabled)):
-            return
-        if step == self._given_up.get(kind) and not force:
-            return
-        with self._guard(kind, step):
-            pending = self._pending.get(kind)
-            if pending is None or pending.step != step or pending.scorer is None:
-                pending = self._open(kind, step, epoch, batch, head_weight)
-            if pending is not None:
-                self._complete(pending, hidden, head_weight, ce)
+        return LogitsTap(self, kind, step, epoch, batch)
 
     def after_step(self, step: int) -> None:
-        """Hand what `step` captured to the writer."""
-        for kind, pending in list(self._pending.items()):
-            if self._writer is not None and pending.step == step and pending.scorer is None:
-                self._writer.submit(self._pending.pop(kind))
+        """Hand this step's records to the writer thread; an incomplete one is given up."""
+        for kind, record in list(self._records.items()):
+            if self._writer is not None and record.step == step and record.scorer is None:
+                self._writer.submit(self._records.pop(kind))
             else:
-                self._give_up(kind, pending.step)  # that step did not come to its end
+                self.give_up(kind, record.step)
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> None:
         """Wait for the files handed over so far, `timeout` seconds at most.
@@ -125,7 +95,7 @@ class LogitsSaver:
         if self._writer is not None:
             start = time.perf_counter()
             self._writer.flush(timeout)
-            self._figures.waited(time.perf_counter() - start)
+            self.counters.waited(time.perf_counter() - start)
 
     def close(self, timeout: float = FLUSH_SECONDS) -> None:
         """Wait for the files handed over so far, `timeout` seconds at most. Nothing is saved afterwards."""
@@ -134,95 +104,108 @@ class LogitsSaver:
             self._writer.close(timeout)
             self._writer = None
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """For metrics.jsonl: logits_saved, logits_dropped and logits_failed, counted in files since the start.
 
         What is new since the last call comes with them: logits_wait_ms (how long the loop waited, for a buffer or for
         flush), logits_write_seconds (of the writer), logits_bytes (written).
         """
-        return self._figures.take()
+        return self.counters.take()
 
     def summary(self) -> str:
         """The run's closing line."""
-        if not self._training.save_logits:
+        if not self._plan.training.save_logits:
             return "logits: not saved"
-        saved, dropped, failed = self._figures.totals.values()
-        waits = self._figures.waits or [0.0]
+        counters, waits = self.counters, self.counters.waits or [0.0]
         return (
-            f"logits: {saved} files saved, {dropped} dropped, {failed} failed; "
+            f"logits: {counters.saved} files saved, {counters.dropped} dropped, {counters.failed} failed; "
             f"the loop waited {sum(waits) / len(waits):.1f} ms a time, {max(waits):.1f} ms at worst"
         )
 
+    def open_record(self, kind: Kind, step: int, epoch: int, batch: Batch, device: torch.device) -> Record | None:
+        """The record that this batch goes into, with a Scorer for it; None if no buffer comes free in time."""
+        if self._transfer is None:
+            self._transfer = HostTransfer(device)
+        record = self._records.get(kind)
+        if record is None or record.step != step or kind == "logits":
+            record = self._new_record(kind, step, epoch, batch, device)
+        if record is None:
+            return None
+        targets = batch.targets.flatten()
+        everywhere = self._plan.training.save_logits_positions == "all"
+        stored = torch.ones_like(targets, dtype=torch.bool) if everywhere else targets != NO_TARGET
+        end = record.positions + int(stored.sum())
+        host = record.buffer.tensors(record.positions, end)
+        record.scorer = Scorer(targets, stored, host, device, self._transfer)
+        record.positions = end
+        record.batches.append(batch)
+        return record
+
+    def close_record(self, record: Record, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
+        """Score the positions that the loss did not need, and send the last numbers of the batch to the host."""
+        if record.scorer is None or self._transfer is None:
+            return
+        record.scorer.add_missing(hidden, head_weight, self._plan.computed_in)
+        record.scorer = None
+        record.ce_sums.append(self._transfer.scalar(ce))
+        record.ready = self._transfer.finished()
+
+    def give_up(self, kind: Kind, step: int) -> None:
+        """The file of this step is lost: its buffer is free again."""
+        record = self._records.pop(kind, None)
+        if record is not None and self._writer is not None:
+            self._writer.give_back(record)
+        if kind == "probe":
+            self._lost_probe = step
+
+    def _new_record(self, kind: Kind, step: int, epoch: int, batch: Batch, device: torch.device) -> Record | None:
+        old = self._records.pop(kind, None)
+        if self._writer is None:
+            self._writer = Writer(self._plan, self._folder, self.counters, self._write)
+        if old is not None:
+            self._writer.give_back(old)
+        start = time.perf_counter()
+        buffer = self._writer.take_buffer(kind)
+        self.counters.waited(time.perf_counter() - start)
+        if buffer is None:
+            self.give_up(kind, step)
+            wait = self._plan.training.save_logits_max_wait
+            self.counters.file_dropped(f"step {step} is dropped, no earlier file was written within {wait:g} s")
+            return None
+        record = Record(kind, step, epoch, datetime.now().strftime("%Y%m%d_%H%M%S"), buffer)
+        self._records[kind] = record  # before the buffer grows, so that a failure there gives it back
+        planned = self._plan.probe_tokens if kind == "probe" else self._plan.max_tokens
+        buffer.fit(self._plan.layout, max(batch.targets.numel(), planned), pinned=device.type != "cpu")
+        self._buffer_bytes[id(buffer)] = buffer.nbytes
+        return record
+
+
+class LogitsTap:
+    """Takes the logits of one micro-batch to the host as the loss computes them. A failure costs the file only."""
+
+    def __init__(self, saver: LogitsSaver, kind: Kind, step: int, epoch: int, batch: Batch) -> None:
+        self._saver, self._kind, self._step, self._epoch, self._batch = saver, kind, step, epoch, batch
+        self._record: Record | None = None  # None: nothing is taken, or nothing any more
+
+    def begin(self, head_weight: Tensor) -> None:
+        with self._guard():
+            self._record = self._saver.open_record(self._kind, self._step, self._epoch, self._batch, head_weight.device)
+
+    def add(self, positions: Tensor, logits: Tensor) -> None:
+        if self._record is not None and self._record.scorer is not None:
+            with self._guard():
+                self._record.scorer.add(positions, logits)
+
+    def finish(self, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
+        if self._record is not None:
+            with self._guard():
+                self._saver.close_record(self._record, hidden, head_weight, ce)
+
     @contextmanager
-    def _guard(self, kind: Kind, step: int) -> Iterator[None]:
-        """Let a fault cost the file, not the run."""
+    def _guard(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._give_up(kind, step)
-            self._figures.failed(step, error)
-
-    def _observe(self, positions: Tensor, logits: Tensor) -> None:
-        pending = self._pending.get("logits")
-        if pending is not None and pending.scorer is not None:
-            with self._guard("logits", pending.step):
-                pending.scorer.add(positions, logits)
-
-    def _open(self, kind: Kind, step: int, epoch: int, batch: Batch, head_weight: Tensor) -> Pending | None:
-        """Make room for a micro-batch, in a record of its own or behind those of its probe; None if there is none."""
-        if self._transfer is None:
-            self._transfer = HostTransfer(head_weight.device)
-        pending = self._pending.get(kind)
-        if pending is None or pending.step != step or kind == "logits":
-            pending = self._begin(kind, step, epoch, batch.targets.numel(), head_weight)
-        if pending is None:
-            return None
-        targets = batch.targets.flatten()
-        everywhere = self._training.save_logits_positions == "all"
-        stored = torch.ones_like(targets, dtype=torch.bool) if everywhere else targets != NO_TARGET
-        end = pending.positions + int(stored.sum())
-        host = pending.buffer.tensors(pending.positions, end)
-        pending.scorer = Scorer(targets, stored, host, head_weight.device, self._transfer)
-        pending.positions = end
-        pending.batches.append(batch)
-        return pending
-
-    def _begin(self, kind: Kind, step: int, epoch: int, num_positions: int, head_weight: Tensor) -> Pending | None:
-        """A new record; None if no buffer comes free in time."""
-        self._give_up(kind, 0)
-        start = time.perf_counter()
-        if self._writer is None:
-            self._writer = Writer(self._training, self._folder, self._figures)
-        buffer = self._writer.take_buffer(kind)
-        self._figures.waited(time.perf_counter() - start)
-        if buffer is None:
-            self._give_up(kind, step)
-            max_wait = self._training.save_logits_max_wait
-            self._figures.dropped(f"step {step} is dropped, no earlier file was written within {max_wait:g} s")
-            return None
-        with self._autocast:
-            computed_in = head_dtype(head_weight)
-        timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-        pending = Pending(kind, step, epoch, timestamp, len(head_weight), computed_in, buffer)
-        self._pending[kind] = pending
-        layout = position_layout(self._training, len(head_weight), computed_in)
-        buffer.fit(layout, max(num_positions, self._capacity[kind]), pinned=head_weight.is_cuda)
-        return pending
-
-    def _complete(self, pending: Pending, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
-        """Fill what the loss did not show of the micro-batch that was opened last."""
-        assert pending.scorer is not None
-        assert self._transfer is not None
-        pending.scorer.add_missing(hidden, head_weight, pending.computed_in)
-        pending.scorer = None
-        ce_sum = torch.empty((), pin_memory=hidden.is_cuda)
-        self._transfer.copy(ce_sum, ce.detach())
-        pending.ready = self._transfer.finished()
-        pending.ce_sums.append(ce_sum)
-
-    def _give_up(self, kind: Kind, step: int) -> None:
-        """Forget the kind's pending record; what `step` still brings of it is not begun again."""
-        pending = self._pending.pop(kind, None)
-        if pending is not None and self._writer is not None:
-            self._writer.give_back(pending)
-        self._given_up[kind] = step
+            self._record = None
+            self._saver.give_up(self._kind, self._step)
+            self._saver.counters.file_failed(self._step, error)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,20 +16,24 @@ SCORE_ROWS = CHUNK_ROWS // 4  # rows held in float32 at once, as logits and as p
 
 
 class HostBuffer:
-    """Memory for all tensors of a record, used again by the next; pinned where a GPU copies into it."""
+    """Memory for all tensors of a record, reused by the next one; pinned where a GPU copies into it."""
 
     def __init__(self) -> None:
         self._layout: Layout = {}
         self._positions = 0
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
+    @property
+    def nbytes(self) -> int:
+        return self._bytes.nbytes
+
     def fit(self, layout: Layout, positions: int, pinned: bool) -> None:
-        """Make room for so many positions of this layout, if there is less."""
+        """Grow to `positions` of this layout, if there is less room."""
         if layout == self._layout and positions <= self._positions:
             return
         self._positions = 0
         self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-        self._bytes = torch.empty(positions * position_bytes(layout), dtype=torch.uint8, pin_memory=pinned)
+        self._bytes = _host_memory(positions * position_bytes(layout), pinned)
         self._layout, self._positions = layout, positions
 
     def tensors(self, start: int, end: int) -> dict[str, Tensor]:
@@ -51,31 +56,42 @@ class HostBuffer:
         return tensors
 
 
+def _host_memory(size: int, pinned: bool) -> Tensor:
+    """Bytes of torch's own if they must be pinned, else of numpy's: they are not counted among a step's tensors."""
+    return (
+        torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else torch.from_numpy(np.empty(size, np.uint8))
+    )
+
+
 class HostTransfer:
-    """Copies results into host memory: on a CUDA stream beside the computation, plainly on a CPU."""
+    """Copies results into host memory: on an accelerator's stream beside the computation, plainly on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def copy(self, host: Tensor, source: Tensor) -> None:
-        """Start a copy. On CUDA, `host` is pinned memory that may not be read before `finished()` has come."""
+        """Start a copy. On an accelerator `host` is pinned and may not be read before `finished()` has come."""
         if self._stream is None:
             host.copy_(source)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._stream:
             host.copy_(source, non_blocking=True)
         source.record_stream(self._stream)
+
+    def scalar(self, source: Tensor) -> Tensor:
+        """Start to copy a 0-dim tensor; returns the one on the host."""
+        host = torch.empty((), dtype=source.dtype, pin_memory=self._stream is not None)
+        self.copy(host, source)
+        return host
 
     def hold(self) -> None:
         """Let the device, not the host, wait for the copies so far: their source may then be overwritten."""
         if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            torch.accelerator.current_stream(self._device).wait_stream(self._stream)
 
-    def finished(self) -> torch.cuda.Event | None:
+    def finished(self) -> torch.Event | None:
         """An event to synchronize with before the host reads what was copied; None = it may read now."""
         return None if self._stream is None else self._stream.record_event()
 
@@ -121,7 +137,7 @@ class Scorer:
 
     @torch.no_grad()
     def add_missing(self, hidden: Tensor, head_weight: Tensor, computed_in: torch.dtype) -> None:
-        """Score what is stored and was not added yet; afterwards all is on its way to the host.
+        """Score the stored positions that were not added, then start the copy of all results to the host.
 
         hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; the logits are those of `F.linear` in
         the dtype `computed_in`.
@@ -139,7 +155,10 @@ class Scorer:
 
 
 def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes."""
+    """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes.
+
+    index: on the host, where its numbers are known without a wait.
+    """
     gaps = (index.diff() > 1).nonzero().squeeze(1) + 1
     bounds = [0, *gaps.tolist(), len(index)]
     for start, end in itertools.pairwise(bounds):
@@ -148,7 +167,7 @@ def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def score_rows(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:
-    """Fill results [n, ...] with what logits [n, vocabulary] say about themselves and targets [n], -100 = none."""
+    """Fill results [n, ...] from logits [n, vocabulary] and targets [n], -100 = none; all on one device."""
     for start in range(0, len(logits), SCORE_ROWS):
         rows = slice(start, start + SCORE_ROWS)
         _score_part(logits[rows], targets[rows], {name: result[rows] for name, result in results.items()})

@@ -1,7 +1,15 @@
 """Where the bytes of a run go: planned before it starts, measured while it runs."""
 
-from so8t.memory.ledger import MemoryLedger, OutOfMemory
-from so8t.memory.plan import device_memory, plan_memory
-from so8t.memory.trace import Shape, shape_of
+from typing import TYPE_CHECKING
 
-__all__ = ["MemoryLedger", "OutOfMemory", "Shape", "device_memory", "plan_memory", "shape_of"]
+from so8t import cli
+
+__all__ = ["BatchShape", "MemoryLedger", "OutOfMemory", "StepSpec", "device_memory", "plan_memory", "shape_of"]
+
+if TYPE_CHECKING:
+    from so8t.memory.fakes import BatchShape, shape_of
+    from so8t.memory.ledger import MemoryLedger, OutOfMemory
+    from so8t.memory.plan import device_memory, plan_memory
+    from so8t.memory.trace import StepSpec
+else:
+    __getattr__ = cli.on_demand(__name__, __all__, "fakes", "ledger", "plan", "trace")

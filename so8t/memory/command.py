@@ -1,23 +1,24 @@
-"""The memory ledger: where the bytes of a run go, before it starts and beside what it took.
+"""The memory plan: where the bytes of a run will go, before it starts.
 
     python -m so8t.memory CONFIG [section.key=value ...] [--gpu-memory-gib 12] [--json]
 
-needs the model's config.json only: no weights, no GPU. The step is traced (memory_trace.py), rows of the data count as
+needs the model's config.json only: no weights, no GPU. The step of train.py is traced, rows of the data count as
 data.max_seq_length tokens. train.py prints the same table for its longest row before it loads weights.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from so8t import cli
-from so8t.config import load_config
-from so8t.memory.plan import CONTEXT_BYTES, GIB, device_memory, plan_memory
-from so8t.memory.trace import Shape
-from so8t.model import load_model_config
+from so8t.config import InputError, load_config
+
+SLOW_SECONDS = 2
+LARGEST_GIB = 100_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,31 +27,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
-    parser.add_argument("--gpu-memory-gib", type=float, help="plan for a GPU with so much memory, not for this machine")
+    parser.add_argument("--gpu-memory-gib", type=_gib, help="plan for a GPU with so much memory, not for this machine")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options = parser.parse_args(arguments)
     return cli.run("so8t.memory", lambda: _plan(options))
 
 
+def _gib(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= LARGEST_GIB:  # nan is no size either
+        raise argparse.ArgumentTypeError(f"{text} is no GPU's memory; write GiB, such as 12")
+    return value
+
+
 def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    # here, because they take seconds that --help need not wait for
+    import torch
+
+    from so8t.logits import plan_logits
+    from so8t.memory.fakes import BatchShape
+    from so8t.memory.plan import CONTEXT_BYTES, device_memory, plan_memory
+    from so8t.memory.trace import StepSpec
+    from so8t.model import load_model_config
+    from so8t.text import GIB
+    from train import forward  # train.py imports this package; so8t is run from its folder
+
     model_config = load_model_config(config.model)
+    positions = model_config.max_position_embeddings
+    if config.data.max_seq_length > positions:
+        raise InputError(
+            f"data.max_seq_length = {config.data.max_seq_length} is more than the {positions} positions of "
+            f"{config.model.base_model}; write {positions} or less"
+        )
     capacity = None if options.gpu_memory_gib is None else int(options.gpu_memory_gib * GIB)
     device_type = "cpu" if capacity is None and not torch.cuda.is_available() else "cuda"
     if capacity is None and device_type == "cuda":
         _, capacity = device_memory(torch.device("cuda"))
     rows = config.training.per_device_train_batch_size
-    shape = Shape(rows, config.data.max_seq_length, is_padded=rows > 1)
+    shape = BatchShape(rows, config.data.max_seq_length, is_padded=rows > 1)
+    logits = plan_logits(config, model_config.vocab_size, shape.tokens)
+    spec = StepSpec(config, model_config, device_type, forward, logits, shape)
     free = None if capacity is None else capacity - CONTEXT_BYTES
-    plan = plan_memory(config, model_config, shape, device_type, free, capacity)
-    if options.json:
-        longest = None if plan.capacity is None else plan.largest_length(plan.capacity)
-        print(json.dumps(plan.as_dict() | {"largest_length": longest}, indent=1))
-        return 0
-    print(plan.table(), flush=True)  # the rest takes a while
-    if plan.room is not None and plan.room < 0:
-        print(f"it does not fit; what would make the peak smaller:\n{plan.advice()}", flush=True)
+    with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):
+        plan = plan_memory(spec, free, capacity)
+    if not options.json:
+        print(plan.table(), flush=True)  # the rest takes a while
+    if not options.json and plan.headroom is not None and plan.headroom < 0:
+        with _told_if_slow("trying what would make the peak smaller .."):
+            advice = plan.advice()
+        print(f"it does not fit; what would make the peak smaller:\n{advice}", flush=True)
+    longest = None
     if plan.capacity is not None:
-        longest = plan.largest_length(plan.capacity)
-        print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens")
+        with _told_if_slow("looking for the longest row that fits .."):
+            longest = plan.largest_length(plan.capacity)
+    if options.json:
+        print(json.dumps(plan.as_dict() | {"largest_length": longest}, indent=1))
+    elif longest is not None:
+        every = f", all {positions} positions of the model" if longest == positions else ""
+        print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens{every}")
     return 0
+
+
+@contextmanager
+def _told_if_slow(sentence: str) -> Iterator[None]:
+    """Say on stderr what takes longer than two seconds."""
+    timer = threading.Timer(SLOW_SECONDS, print, (sentence,), {"file": sys.stderr, "flush": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,7 +1,7 @@
-"""What a run's memory really was, at the marks of train.py, beside what the plan said."""
+"""The memory that a run took, measured at the marks of train.py, beside the plan."""
 
 import json
-import pickle
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,23 +9,31 @@ from typing import Any
 
 import torch
 
+from so8t import driver
 from so8t.checkpoint import checkpoint_folders
 from so8t.data import Batch
 from so8t.files import atomic_write
-from so8t.memory.plan import Plan, ledger_rows, size_of
-from so8t.memory.trace import LiveBytes, Moment, Shape, Trace, all_tensors, held_bytes, held_tensors, shape_of
+from so8t.memory.fakes import BatchShape, shape_of
+from so8t.memory.live_bytes import LiveBytes, Phase
+from so8t.memory.plan import Plan, ledger_rows
+from so8t.memory.process import peak_process_bytes
+from so8t.memory.trace import SAVING, Trace, all_tensors, held_bytes, held_tensors
 from so8t.model import Model
+from so8t.text import GIB, size_of
+
+log = logging.getLogger("so8t")
 
 
 class OutOfMemory(Exception):
-    """The device had no room. The message holds the moment, the ledger, the knobs to turn and the last checkpoint."""
+    """The device had no room. The message holds the phase, the plan, the options that help, the last checkpoint."""
 
 
 class MemoryLedger:
-    """Tensor bytes between two marks: those of the accelerator's allocator at every step, on a CPU counted in a few.
+    """Tensor bytes between two marks: from the accelerator's allocator at every step, on a CPU counted in a few.
 
     Counting slows a step down. On a CPU it is done in the first two steps, in the first two that save logits and in the
-    first that evaluates. As a context manager the ledger turns an out-of-memory error into OutOfMemory.
+    first that evaluates. As a context manager the ledger turns an out-of-memory
+    error into OutOfMemory.
     """
 
     def __init__(self, plan: Plan, device: torch.device, output_dir: Path, is_main: bool) -> None:
@@ -36,12 +44,13 @@ class MemoryLedger:
         self._live = LiveBytes()
         self._counted_steps: set[int] = set()
         self._is_counting = False
-        self._snapshot_step = plan.config.training.memory_snapshot_step if device.type == "cuda" else 0
-        self._step = 0
-        self._moments: dict[str, Moment] = {}
-        self._largest = Shape(0, 0, is_padded=False)
+        self._step = 0  # that is under way; 0 = the model is loading
+        self._phases: dict[str, Phase] = {}
+        self._largest = BatchShape(0, 0, is_padded=False)
         self._last_mark = "start of the run"
         self._reserved = 0
+        self._process_at_start = peak_process_bytes()  # before the model: Python and the libraries
+        self._is_lent = False
 
     def __enter__(self) -> "MemoryLedger":
         return self
@@ -49,100 +58,114 @@ class MemoryLedger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop_counting()
+        self._count(False)
         if is_out_of_memory(error):
             raise OutOfMemory(self._explanation(error)) from error
 
-    def loaded(self, model: Model, optimizer: torch.optim.Optimizer, first_step: int, total_steps: int) -> None:
-        """The model and its optimizer stand; its states come with the first step, or came with a checkpoint."""
-        self._model, self._optimizer = model, optimizer
+    def start(self, model: Model, optimizer: torch.optim.Optimizer, first_step: int, total_steps: int) -> None:
+        """Call it before the first step. The optimizer's states are made in that step, or come from a checkpoint."""
+        self._model, self._optimizer, self._step = model, optimizer, first_step
         self._live.hold(all_tensors(held_tensors(model, optimizer.state.values())))
-        training = self._plan.config.training
+        eval_steps = self._plan.spec.config.training.eval_steps
         steps = range(first_step, total_steps + 1)
-        saves = [step for step in steps if training.save_logits and step % training.save_logits_steps == 0]
-        evaluations = [step for step in steps if training.eval_steps and step % training.eval_steps == 0]
-        after_save = [step + 1 for step in saves[:1]]  # a forward with the buffers of the logits there
-        self._counted_steps = {first_step, first_step + 1, *saves[:2], *after_save, *evaluations[:1]}
+        saves = [step for step in steps if self._saves_logits(step)][:2]
+        evaluations = [step for step in steps if eval_steps and step % eval_steps == 0][:1]
+        self._counted_steps = {first_step, first_step + 1, *saves, *evaluations}
         self.mark("load")
-
-    def start(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Before the first forward pass of a step."""
-        self._step = step
-        self._last_mark = "start of the step"
-        self._is_counting = self._device.type == "cpu" and step in self._counted_steps
-        if self._is_counting:
-            self._live.__enter__()  # type: ignore[no-untyped-call]
-        if self._is_counting or self._device.type != "cpu":
-            self._largest = max(
-                [self._largest, *map(shape_of, micro_batches)], key=lambda shape: (shape.tokens, shape.is_padded)
-            )
-        if step == self._snapshot_step:
-            torch.cuda.memory._record_memory_history()
+        self._count(first_step in self._counted_steps)
 
     def mark(self, name: str) -> None:
-        """The stretch since the last mark was `name`."""
+        """End a phase: what happened since the last mark was `name`."""
+        if name == "forward" and self._saves_logits(self._step):
+            name = SAVING
         self._last_mark = name
-        before = self._moments.get(name)
+        before = self._phases.get(name)
         if self._device.type != "cpu":
             peak = torch.accelerator.max_memory_allocated(self._device)
-            live = torch.accelerator.memory_allocated(self._device)
+            allocated = torch.accelerator.memory_allocated(self._device)
             torch.accelerator.reset_peak_memory_stats(self._device)
             self._reserved = max(self._reserved, torch.accelerator.memory_reserved(self._device))
-            self._moments[name] = Moment(live, peak).worse(before)
+            self._notice_host_memory()
+            self._phases[name] = Phase(allocated, peak).worse(before)
         elif self._is_counting or name == "load":
-            self._moments[name] = self._live.moment().worse(before)
+            self._phases[name] = self._live.phase().worse(before)
 
-    def finish(self) -> dict[str, float]:
-        """At the end of a step. For metrics.jsonl: peak_memory_bytes so far; on a CPU that of the whole process."""
+    def after_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """For metrics.jsonl: peak_memory_bytes so far; on a CPU that of the whole process."""
         self.mark("evaluation")
-        self._stop_counting()
-        if self._step == self._snapshot_step:
-            with atomic_write(self._output_dir / "memory_snapshot.pickle") as file:  # for pytorch.org/memory_viz
-                pickle.dump(torch.cuda.memory._snapshot(), file)
-            torch.cuda.memory._record_memory_history(enabled=None)
+        if self._is_counting or self._device.type != "cpu":
+            shapes = [self._largest, *map(shape_of, micro_batches)]
+            self._largest = max(shapes, key=lambda shape: (shape.tokens, shape.is_padded))
+        self._count(step + 1 in self._counted_steps)
+        self._step, self._last_mark = step + 1, "start of the step"
         if self._device.type != "cpu":
-            return {"peak_memory_bytes": max(moment.peak for moment in self._moments.values())}
-        import resource  # POSIX only, like the signals of train.py
+            return {"peak_memory_bytes": max(phase.peak for phase in self._phases.values())}
+        return {"peak_memory_bytes": peak_process_bytes()}
 
-        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    def summary(self, logits_buffers: int) -> str:
+        """Write memory.json and return its table: predicted for the largest micro-batch that was measured, measured.
 
-    def summary(self) -> str:
-        """Write memory.json and return its table: predicted for the largest micro-batch that was measured, measured."""
+        logits_buffers: bytes of the buffers that logits waited in; host memory, which no tensor of the step counts.
+        """
         if not self._largest.tokens:
             return "memory: no step was measured"
-        plan = self._plan
+        plan, shape = self._plan, self._largest
         held = held_bytes(self._model, self._optimizer.state.values())
-        measured = Trace(held, self._moments, plan.trace.num_parameters, plan.trace.num_layers)
-        predicted = plan.trace if self._largest == plan.shape else plan.traced_for(self._largest)
-        rows = _side_by_side(*(ledger_rows(trace, plan.accumulates) for trace in (predicted, measured)))
-        peaks = [{name: moment.peak for name, moment in trace.moments.items()} for trace in (predicted, measured)]
-        moments = _side_by_side(*peaks)
-        moments = [moment for moment in moments if moment["measured_bytes"] is not None]
+        measured = Trace(held, self._phases, plan.trace.num_parameters, plan.trace.num_layers)
+        predicted = plan.trace if shape == plan.spec.micro_batch else plan.traced_for(shape)
+        rows = _side_by_side(ledger_rows(predicted, plan.accumulates), ledger_rows(measured, plan.accumulates))
+        phases = _side_by_side(_peaks(predicted), _peaks(measured))
+        phases = [phase for phase in phases if phase["measured_bytes"] is not None]
         peak = {"predicted_bytes": predicted.peak, "measured_bytes": measured.peak}
+        on_host = _side_by_side({"logits buffers": plan.spec.logits.host_bytes}, {"logits buffers": logits_buffers})
+        on_host = [row for row in on_host if row["predicted_bytes"] or row["measured_bytes"]]
         record = {
-            "rows": [row | {"where": "device"} for row in rows],
-            "moments": moments,
+            "rows": [row | {"where": "device"} for row in rows] + [row | {"where": "host"} for row in on_host],
+            "moments": phases,
             "peak": peak,
-            "micro_batch": vars(self._largest),
+            "micro_batch": vars(shape),
             "checkpointed_layers": plan.checkpointed_layers,
             "reserved_bytes": self._reserved or None,
+            "process_bytes_at_start": self._process_at_start,
         }
         if self._is_main:
             with atomic_write(self._output_dir / "memory.json") as file:
                 file.write(json.dumps(record, indent=1).encode())
-        shape = self._largest
         lines = [f"memory, predicted and measured, for micro-batches of {shape.rows} x {shape.length} tokens:"]
         lines += map(_comparison, rows)
-        lines += [_comparison(moment | {"name": f"peak, {moment['name']}"}) for moment in moments]
+        lines += [_comparison(phase | {"name": f"peak, {phase['name']}"}) for phase in phases]
         lines.append(_comparison({"name": "peak of all tensors"} | peak))
+        lines += map(_comparison, on_host)
         if self._reserved:
             lines.append(f"  {'reserved by the allocator':42s}{'':12s}{size_of(self._reserved):>12s}")
         return "\n".join(lines)
 
-    def _stop_counting(self) -> None:
-        if self._is_counting:
+    def _notice_host_memory(self) -> None:
+        """Say once that the driver lends host memory: steps take many times longer, and nothing else tells why."""
+        free = self._plan.free
+        if free is None or self._reserved <= free or not driver.lends_host_memory() or self._is_lent:
+            return
+        self._is_lent = True
+        log.warning(
+            f"memory: {size_of(self._reserved)} are reserved, {size_of(free)} were free on the GPU at the start; the "
+            "driver lends host memory for the rest, and steps take many times longer. Write "
+            f"training.memory_budget_gib = {0.9 * free / GIB:.1f}, or a smaller data.max_seq_length; to end with out "
+            'of memory instead, set "CUDA - Sysmem Fallback Policy" in the NVIDIA Control Panel to "Prefer No Sysmem '
+            'Fallback"'
+        )
+
+    def _saves_logits(self, step: int) -> bool:
+        training = self._plan.spec.config.training
+        return training.save_logits and step > 0 and step % training.save_logits_steps == 0
+
+    def _count(self, on: bool) -> None:
+        """Start or stop counting on a CPU; an accelerator's allocator counts by itself."""
+        on = on and self._device.type == "cpu"
+        if on and not self._is_counting:
+            self._live.__enter__()  # type: ignore[no-untyped-call]
+        if self._is_counting and not on:
             self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._is_counting = False
+        self._is_counting = on
 
     def _explanation(self, error: BaseException | None) -> str:
         checkpoints = checkpoint_folders(self._output_dir)
@@ -152,6 +175,10 @@ class MemoryLedger:
             f'out of memory in step {self._step}, after the mark "{self._last_mark}"; {kept} ({reason})\n'
             f"{self._plan.table()}\nwhat would make the peak smaller:\n{self._plan.advice()}"
         )
+
+
+def _peaks(trace: Trace) -> dict[str, int]:
+    return {name: phase.peak for name, phase in trace.phases.items()}
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -17,20 +17,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 
+from so8t.text import Fold
+
 _DASHES = "‐‑‒–—―−⁃﹘﹣－─━"
 
 
-class _Plain(dict[int, str]):
-    """Character by character, because unicodedata.normalize is quadratic in a run of combining marks."""
-
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        folded = "-" if character in _DASHES else unicodedata.normalize("NFKC", character)
-        self[code] = "" if unicodedata.category(character) == "Cf" else folded  # zero-width characters
-        return self[code]
+def _plain_character(character: str) -> str:
+    if unicodedata.category(character) == "Cf":  # zero-width characters
+        return ""
+    return "-" if character in _DASHES else unicodedata.normalize("NFKC", character)
 
 
-_PLAIN = _Plain()
+_PLAIN = Fold(_plain_character)
 _LONG_VOWEL_AS_DASH = re.compile(r"(?<=\d)ー(?=\d)")  # how ０９０ー１２３４ is typed
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from so8t.config import PolicyConfig
+from so8t.config import InputError, PolicyConfig
 from so8t.files import atomic_write
 from so8t.policy.personal_data import FINDERS, plain
 from so8t.thinking import LONGEST_ECHO, final_only, repeats
@@ -137,6 +137,21 @@ class PolicyReport:
         if is_main:
             with atomic_write(output_dir / REPORT_FILE) as file:
                 file.write(json.dumps(asdict(self), ensure_ascii=False, indent=1).encode() + b"\n")
+
+
+def read_report(folder: Path) -> PolicyReport | None:
+    """What policy.json in a run's folder says; None if there is none. Raises InputError if it is no such file."""
+    path = folder / REPORT_FILE
+    try:
+        report = PolicyReport(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:  # no JSON in UTF-8; no object, or not of these keys
+        raise InputError(f"{path} is no policy report of so8t ({error}); delete it to leave it out") from error
+    counts = [*report.counts.values()] if isinstance(report.counts, dict) else [None]
+    if not all(type(number) is int for number in (report.rows_read, report.rows_used, *counts)):
+        raise InputError(f"{path} is no policy report of so8t (a count is no number); delete it to leave it out")
+    return report
 
 
 def make_report(

@@ -1,5 +1,14 @@
-"""A run as one page for the browser."""
+"""A run, or two, as one page for the browser."""
 
-from so8t.report.page import write_report
+from typing import TYPE_CHECKING
 
-__all__ = ["write_report"]
+from so8t import cli
+
+__all__ = [
+    "write_report",
+]
+
+if TYPE_CHECKING:
+    from so8t.report.page import write_report
+else:
+    __getattr__ = cli.on_demand(__name__, __all__, "page")

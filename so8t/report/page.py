@@ -1,73 +1,121 @@
-"""One page about a run, to open in any browser: its curves, what the model believed, and the token map.
-
-    python -m so8t.report runs/default
-
-writes runs/default/report.html. Everything is in that file; it needs no network and no server.
-"""
+"""The page: what the run was, its curves, what it predicted, the token map, memory, data policy; in one file."""
 
 import json
 import secrets
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from so8t.analyze import Analysis, SampleDynamics, StepScores, analyze, tables
+from so8t.analyze import Analysis, SampleDynamics, StepScores, analyze, to_text
 from so8t.checkpoint import checkpoint_folders
 from so8t.config import CONFIG_FILE, Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
 from so8t.logits import read_logits
-from so8t.metrics import read_metrics
+from so8t.metrics import RUN_FILE, read_metrics
 from so8t.model import load_tokenizer
-from so8t.policy import REPORT_FILE as POLICY_FILE
+from so8t.policy import read_report
+from so8t.report.charts import Chart, overlaid, prediction_charts, training_charts
 from so8t.report.tokens import token_map
 
-REPORT_FILE = "report.html"
+GIB = 2**30
 
 
-def write_report(run: Path) -> Path:
-    """Write `run`/report.html and return its path.
+@dataclass(frozen=True)
+class Run:
+    """What the page needs of a run."""
 
-    Raises InputError if `run` is no run, if no step of it is recorded, or if matplotlib is not installed.
+    folder: Path
+    config: Config
+    metrics: list[dict[str, Any]]
+    about: dict[str, Any]  # run.json; empty if an older version trained
+    analysis: Analysis
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def logits(self) -> Path | None:
+        folder = self.folder / self.config.training.save_logits_dir
+        return folder if self.analysis.steps else None
+
+
+def write_report(folder: Path, other: Path | None = None) -> Path:
+    """Write `folder`/report.html, or with `other` the page of the two runs beside each other, and return its path.
+
+    Raises InputError if one of them is no run, or if no step of it is recorded.
     """
-    try:
-        from so8t.report.plots import draw_beliefs, draw_training
-    except ModuleNotFoundError as error:
-        raise InputError(f"the report draws with {error.name}, which is missing: pip install matplotlib") from error
-    if not (run / CONFIG_FILE).is_file():
-        raise InputError(f"{run} is no run, it has no {CONFIG_FILE}; write the training.output_dir of one")
-    config = load_config(run / CONFIG_FILE)
-    metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    if not metrics:
-        raise InputError(f"{run} has no step in its metrics.jsonl; wait for the first one")
-    logits = run / config.training.save_logits_dir
-    has_logits = logits.is_dir() and any(logits.glob("*.pt"))
-    analysis = analyze(run) if has_logits else Analysis([], [], [])
+    run = _read_run(folder)
+    compared = _read_run(other) if other is not None else None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    training, predictions = _charts(run)
+    tokens: dict[str, Any] = {"rows": [], "rows_left_out": 0}
+    if run.logits is not None:
+        tokens = token_map(run.logits, _tokenizer(run, run.logits), compared.logits if compared else None)
+    if compared is not None:
+        of_other = _charts(compared)
+        training, predictions = (
+            overlaid(charts, others, run.name, compared.name)
+            for charts, others in zip((training, predictions), of_other, strict=True)
+        )
+    memory = _read_json(folder / "memory.json")
     html = environment.get_template("page.html").render(
         nonce=secrets.token_urlsafe(),
-        name=run.resolve().name,
-        subtitle=_subtitle(config),
-        tiles=_tiles(metrics, len(analysis.steps)),
-        config=to_toml(config),
-        policy=_read_json(run / POLICY_FILE),
-        memory=_read_json(run / "memory.json"),
-        training=draw_training(metrics, config.pet),
-        beliefs=draw_beliefs(_comparable(analysis)) if has_logits else [],
-        has_probe=any(scores.kind == "probe" for scores in analysis.steps),
-        numbers=tables(analysis),
-        map=token_map(logits, _tokenizer(run, config, logits)) if has_logits else {"rows": [], "rows_left_out": 0},
+        name=f"{run.name} and {compared.name}" if compared else run.name,
+        runs=[(one.name, _subtitle(one.config), _about(one), _tiles(one)) for one in (run, compared) if one],
+        other_name=compared.name if compared else "",
+        config=to_toml(run.config),
+        policy=read_report(folder),
+        memory=memory,
+        gap=_gap(run, memory),
+        training=training,
+        predictions=predictions,
+        chart_data=[asdict(chart) for chart in (*training, *predictions)],
+        has_probe=any(scores.kind == "probe" for scores in run.analysis.steps),
+        damaged=[scores.step for scores in run.analysis.steps if scores.damaged],
+        numbers=to_text(run.analysis),
+        map=tokens,
+        same_rows=_same_rows(tokens) if compared else [],
     )
-    with atomic_write(run / REPORT_FILE) as file:
-        file.write(html.encode())
-    return run / REPORT_FILE
+    path = folder / (f"report_beside_{compared.name}.html" if compared else "report.html")
+    try:
+        with atomic_write(path) as file:
+            file.write(html.encode())
+    except OSError as error:
+        raise InputError(
+            f"cannot write into {folder} ({error.strerror}); the page goes into the run's own folder"
+        ) from error
+    return path
+
+
+def _read_run(folder: Path) -> Run:
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"{folder} is no run, it has no {CONFIG_FILE}; write the training.output_dir of one")
+    config = load_config(folder / CONFIG_FILE)
+    metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    if not metrics:
+        raise InputError(f"{folder} has no step in its metrics.jsonl; wait for the first one")
+    logits = folder / config.training.save_logits_dir
+    has_files = logits.is_dir() and any(path.suffix == ".pt" for path in logits.iterdir())
+    return Run(
+        folder,
+        config,
+        metrics,
+        about=_read_json(folder / RUN_FILE) or {},
+        analysis=analyze(folder) if has_files else Analysis([], [], []),
+    )
+
+
+def _charts(run: Run) -> tuple[list[Chart], list[Chart]]:
+    predictions = prediction_charts(_comparable(run.analysis)) if run.analysis.steps else []
+    return training_charts(run.metrics, run.config.pet), predictions
 
 
 def _subtitle(config: Config) -> str:
@@ -84,36 +132,82 @@ def _subtitle(config: Config) -> str:
     return " · ".join(filter(None, words))
 
 
-def _tiles(metrics: Sequence[dict[str, Any]], num_files: int) -> list[tuple[str, str, str]]:
-    """The run in a few numbers: title, value, remark."""
-    first, last = metrics[0], metrics[-1]
+def _about(run: Run) -> list[tuple[str, str]]:
+    """What the run was, as far as its run.json says so: title and value."""
+    last, total = run.metrics[-1]["step"], run.about.get("total_steps") or run.config.training.max_steps
+    state = f"step {last}"
+    if total:
+        state = f"finished: {last} of {total} steps" if last >= total else f"not finished: {last} of {total} steps"
+    facts = {"state": state, "seed": run.config.training.seed}
+    for key in ("started", "device", "data", "so8t", "torch", "transformers"):
+        if key in run.about:
+            facts[key] = run.about[key]
+    return [(name, str(value)) for name, value in facts.items()]
 
-    def total(key: str) -> int:
-        return sum(record[key] for record in metrics)
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The run in a few numbers: title, value, remark. A key that an older version did not write is left out."""
+    metrics, first, last = run.metrics, run.metrics[0], run.metrics[-1]
+
+    def values(key: str) -> list[float]:
+        return [record[key] for record in metrics if record.get(key) is not None]
 
     def number(value: float | None) -> str:
         return "not finite" if value is None else f"{value:.3g}"
 
-    lost = last["logits_dropped"], last["logits_failed"]
-    speed = statistics.median(record["tokens_per_sec"] for record in metrics)
-    duration = str(timedelta(seconds=round(total("seconds"))))
-    tiles = [
-        ("loss", f"{number(first['loss'])} → {number(last['loss'])}", f"cross-entropy {number(last['ce'])} at the end"),
-        ("steps", f"{last['step']}", f"epoch {last['epoch'] + 1}, after {duration}"),
-        ("tokens", f"{total('num_tokens'):,}", f"{total('num_targets'):,} of them targets"),
-        ("tokens per second", f"{speed:,.0f}", "at the median step"),
-        (
-            "peak memory",
-            f"{max(record['peak_memory_bytes'] for record in metrics) / 2**30:.2f} GiB",
-            "of the accelerator, or of the process",
-        ),
-        ("saved logits", f"{num_files} files", f"{lost[0]} dropped, {lost[1]} failed since the last start"),
-    ]
+    tiles = [("loss", f"{number(first.get('loss'))} → {number(last.get('loss'))}", f"over {last['step']} steps")]
     evaluated = [record["eval_loss"] for record in metrics if "eval_loss" in record]
     if evaluated:
         best = min((loss for loss in evaluated if loss is not None), default=None)
-        tiles.insert(1, ("validation loss", number(evaluated[-1]), f"{number(best)} at its best"))
+        tiles.append(("validation loss", number(evaluated[-1]), f"{number(best)} at its best"))
+    duration = timedelta(seconds=round(sum(values("seconds"))))
+    tiles.append(("time", str(duration), f"{last.get('epoch', 0) + 1} epochs begun"))
+    tiles.append(("tokens", f"{sum(values('num_tokens')):,}", f"{sum(values('num_targets')):,} of them targets"))
+    if speeds := values("tokens_per_sec"):
+        tiles.append(("tokens per second", f"{statistics.median(speeds):,.0f}", "at the median step"))
+    if peaks := values("peak_memory_bytes"):
+        whose = "of the accelerator's allocator" if _is_on_accelerator(run) else "of the whole process"
+        tiles.append(("peak memory", f"{max(peaks) / GIB:.2f} GiB", whose))
+    lost = f"{last.get('logits_dropped', 0)} dropped, {last.get('logits_failed', 0)} failed since the last start"
+    tiles.append(("saved logits", f"{len(run.analysis.steps)} files", lost))
     return tiles
+
+
+def _is_on_accelerator(run: Run) -> bool:
+    return not str(run.about.get("device", "cpu")).startswith("cpu")
+
+
+def _gap(run: Run, memory: dict[str, Any] | None) -> str:
+    """Why the process took more than the tensors of a step; "" on an accelerator, whose allocator holds only those."""
+    tensors = ((memory or {}).get("peak") or {}).get("measured_bytes")
+    peaks = [record["peak_memory_bytes"] for record in run.metrics if record.get("peak_memory_bytes") is not None]
+    if not (tensors and peaks) or _is_on_accelerator(run):
+        return ""
+    process, before = max(peaks), (memory or {}).get("process_bytes_at_start")
+    sentence = (
+        f"The whole process took {process / GIB:.2f} GiB at its peak, the tensors of a step {tensors / GIB:.2f} GiB. "
+    )
+    if before:
+        sentence += f"{before / GIB:.2f} GiB of it were there before the model: Python, torch and the other libraries. "
+    else:
+        sentence += "Python, torch and the other libraries take most of the rest. "
+    return sentence + "What then remains is memory that the allocator keeps after tensors are gone, and the data."
+
+
+def _same_rows(tokens: dict[str, Any]) -> list[tuple[str, int, int, float, float]]:
+    """Rows that both runs saved: kind and row, the last step that both have, and the mean NLL of each; worst first."""
+    result = []
+    for row in tokens["rows"]:
+        of_run, of_other = ({save["step"]: save["logprob"] for save in row[name]} for name in ("saves", "others"))
+        if shared := sorted(of_run.keys() & of_other.keys()):
+            nlls = [
+                -statistics.fmean(value for value in logprobs[shared[-1]] if value is not None) / 1000
+                for logprobs in (of_run, of_other)
+                if any(value is not None for value in logprobs[shared[-1]])
+            ]
+            if len(nlls) == 2:
+                result.append((row["kind"], row["sample_id"], shared[-1], nlls[0], nlls[1]))
+    return sorted(result, key=lambda one: -abs(one[4] - one[3]))
 
 
 def _comparable(analysis: Analysis) -> Analysis:
@@ -128,15 +222,16 @@ def _comparable(analysis: Analysis) -> Analysis:
     for sample in analysis.dynamics:
         if len(sample.steps) > 1:
             samples[sample.kind].append(sample)
-    changes = [comparison for comparison in analysis.comparisons if comparison.kind == "probe"]
-    return Analysis(steps["probe"] or steps["logits"], changes, samples["logits"] or samples["probe"])
+    kind = "probe" if steps["probe"] else "logits"
+    comparisons = [comparison for comparison in analysis.comparisons if comparison.kind == kind]
+    return Analysis(steps[kind], comparisons, samples["logits"] or samples["probe"])
 
 
-def _tokenizer(run: Path, config: Config, logits: Path) -> Any:
+def _tokenizer(run: Run, logits: Path) -> Any:
     """The run's own, from its newest checkpoint; that of the base model if there is none."""
-    source = [config.model.base_model, *map(str, checkpoint_folders(run))][-1]
+    source = [run.config.model.base_model, *map(str, checkpoint_folders(run.folder))][-1]
     vocab_size = next(read_logits(logits)).contents["vocab_size"]
-    return load_tokenizer(replace(config.model, base_model=source), vocab_size)
+    return load_tokenizer(replace(run.config.model, base_model=source), vocab_size)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -148,4 +243,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{path} is not JSON ({error}); delete it to leave it out") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is no JSON object; delete it to leave it out")
+    for name in ("rows", "moments"):
+        if not all(isinstance(row, dict) for row in content.get(name) or []):
+            raise InputError(f"{path}: {name} is no list of objects; delete the file to leave it out")
     return content

@@ -1,43 +1,50 @@
-"""The web interface of `so8t.serve`: what may be asked, what is answered, and the one place where thinking exists.
-
-What the model writes exists in `Thinker._answer` only, on the one thread that generates. It comes out of there as what
-`thinking.release` lets go, after its row is in the audit trail, or not at all. Requests wait in a queue with a bound;
-they are not batched, because each brings its own temperature and length and a batch has one of each.
-"""
+"""The web interface of `so8t.serve`: what may be asked, by whom, and how it is answered."""
 
 import asyncio
+import base64
+import hashlib
 import hmac
+import json
 import logging
 import os
-import threading
+import re
 import time
-import traceback
-import uuid
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from so8t.config import InputError
-from so8t.serve.audit import AuditError, AuditRow, AuditTrail
-from so8t.thinking import SafetyLabel, release
+from so8t.serve import chat
+from so8t.serve.audit import AuditError
+from so8t.serve.thinker import Answer, Busy, Question, Thinker, where
+from so8t.thinking import SafetyLabel, is_blank
 
 MAX_BODY_BYTES = 64 * 1024
-MAX_QUERY_CHARACTERS = 8000
-MAX_USER_ID_CHARACTERS = 200
-MAX_NEW_TOKENS = 2048
-QUEUE_LENGTH = 32  # requests that wait or are being answered
-REQUEST_SECONDS = 120.0  # from the first byte of a request to its answer
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
+MODEL_NAME = "so8t"  # in the shape of OpenAI
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+HEALTH_SECONDS = 1.0  # how long a look at the audit trail counts
 
 logger = logging.getLogger("so8t.serve")
+
+
+def _not_blank(text: str) -> str:
+    if is_blank(text):
+        raise ValueError
+    return text
 
 
 # a description says what its field must be, in the API page and in the answer to a bad request
@@ -48,26 +55,28 @@ class ThinkRequest(BaseModel):
         str,
         Field(
             min_length=1,
-            max_length=MAX_QUERY_CHARACTERS,
-            pattern=r"\S",
-            description=f"text of at most {MAX_QUERY_CHARACTERS} characters that is not blank",
+            max_length=chat.MAX_QUERY_CHARACTERS,
+            description=f"text of at most {chat.MAX_QUERY_CHARACTERS} characters that is not blank",
             examples=["What is the capital of Australia?"],
         ),
+        AfterValidator(_not_blank),
     ]
-    user_id: Annotated[
-        str | None,
-        Field(
-            max_length=MAX_USER_ID_CHARACTERS,
-            description=f"text of at most {MAX_USER_ID_CHARACTERS} characters or null",
-        ),
-    ] = None
-    max_new_tokens: Annotated[
-        int, Field(ge=1, le=MAX_NEW_TOKENS, description=f"a whole number from 1 to {MAX_NEW_TOKENS}")
-    ] = 512
-    temperature: Annotated[
-        float, Field(ge=0, le=2, description="a number from 0 (always the likeliest token) to 2")
-    ] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1, description="a number above 0 and up to 1")] = 1.0
+    user_id: Annotated[str | None, Field(max_length=chat.MAX_USER_ID_CHARACTERS, description=chat.USER_ID)] = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=chat.MAX_NEW_TOKENS, description=chat.NEW_TOKENS)] = (
+        chat.DEFAULT_NEW_TOKENS
+    )
+    temperature: Annotated[float, Field(ge=0, le=2, description=chat.TEMPERATURE)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1, description=chat.TOP_P)] = 1.0
+
+    def question(self, deadline: float) -> Question:
+        return Question(
+            messages=[{"role": "user", "content": self.query}],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            deadline=deadline,
+            user_id=self.user_id,
+        )
 
 
 class ThinkResponse(BaseModel):
@@ -86,137 +95,42 @@ class Problem(BaseModel):
     detail: Annotated[str, Field(description="what is wrong, in plain words")]
 
 
-class Generate(Protocol):
-    """What `so8t.generate.Generator` does."""
-
-    def __call__(
-        self, query: str, *, max_new_tokens: int, temperature: float, top_p: float, max_seconds: float
-    ) -> tuple[str, int]: ...
+Asking = TypeVar("Asking", ThinkRequest, chat.ChatRequest)
 
 
-class Busy(Exception):
-    """There was no time or place to answer."""
+def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
+    """The web application; with a token, what asks the model asks for it.
 
-
-class Thinker:
-    """Answers one request after the other, in their order, on a thread of its own."""
-
-    def __init__(
-        self,
-        generate: Generate,
-        model_hash: str,
-        audit: AuditTrail,
-        queue_length: int = QUEUE_LENGTH,
-        request_seconds: float = REQUEST_SECONDS,
-    ) -> None:
-        self.model_hash = model_hash
-        self.request_seconds = request_seconds
-        self._generate = generate
-        self._audit = audit
-        self._places = threading.BoundedSemaphore(queue_length)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generation")
-
-    async def ask(self, request: ThinkRequest, deadline: float) -> ThinkResponse:
-        """Wait for the answer; `deadline`, on the monotonic clock, is when the model must be done.
-
-        Raises Busy, InputError if the model cannot take the query, AuditError.
-        """
-        if not self._places.acquire(blocking=False):
-            raise Busy("too many requests are waiting")
-        future = self._thread.submit(self._answer, request, deadline)
-        future.add_done_callback(lambda _: self._places.release())  # also of one that was cancelled while it waited
-        return await asyncio.wrap_future(future)
-
-    def _answer(self, request: ThinkRequest, deadline: float) -> ThinkResponse:
-        """Generate, release, write the audit row; then there is an answer. No exception of the model gets out."""
-        started, request_id = time.monotonic(), uuid.uuid4().hex
-        if started >= deadline:
-            raise Busy("the requests before this one took all of its time")
-        text, num_tokens = "", 0
-        try:
-            text, num_tokens = self._generate(
-                request.query,
-                max_new_tokens=request.max_new_tokens,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                max_seconds=deadline - started,
-            )
-        except InputError:
-            raise
-        except Exception as error:
-            logger.error("request %s: generation failed with %s", request_id, where(error))
-        answer, safety_label, thinking = release(text)
-        hashed = self._audit.keyed_hash
-        row = AuditRow(
-            request_id=request_id,
-            user_id_hash=None if request.user_id is None else hashed("user_id_hash", request.user_id),
-            query_hash=hashed("query_hash", request.query),
-            thinking_hash=hashed("thinking_hash", thinking),
-            answer_hash=hashed("answer_hash", answer),
-            safety_label=safety_label,
-            model_hash=self.model_hash,
-            num_tokens=num_tokens,
-            duration_ms=round(1000 * (time.monotonic() - started)),
-        )
-        number, row_hash = self._audit.append(row)
-        logger.info(
-            "request %s: %s, %d tokens in %d ms, audit row %d %s",
-            *(request_id, safety_label, num_tokens, row.duration_ms, number, row_hash),
-        )
-        return ThinkResponse(
-            answer=answer, safety_label=safety_label, thinking_hash=row.thinking_hash, request_id=request_id
-        )
-
-    def close(self) -> None:
-        """Finish what was begun."""
-        self._thread.shutdown()
-        self._audit.close()
-
-
-def make_app(thinker: Thinker, token: str | None) -> FastAPI:
-    """The web application; with a token, /think asks for it."""
+    A request whose Host is none of `allowed_hosts` is refused: without that, any web page could give its own name this
+    machine's address and read the answers.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         thinker.close()
 
-    app = FastAPIOffline(title="so8t", redoc_url=None, lifespan=lifespan)
+    app = FastAPIOffline(title="so8t", redoc_url=None, lifespan=lifespan, redirect_slashes=False)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
+    app.add_middleware(SecurityHeaders)
     bearer = HTTPBearer(auto_error=False)
 
-    async def authorise(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+    async def authorise(request: Request, _: Annotated[Any, Depends(bearer)]) -> None:
+        given = request.headers.getlist("authorization")
         # latin-1 gives back the bytes that were sent
-        if token and not (given and hmac.compare_digest(given.credentials.encode("latin-1"), os.fsencode(token))):
+        scheme, _, secret = given[0].encode("latin-1").partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        if token and not (scheme.lower() == b"bearer" and hmac.compare_digest(secret.strip(), os.fsencode(token))):
             raise HTTPException(
                 401, "send the header Authorization: Bearer with the token", {"WWW-Authenticate": "Bearer"}
             )
 
-    body = {"required": True, "content": {"application/json": {"schema": ThinkRequest.model_json_schema()}}}
-    problems: dict[int | str, dict[str, Any]] = {
-        401: {"model": Problem, "description": "The token is missing or wrong"},
-        413: {"model": Problem, "description": f"The body is longer than {MAX_BODY_BYTES} bytes"},
-        415: {"model": Problem, "description": "The body is not declared as JSON"},
-        422: {"model": Problem, "description": "A field is not what it must be"},
-        503: {"model": Problem, "description": "No answer now: too many requests, no time left, or no audit row"},
-    }
-
-    @app.post("/think", dependencies=[Depends(authorise)], responses=problems, openapi_extra={"requestBody": body})
-    async def think(request: Request) -> ThinkResponse:
-        """Answer a query. An answer that is not fit to leave is replaced by a fixed refusal, labelled ESCALATE."""
+    async def answer(request: Request, shape: type[Asking]) -> tuple[Asking, Answer]:
+        """Read what is asked and wait for the answer; every way in which there is none is an HTTPException."""
         deadline = time.monotonic() + 0.9 * thinker.request_seconds  # the rest is for what the model does not watch
         try:
             async with asyncio.timeout(thinker.request_seconds):
-                question = parse_request(await read_body(request))
-                answer = asyncio.ensure_future(thinker.ask(question, deadline))
-                gone = asyncio.ensure_future(request.receive())  # after the body comes the end of the connection
-                try:
-                    await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-                    if not answer.done():
-                        raise ClientDisconnect
-                    return answer.result()
-                finally:
-                    answer.cancel()  # one that waits gives up its place
-                    gone.cancel()
+                asked = parse_request(await read_body(request), shape)
+                return asked, await unless_gone(request, thinker.ask(asked.question(deadline)))
         except ClientDisconnect:
             raise HTTPException(400, "the client has gone") from None  # nobody reads it
         except InputError as error:
@@ -229,12 +143,107 @@ def make_app(thinker: Thinker, token: str | None) -> FastAPI:
             logger.error("no answer: %s", error)
             raise HTTPException(503, "the audit trail takes no rows, so there is no answer", RETRY_AFTER) from None
 
-    @app.get("/health")
+    problems: dict[int | str, dict[str, Any]] = {
+        401: {"model": Problem, "description": "The token is missing or wrong"},
+        413: {"model": Problem, "description": f"The body is longer than {MAX_BODY_BYTES} bytes"},
+        415: {"model": Problem, "description": "The body is not declared as JSON"},
+        422: {"model": Problem, "description": "A field is not what it must be"},
+        503: {"model": Problem, "description": "No answer now: too many requests, no time left, or no audit row"},
+    }
+
+    @app.post("/think", dependencies=[Depends(authorise)], responses=problems, openapi_extra=_body(ThinkRequest))
+    async def think(request: Request, response: Response) -> ThinkResponse:
+        """Answer a query. An answer that is not fit to leave is replaced by a fixed refusal, labelled ESCALATE."""
+        _, found = await answer(request, ThinkRequest)
+        response.headers.update(_headers(found))
+        return ThinkResponse(
+            answer=found.text,
+            safety_label=found.safety_label,
+            thinking_hash=found.thinking_hash,
+            request_id=found.request_id,
+        )
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(authorise)], openapi_extra=_body(chat.ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """The same in the shape of OpenAI's chat completions: the final alone, its label and hashes in the headers."""
+        asked, found = await answer(request, chat.ChatRequest)
+        if not asked.stream:
+            return JSONResponse(chat.completion(found, MODEL_NAME), headers=_headers(found))
+        with_usage = (asked.stream_options or {}).get("include_usage", False)
+        events = chat.chunks(found, MODEL_NAME, with_usage)
+        return StreamingResponse(events, headers=_headers(found), media_type="text/event-stream")
+
+    @app.get("/v1/models", dependencies=[Depends(authorise)])
+    async def models() -> dict[str, Any]:
+        """The one model, in the shape of OpenAI."""
+        model = {"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "so8t"}
+        return {"object": "list", "data": [model]}
+
+    checked = asyncio.Lock()
+    last: tuple[float, str] = (-HEALTH_SECONDS, "")
+
+    @app.get("/health", responses={503: {"model": Problem, "description": "The audit trail takes no rows"}})
     async def health() -> Health:
-        """Say that the server is up, and with which model."""
+        """Say that the server is up and could answer, and with which model."""
+        nonlocal last
+        async with checked:  # whoever asks a thousand times writes to the disk once a second
+            if time.monotonic() - last[0] >= HEALTH_SECONDS:
+                last = time.monotonic(), await run_in_threadpool(_problem_of, thinker)
+        if last[1]:
+            raise HTTPException(503, "the audit trail takes no rows, so there are no answers", RETRY_AFTER)
         return Health(status="ok", model_hash=thinker.model_hash)
 
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """A page to try it by hand."""
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @app.exception_handler(AnyHTTPException)
+    async def in_the_right_shape(request: Request, error: AnyHTTPException) -> Response:
+        status, words = error.status_code, error.detail
+        if not request.url.path.startswith("/v1/"):
+            return JSONResponse({"detail": words}, status, error.headers)
+        return JSONResponse(chat.error(status, words), 400 if status == 422 else status, error.headers)
+
     return app
+
+
+def _problem_of(thinker: Thinker) -> str:
+    try:
+        thinker.audit.check()
+    except AuditError as error:
+        logger.error("not ready: %s", error)
+        return str(error)
+    return ""
+
+
+def _body(shape: type[BaseModel]) -> dict[str, Any]:
+    # its parts are defined in place: a schema for this page alone has no list of definitions
+    schema = shape.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _headers(answer: Answer) -> dict[str, str]:
+    return {
+        "X-Safety-Label": answer.safety_label,
+        "X-Answer-Hash": answer.answer_hash,
+        "X-Thinking-Hash": answer.thinking_hash,
+        "X-Request-Id": answer.request_id,
+    }
+
+
+async def unless_gone(request: Request, answer: Awaitable[Answer]) -> Answer:
+    """Raises ClientDisconnect as soon as nobody is there to read the answer, and gives it up."""
+    found = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(request.receive())  # after the body comes the end of the connection
+    try:
+        await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not found.done():
+            raise ClientDisconnect
+        return found.result()
+    finally:
+        found.cancel()
+        gone.cancel()
 
 
 async def read_body(request: Request) -> bytes:
@@ -249,31 +258,64 @@ async def read_body(request: Request) -> bytes:
     return body
 
 
-def parse_request(body: bytes) -> ThinkRequest:
+def parse_request(body: bytes, shape: type[Asking]) -> Asking:
     """Raises InputError that says in plain words what to write, and quotes nothing of what was sent."""
     try:
-        return ThinkRequest.model_validate_json(body)
+        return shape.model_validate_json(body)
     except ValidationError as error:
-        problems = [_plain_words(problem["type"], *problem["loc"]) for problem in error.errors(include_input=False)]
+        problems = [
+            _plain_words(shape, problem["type"], *problem["loc"]) for problem in error.errors(include_input=False)
+        ]
         raise InputError("; ".join(dict.fromkeys(problems))) from None
 
 
-def _plain_words(kind: str, field: int | str = "", *_: int | str) -> str:
+def _plain_words(shape: type[BaseModel], kind: str, field: int | str = "", *_: int | str) -> str:
+    fields = shape.model_fields
     if kind == "json_invalid":
         return "the body is not JSON in UTF-8"
     if field == "":
-        return 'the body must be a JSON object such as {"query": "What is the capital of Australia?"}'
-    if kind == "extra_forbidden":
-        return f"there is a field too many; those that may be are {', '.join(ThinkRequest.model_fields)}"
+        name = next(name for name in ("query", "messages") if name in fields)
+        return f'the body must be a JSON object such as {{"{name}": {json.dumps((fields[name].examples or [])[0])}}}'
+    if field not in fields:
+        return f"there is a field too many; those that may be are {', '.join(fields)}"
     missing = "is missing; it " if kind == "missing" else ""
-    return f"{field} {missing}must be {ThinkRequest.model_fields[str(field)].description}"
+    return f"{field} {missing}must be {fields[str(field)].description}"
 
 
-def where(error: BaseException) -> str:
-    """An exception without its text, which may quote the thinking: its type and the line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}"
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+
+def _sources(tag: str) -> str:
+    blocks = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+    digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+EVERYWHERE = "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+PAGE_POLICY = (
+    f"default-src 'none'; script-src {_sources('script')}; style-src {_sources('style')}; connect-src 'self'; "
+    f"{EVERYWHERE}"
+)
+
+
+class SecurityHeaders:
+    """No other site shows these pages in a frame, guesses their types, or learns their addresses."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("Content-Security-Policy", EVERYWHERE)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                headers["Cross-Origin-Resource-Policy"] = "same-origin"
+                headers["Cache-Control"] = "no-store"
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
 
 
 class QuietFormatter(logging.Formatter):

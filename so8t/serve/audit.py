@@ -5,6 +5,9 @@ One SQLite table, a row a request, on the disk before the answer is sent. Texts 
 hash covers the hash of the row before it, and the only row of `head` seals the last one: `verify` finds every row that
 was edited, removed, moved, or cut off at the end. What no file can show is that all of it was replaced by an older copy
 of itself: compare the last row's hash with one noted elsewhere, such as in the server's log.
+
+A row counts as written only if the path still names the file that was opened: one that was deleted, moved away or
+exchanged takes no rows, and no new one is begun beside the key of an old one, until a person has seen to it.
 """
 
 import hashlib
@@ -12,8 +15,11 @@ import hmac
 import json
 import re
 import secrets
+import shutil
 import sqlite3
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,22 +50,29 @@ class AuditRow:
 
 COLUMNS = ("number", "time", *(field.name for field in fields(AuditRow)), "previous_hash", "row_hash")
 FIRST_PREVIOUS_HASH = "0" * 64
+ROOM_BYTES = 2**20
 
 
 class AuditTrail:
-    """An open audit file. One thread at a time may use it; any number of processes may."""
+    """An open audit file. Any number of threads may append and check, and any number of processes."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open the file at `path`, or make it, and beside it `path`.key with mode 0600, if they are not there.
 
-        Raises InputError if that cannot be, or if the key is not the one that the file was written with.
+        Raises InputError if that cannot be, if the key is not the one that the file was written with, or if there is a
+        key and no file.
         """
-        self._key_file = path.with_name(f"{path.name}.key")
+        self._path = path.absolute()
+        self._key_file = Path(f"{path}.key")
+        self._lock = threading.Lock()
+        self._last_number = 0
         if read_only and not path.is_file():
             raise InputError(f"there is no audit file {path}")
+        if not read_only and self._key_file.exists() and not path.exists():
+            raise self._is_gone()
         try:
             # isolation_level None: transactions begin and end only where it is written below
-            address = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            address = f"{self._path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
             self._database = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
             self._database.execute("SELECT count(*) FROM sqlite_schema")  # no SQLite file, or no place for its lock
             if not read_only:
@@ -69,6 +82,7 @@ class AuditTrail:
             self._key = self._read_key()
             if not read_only:
                 self._head()
+            self._opened = self._identities()
         except AuditError as error:
             raise InputError(f"{path}: {error}") from error
         except sqlite3.Error as error:
@@ -84,13 +98,33 @@ class AuditTrail:
             self._database.execute("BEGIN IMMEDIATE")  # two servers that start at once make one key
             if self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone() != (0,):
                 return
-            if not self._key_file.exists():
-                with atomic_write(self._key_file, mode=0o600) as file:
-                    file.write(secrets.token_hex(32).encode())
+            if self._key_file.exists():
+                raise self._is_gone()
+            with atomic_write(self._key_file, mode=0o600) as file:
+                file.write(secrets.token_hex(32).encode())
             self._key = self._read_key()
             self._database.execute(f"CREATE TABLE requests (number INTEGER PRIMARY KEY, {', '.join(COLUMNS[1:])})")
             self._database.execute("CREATE TABLE head (number, row_hash, seal)")
             self._database.execute("INSERT INTO head VALUES (0, ?, ?)", self._sealed(0, FIRST_PREVIOUS_HASH)[1:])
+
+    def _is_gone(self) -> InputError:
+        return InputError(
+            f"{self._key_file} is there, but {self._path.name} is not or is empty: its rows have been removed or moved "
+            "away; put them back, or move the key away to begin a new audit file"
+        )
+
+    def _identities(self) -> list[tuple[int, int]]:
+        """Device and inode of the files that hold the rows: the database, and its log if it has one."""
+        found = []
+        for name in (self._path, Path(f"{self._path}-wal")):
+            if name.exists():
+                status = name.stat()
+                found.append((status.st_dev, status.st_ino))
+        return found
+
+    def _check_files(self) -> None:
+        if self._identities() != self._opened:
+            raise AuditError(f"{self._path} or its -wal file is gone, moved or exchanged; restart the server")
 
     def _read_key(self) -> bytes:
         digits = self._key_file.read_bytes().strip()
@@ -117,26 +151,47 @@ class AuditTrail:
         number, row_hash, _ = heads[0]
         return number, row_hash
 
-    def append(self, row: AuditRow) -> tuple[int, str]:
-        """Write a row; once this returns, it is on the disk. Returns its number, counted from 1, and its hash.
+    def append(self, rows: Sequence[AuditRow]) -> list[tuple[int, str]]:
+        """Write rows; once this returns, they are on the disk. Returns number, counted from 1, and hash of each.
 
-        Raises AuditError, and the file is as it was.
+        Raises AuditError, and then no answer to any of them may be sent.
         """
+        written = []
+        with self._lock, self._writing():
+            number, row_hash = self._head()
+            if number < self._last_number:
+                raise AuditError(f"row {self._last_number} has been written and is no longer there")
+            for row in rows:
+                values = (number + 1, datetime.now(UTC).isoformat(timespec="milliseconds"), *astuple(row), row_hash)
+                number, row_hash = number + 1, self._row_hash(values)
+                marks = ", ".join("?" * len(COLUMNS))
+                self._database.execute(f"INSERT INTO requests VALUES ({marks})", (*values, row_hash))
+                written.append((number, row_hash))
+            self._seal(number, row_hash)
+        self._last_number = number
+        return written
+
+    def check(self) -> None:
+        """Raise AuditError unless rows can be written: seals the last one once more, and looks for room for others."""
+        with self._lock, self._writing():
+            self._seal(*self._head())
+        if shutil.disk_usage(self._path.parent).free < ROOM_BYTES:
+            raise AuditError(f"the disk of {self._path} is full")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction on the file that was opened, or AuditError."""
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
-                last, previous_hash = self._head()
-                time = datetime.now(UTC).isoformat(timespec="milliseconds")
-                values = (last + 1, time, *astuple(row), previous_hash)
-                row_hash = self._row_hash(values)
-                marks = ", ".join("?" * len(COLUMNS))
-                self._database.execute(f"INSERT INTO requests VALUES ({marks})", (*values, row_hash))
-                self._database.execute(
-                    "UPDATE head SET number = ?, row_hash = ?, seal = ?", self._sealed(last + 1, row_hash)
-                )
-        except sqlite3.Error as error:
+                self._check_files()
+                yield
+            self._check_files()  # it may have gone in the meantime, and the rows with it
+        except (sqlite3.Error, OSError) as error:
             raise AuditError(f"the audit row could not be written ({error})") from error
-        return last + 1, row_hash
+
+    def _seal(self, number: int, row_hash: str) -> None:
+        self._database.execute("UPDATE head SET number = ?, row_hash = ?, seal = ?", self._sealed(number, row_hash))
 
     def verify(self) -> tuple[int, str, list[str]]:
         """Check every row: the number of the last one, its hash, and a sentence for everything that is wrong."""
@@ -166,12 +221,19 @@ class AuditTrail:
             problems.append(str(error))
         return number, last_hash, problems
 
-    def matching(self, thinking: str) -> list[tuple[int, str, str]]:
-        """Number, time and request id of the rows whose request had this thinking, as `thinking.release` gives it."""
-        select = "SELECT number, time, request_id FROM requests WHERE thinking_hash = ? ORDER BY number"
+    def matching(self, thinkings: Collection[str]) -> list[tuple[int, str, str]]:
+        """Number, time and request id of the rows whose request had one of these, as `thinking.release` gives it."""
+        marks = ", ".join("?" * len(thinkings))
+        select = f"SELECT number, time, request_id FROM requests WHERE thinking_hash IN ({marks}) ORDER BY number"
         rows: list[tuple[int, str, str]]
-        rows = self._database.execute(select, (self.keyed_hash("thinking_hash", thinking),)).fetchall()
+        hashes = [self.keyed_hash("thinking_hash", thinking) for thinking in thinkings]
+        rows = self._database.execute(select, hashes).fetchall()
         return rows
+
+    def first_time(self) -> str | None:
+        """When the first row was written, which is when this chain began."""
+        row = self._database.execute("SELECT time FROM requests ORDER BY number LIMIT 1").fetchone()
+        return row and str(row[0])
 
     def close(self) -> None:
         self._database.close()

@@ -12,16 +12,23 @@ import logging
 import os
 import socket
 import sqlite3
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from so8t import cli
 from so8t.config import InputError
 from so8t.serve.audit import AuditTrail
-from so8t.thinking import release
+from so8t.thinking import REFUSAL, release
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from so8t.serve.generate import Generator
 
 TOKEN_VARIABLE = "SO8T_TOKEN"
+TRIAL_QUESTION = "What is the capital of Australia?"
+TRIAL_SECONDS = 30.0
 
 logger = logging.getLogger("so8t.serve")
 
@@ -42,12 +49,25 @@ def bind(host: str, port: int, has_token: bool) -> socket.socket:
         raise InputError(f"cannot listen on {host}, port {port} ({error}); choose another --host or --port") from error
 
 
-def serve(path: Path, host: str, port: int, audit_file: Path) -> None:
+def read_token() -> str | None:
+    """The secret that must be sent, or None; InputError for one that no client can send."""
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token and (token != token.strip() or any(ord(character) < 32 or ord(character) == 127 for character in token)):
+        raise InputError(
+            f"{TOKEN_VARIABLE} begins or ends with white space or holds a control character, such as the end of a "
+            "line; no header can carry that, so write it without"
+        )
+    return token or None
+
+
+def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer what has been asked, and stop."""
     try:  # here, because checking an audit file needs none of them
         import uvicorn
 
-        from so8t.serve.api import REQUEST_SECONDS, QuietFormatter, Thinker, make_app
+        from so8t.serve.api import LOOPBACK_NAMES, QuietFormatter, make_app
+        from so8t.serve.protocol import BoundedProtocol, most_connections
+        from so8t.serve.thinker import REQUEST_SECONDS, Thinker
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; pip install -r requirements-serve.txt") from error
 
@@ -55,19 +75,24 @@ def serve(path: Path, host: str, port: int, audit_file: Path) -> None:
     handler.setFormatter(QuietFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
     logger.setLevel(logging.INFO)
-    token = os.environ.get(TOKEN_VARIABLE)
+    token = read_token()
     with bind(host, port, bool(token)) as listener:
         audit = AuditTrail(audit_file)
         from so8t.serve.generate import load_generator  # takes seconds, what can be refused has been by now
 
         generator = load_generator(path)
-        app = make_app(Thinker(generator, generator.model_hash, audit), token)
         name = f"[{host}]" if ":" in host else host
+        # a page that gives its name this machine's address has no token
+        allowed_hosts = ["*"] if token and not allowed_hosts else [*LOOPBACK_NAMES, name, *allowed_hosts]
+        try_out(generator)
+        app = make_app(Thinker(generator, generator.model_hash, audit), token, allowed_hosts)
         address = f"http://{name}:{listener.getsockname()[1]}"
         logger.info("serving %s, model hash %s, audit trail %s", generator.folder, generator.model_hash, audit_file)
         logger.info("POST %s/think; the API is explained at %s/docs; Ctrl-C stops", address, address)
         config = uvicorn.Config(
             app,
+            http=BoundedProtocol,
+            backlog=most_connections() // 2,  # so many are accepted at once, before those beyond the bound are closed
             log_config=None,  # uvicorn's own formatter would write exceptions with their text
             log_level="warning",
             access_log=False,
@@ -78,23 +103,59 @@ def serve(path: Path, host: str, port: int, audit_file: Path) -> None:
         uvicorn.Server(config).run(sockets=[listener])
 
 
+def try_out(generator: "Generator") -> None:
+    """Ask the model one question, so that what can never answer is told before the first user comes.
+
+    Raises InputError if it fails; only warns if the answer is not fit to leave, for that may be this question's fault.
+    """
+    from so8t.serve.thinker import Question, Written, where
+
+    started = time.monotonic()
+    question = Question(
+        [{"role": "user", "content": TRIAL_QUESTION}],
+        max_new_tokens=512,
+        temperature=0.0,
+        top_p=1.0,
+        deadline=started + TRIAL_SECONDS,
+    )
+    found: list[Written] = []
+    try:
+        generator([question], [generator.encode(question.messages)], found.extend)
+    except InputError as error:
+        raise InputError(f"{generator.folder} cannot answer: {error}") from error
+    except Exception as error:
+        raise InputError(f"{generator.folder} cannot answer: {where(error)}") from error
+    num_tokens, seconds = found[0].num_tokens, time.monotonic() - started
+    if release(found[0].text, TRIAL_QUESTION).answer == REFUSAL:
+        logger.warning(
+            "the trial question got no answer that may leave (%d tokens in %.1f s); unless this model answers others "
+            "in the four parts, every answer will be the fixed refusal",
+            *(num_tokens, seconds),
+        )
+    else:
+        logger.info("the trial question was answered, %d tokens in %.1f s", num_tokens, seconds)
+
+
 def verify_audit(audit_file: Path) -> int:
     with closing(AuditTrail(audit_file, read_only=True)) as audit:
         number, last_hash, problems = audit.verify()
+        began = None if problems else audit.first_time()
     if problems:
         print("\n".join(f"{audit_file}: {problem}" for problem in problems))
         return 1
-    print(f"{audit_file}: {number} rows, none edited, removed or moved; the last one's hash is {last_hash}")
+    first = f"the first is of {began}, the last one's hash is {last_hash}" if began else "it has no row yet"
+    print(f"{audit_file}: {number} rows, none edited, removed or moved; {first}")
     return 0
 
 
 def match_thinking(audit_file: Path, text_file: Path) -> int:
     try:
-        thinking = release(text_file.read_bytes().decode("utf-8-sig")).thinking  # or a whole answer that has it
+        text = text_file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{text_file} cannot be read as UTF-8 text ({error})") from error
     with closing(AuditTrail(audit_file, read_only=True)) as audit:
-        rows = audit.matching(thinking)
+        # a thinking, or a whole answer that has it; as its own query it copies nothing that the query does not tell
+        rows = audit.matching({text.strip(), release(text, query=text).thinking})
     for number, moment, request_id in rows:
         print(f"row {number}, {moment}, request {request_id}")
     if not rows:
@@ -111,6 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000, help="0 = any free one")
     parser.add_argument("--audit", type=Path, default=Path("so8t_audit.sqlite"), metavar="FILE", help="the audit trail")
     parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name, besides this machine's own, by which it may be called, such as a proxy's; *.example.com too",
+    )
+    parser.add_argument(
         "--verify-audit", type=Path, metavar="FILE", help="check an audit trail; exit 1 if it is not whole"
     )
     parser.add_argument(
@@ -119,13 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def command() -> int:
-        if options.verify_audit:
+        if options.verify_audit is not None:
             return verify_audit(options.verify_audit)
         if options.match_thinking:
             return match_thinking(*options.match_thinking)
         if options.model is None:
             parser.error("name a model's or a run's folder, --verify-audit or --match-thinking")
-        serve(options.model, options.host, options.port, options.audit)
+        serve(options.model, options.host, options.port, options.audit, options.allowed_host)
         return 0
 
     try:

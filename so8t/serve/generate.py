@@ -1,19 +1,43 @@
-"""Generation by a finished run or an exported model, one request at a time; torch and transformers are needed here."""
+"""Generation by a finished run or an exported model; torch and transformers are needed here."""
 
 import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from so8t.checkpoint import STATE_FILE, checkpoint_folders
-from so8t.config import CONFIG_FILE, InputError, ModelConfig, QloraConfig, QuantizationConfig, So8tConfig, load_config
+from so8t.config import (
+    CONFIG_FILE,
+    InputError,
+    ModelConfig,
+    ModelSpec,
+    QloraConfig,
+    QuantizationConfig,
+    So8tConfig,
+    load_config,
+)
 from so8t.model import GATES_FILE, causal_lm, load_model, load_model_config, load_tokenizer
+from so8t.serve.thinker import Question, Written
 from so8t.thinking import neutralise
 
 END = "</final>"
+LOWEST_TEMPERATURE = 1e-6  # divided by less, the logits are no numbers any more
 
 
 class Generator:
@@ -26,46 +50,154 @@ class Generator:
         self._tokenizer = tokenizer
         self._markers = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
         # made once: it spells out the whole vocabulary, 0.2 s for one of 49152
-        self._stopping = StoppingCriteriaList([StopStringCriteria(tokenizer, [END])])
+        self._end = StopStringCriteria(tokenizer, [END])
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation that ends with the user's turn.
+
+        Raises InputError if it alone fills the model's context, or if the chat template refuses it.
+        """
+        try:
+            text = self.prompt(messages)
+        except TemplateError as error:
+            raise InputError(f"the model's chat template does not take these messages ({error.message})") from error
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        context = self._model.config.max_position_embeddings
+        if not tokens:
+            raise InputError("the model's chat template makes nothing of these messages")
+        if len(tokens) >= context:
+            raise InputError(
+                f"the question is {len(tokens)} tokens long with the chat markers, the model takes less than {context}"
+            )
+        return tokens
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Nothing in a message can pass for a tag or for a marker of the chat template."""
+        harmless = [{"role": message["role"], "content": self._harmless(message["content"])} for message in messages]
+        text: str = self._tokenizer.apply_chat_template(harmless, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _harmless(self, text: str) -> str:
+        for marker in self._markers:
+            text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+        return neutralise(text)
 
     @torch.inference_mode()
     def __call__(
-        self, query: str, *, max_new_tokens: int, temperature: float, top_p: float, max_seconds: float
-    ) -> tuple[str, int]:
-        """The text that the model writes to `query`, thinking and all, up to `</final>`, and its number of tokens.
+        self,
+        questions: Sequence[Question],
+        prompts: Sequence[list[int]],
+        written: Callable[[Sequence[Written]], None],
+    ) -> None:
+        """Generate for all questions together; `prompts` are what `encode` made of them.
 
-        Greedy at temperature 0. Ends early after `max_seconds` or where the model's context is full. Raises InputError
-        if the query alone fills it.
+        Calls `written` after every step in which some are done, with the text that the model wrote, thinking and all,
+        up to `</final>`, and its number of tokens. A question is greedy at temperature 0. It ends early at its
+        deadline, when its asker has gone, or where the model's context is full.
         """
-        encoding = self._tokenizer(self.prompt(query), add_special_tokens=False, verbose=False, return_tensors="pt")
-        prompt = encoding.to(self._model.device)
-        length, context = prompt["input_ids"].shape[1], self._model.config.max_position_embeddings
-        if length >= context:
-            raise InputError(
-                f"query is {length} tokens long with the chat markers, the model takes less than {context}"
-            )
+        config, width = self._model.config, max(map(len, prompts))
+        pads = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0
+        pad = next(token for token in pads if token is not None)
+        input_ids = torch.full((len(prompts), width), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):  # on the left, so that all rows write at the same place
+            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, width - len(prompt) :] = 1
+        limits = [
+            min(question.max_new_tokens, config.max_position_embeddings - len(prompt))
+            for question, prompt in zip(questions, prompts, strict=True)
+        ]
+        ending = _Ending(questions, limits, width, self._is_at_end, self._decode, written)
         sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 1e-6:  # divided by less, the logits are no numbers any more
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if any(question.temperature > LOWEST_TEMPERATURE for question in questions):
+            sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+            sampling["logits_processor"] = LogitsProcessorList([_EachItsOwn(questions)])
         output = self._model.generate(
-            **prompt,
+            input_ids=input_ids.to(self._model.device),
+            attention_mask=attention_mask.to(self._model.device),
             **sampling,
-            max_new_tokens=min(max_new_tokens, context - length),
-            max_time=max_seconds,
-            stopping_criteria=self._stopping,
+            max_new_tokens=max(limits),
+            pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([ending]),
         )
-        tokens = output[0, length:]
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        before, end, _ = text.partition(END)  # the last token may reach beyond it
-        return before + end, len(tokens)
+        ending.finish([row for row in range(len(prompts)) if not ending.is_done[row]], output)
 
-    def prompt(self, query: str) -> str:
-        """The query as the user's turn. Nothing in it can pass for a tag or for a marker of the chat template."""
-        for marker in self._markers:
-            query = query.replace(marker, f"{marker[0]} {marker[1:]}")
-        messages = [{"role": "user", "content": neutralise(query)}]
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
+    def _is_at_end(self, input_ids: Tensor, scores: Any) -> list[bool]:
+        """For each row, whether its last token ends the turn or the final."""
+        is_at_end: Tensor = self._end(input_ids, scores)
+        end_of_turn = self._model.generation_config.eos_token_id
+        if end_of_turn is not None:
+            is_at_end = is_at_end | torch.isin(input_ids[:, -1], torch.tensor(end_of_turn, device=input_ids.device))
+        flags: list[bool] = is_at_end.tolist()
+        return flags
+
+    def _decode(self, tokens: Tensor) -> str:
+        before, end, _ = self._tokenizer.decode(tokens, skip_special_tokens=True).partition(END)
+        return f"{before}{end}"  # the last token may reach beyond it
+
+
+class _EachItsOwn(LogitsProcessor):
+    """Each row has its own temperature and top_p."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self._processors = [_sampling(question) for question in questions]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = zip(self._processors, input_ids.unbind(), scores.unbind(), strict=True)
+        return torch.cat([processor(ids[None], row[None]) for processor, ids, row in rows])
+
+
+def _sampling(question: Question) -> Any:
+    if question.temperature <= LOWEST_TEMPERATURE:
+        return _likeliest
+    warpers: list[Any] = [TemperatureLogitsWarper(float(question.temperature))]
+    if question.top_p < 1:
+        warpers.append(TopPLogitsWarper(question.top_p))
+    return LogitsProcessorList(warpers)
+
+
+def _likeliest(input_ids: Tensor, scores: Tensor) -> Tensor:
+    return torch.full_like(scores, -torch.inf).scatter(1, scores.argmax(dim=1, keepdim=True), 0.0)
+
+
+class _Ending(StoppingCriteria):
+    """Decides after every token which rows are done, and hands each over at once."""
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        limits: Sequence[int],
+        width: int,
+        is_at_end: Callable[[Tensor, Any], list[bool]],
+        decode: Callable[[Tensor], str],
+        written: Callable[[Sequence[Written]], None],
+    ) -> None:
+        self.is_done = [False] * len(questions)
+        self._questions = questions
+        self._limits = limits
+        self._width = width
+        self._is_at_end = is_at_end
+        self._decode = decode
+        self._written = written
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        now, num_tokens = time.monotonic(), input_ids.shape[1] - self._width
+        ended = self._is_at_end(input_ids, scores)
+        done = []
+        for row, question in enumerate(self._questions):
+            is_over = num_tokens >= self._limits[row] or now >= question.deadline or question.gone.is_set()
+            if not self.is_done[row] and (ended[row] or is_over):
+                done.append(row)
+        self.finish(done, input_ids)
+        return torch.tensor(self.is_done, device=input_ids.device)
+
+    def finish(self, rows: Sequence[int], input_ids: Tensor) -> None:
+        if not rows:
+            return
+        for row in rows:
+            self.is_done[row] = True
+        tokens = input_ids[:, self._width :]
+        self._written([Written(row, self._decode(tokens[row]), tokens.shape[1]) for row in rows])
 
 
 def load_generator(path: Path) -> Generator:
@@ -79,17 +211,17 @@ def load_generator(path: Path) -> Generator:
     if checkpoints:
         folder = checkpoints[-1]
         config = load_config(folder / CONFIG_FILE)
-        tables = config.model, config.quantization, config.qlora, config.so8t
+        spec = config.model_spec
     elif (path / "config.json").is_file():
         folder = path
         stored: Any = load_model_config(ModelConfig(str(path))).dtype or torch.float32
         plain = ModelConfig(str(path), dtype=str(stored).removeprefix("torch."))  # type: ignore[arg-type]
-        tables = plain, QuantizationConfig(), QloraConfig(enabled=False), So8tConfig(enabled=False)
+        spec = ModelSpec(plain, QuantizationConfig(), QloraConfig(enabled=False), So8tConfig(enabled=False))
     else:
         raise InputError(f"{path} is neither a run with a checkpoint nor a model folder with a config.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = causal_lm(load_model(*tables, device, seed=0, checkpoint=folder if checkpoints else None)).eval()
-    tokenizer = load_tokenizer(replace(tables[0], base_model=str(folder)), model.config.vocab_size)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = causal_lm(load_model(spec, device, seed=0, checkpoint=folder if checkpoints else None)).eval()
+    tokenizer = load_tokenizer(replace(spec.model, base_model=str(folder)), model.config.vocab_size)
     if tokenizer.chat_template is None:
         raise InputError(f"the tokenizer of {folder} has no chat template; put one there as chat_template.jinja")
     return Generator(model, tokenizer, folder)

@@ -46,7 +46,7 @@ def read_as_cartography(model_dir: Path) -> dict[Any, dict[str, Any]]:
     folder = model_dir / "training_dynamics"
     examples: dict[Any, dict[str, Any]] = {}
     for epoch in range(len([path for path in folder.iterdir() if path.is_file()])):
-        for line in (folder / f"dynamics_epoch_{epoch}.jsonl").read_text().splitlines():
+        for line in (folder / f"dynamics_epoch_{epoch}.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if record["guid"] not in examples:
                 assert epoch == 0
@@ -125,7 +125,7 @@ def test_safetensors_hold_every_tensor_bit_for_bit_and_the_rest_as_text(tmp_path
 
 def read_as_axolotl(path: Path) -> list[dict[str, Any]]:
     """The rules of axolotl for a tokenized dataset with a teacher: of its data loader, its collator and its README."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     columns = {"input_ids", "attention_mask", "labels"}  # with these three it does not tokenize
     for row in rows:
         assert row.keys() == columns | {
@@ -217,7 +217,7 @@ def test_a_teacher_that_is_not_finite_teaches_nothing(tmp_path: Path, capsys: py
     for form in ("full", "topk"):
         save_steps(tmp_path / form, {1: (batch, logits)}, form=form)
         out = export(tmp_path / form, "kd-jsonl", tmp_path / f"{form}.jsonl")
-        (row,) = map(json.loads, Path(out).read_text().splitlines())
+        (row,) = map(json.loads, Path(out).read_text(encoding="utf-8").splitlines())
         assert [mask[0] for mask in row["target_mask"]] == [0] * (PROMPT - 1) + [1, 0, 1, 1, 0]
         assert all(math.isfinite(value) for position in row["target_logprobs"] for value in position)
         assert "nan" not in capsys.readouterr().out

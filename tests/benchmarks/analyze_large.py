@@ -15,17 +15,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from analyze_cases import make_rows  # noqa: E402
-from logits_cases import NO_AUTOCAST, settings  # noqa: E402
+from logits_cases import make_saver  # noqa: E402
 
 from so8t.analyze.run import analyze  # noqa: E402
-from so8t.logits import LogitsSaver, read_logits  # noqa: E402
+from so8t.logits import read_logits  # noqa: E402
 from so8t.losses import NO_TARGET, ce_sum  # noqa: E402
 
 VOCAB, ROWS, LENGTH, HIDDEN = 32064, 4, 2048, 64
@@ -37,7 +37,14 @@ def generate(run: Path, size: int) -> None:
     """Half of the files are batches, every one of other rows, and half the probe's."""
     torch.manual_seed(0)
     head_weight = torch.randn(VOCAB, HIDDEN).bfloat16()
-    saver = LogitsSaver(settings(max_files=0, max_wait=60), run, NO_AUTOCAST, ROWS * LENGTH, ROWS * LENGTH)
+    tokens = ROWS * LENGTH
+    sizes: dict[str, Any] = {
+        "vocab": VOCAB,
+        "computed_in": torch.bfloat16,
+        "max_tokens": tokens,
+        "probe_tokens": tokens,
+    }
+    saver = make_saver(run, **sizes, max_files=0, max_wait=60)
     for step in range(1, max(round(size / (2 * ROWS * LENGTH * VOCAB * 2)), 1) + 1):
         firsts: tuple[tuple[Literal["logits", "probe"], int], ...] = ("logits", step * ROWS), ("probe", 0)
         for kind, first in firsts:
@@ -45,8 +52,7 @@ def generate(run: Path, size: int) -> None:
             batch.targets[:, : LENGTH // 3] = NO_TARGET
             wanted = head_weight[batch.targets.clamp_min(0)].float()  # towards the labels, more with every step
             hidden = (torch.randn(ROWS, LENGTH, HIDDEN) * 0.3 + wanted * 0.05 * step).bfloat16()
-            ce = ce_sum(hidden, head_weight, batch.targets)
-            saver.capture(step, 0, batch, hidden, head_weight, ce, kind=kind)
+            ce_sum(hidden, head_weight, batch.targets, saver.new_tap(step, 0, batch, kind))
         saver.after_step(step)
         saver.flush(600)
     saver.close()
@@ -74,7 +80,9 @@ def measure(what: str, run: Path) -> None:
 
 def peak_bytes() -> int:
     """Resident memory of this process at its most, mapped files included; ru_maxrss would count its parent's too."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -15,14 +15,16 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from memory_cases import step_spec  # noqa: E402
 from saving_cost import WARM_UP, job  # noqa: E402
 
 import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
-from so8t.memory.plan import GIB  # noqa: E402
-from so8t.memory.trace import Shape, trace_step  # noqa: E402
+from so8t.memory import BatchShape  # noqa: E402
+from so8t.memory.trace import trace_step  # noqa: E402
 from so8t.metrics import read_metrics  # noqa: E402
 from so8t.model import load_model_config  # noqa: E402
+from so8t.text import GIB  # noqa: E402
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = 7
@@ -37,11 +39,9 @@ def main() -> None:
         folder = path.parent
         keys = ["training.save_logits=false", f"training.max_steps={STEPS}", 'training.gradient_checkpointing="auto"']
         config = load_config(path, keys)
-        model_config = load_model_config(config.model)
-        num_layers = model_config.num_hidden_layers
+        num_layers = load_model_config(config.model).num_hidden_layers
         budgets = [
-            1.01
-            * trace_step(config, model_config, Shape(1, 512, is_padded=False), "cpu", round(share * num_layers)).peak
+            1.01 * trace_step(step_spec(config, BatchShape(1, 512, is_padded=False)), round(share * num_layers)).peak
             for share in SHARES
         ]
         seconds: dict[float, list[float]] = {budget: [] for budget in budgets}
@@ -54,7 +54,7 @@ def main() -> None:
             seconds[budget].append(statistics.median(record["seconds"] for record in records[WARM_UP:]))
             losses.add(tuple(record["loss"] for record in records))
         for budget, times in seconds.items():
-            found = json.loads((folder / f"{budget:.0f}_0" / "memory.json").read_text())
+            found = json.loads((folder / f"{budget:.0f}_0" / "memory.json").read_text(encoding="utf-8"))
             peak, layers = found["peak"]["measured_bytes"], found["checkpointed_layers"]
             print(
                 f"budget {budget / 2**20:.0f} MiB: {layers} of {num_layers} layers, peak {peak / 2**20:.0f} MiB "

@@ -41,8 +41,9 @@ def main() -> None:
     checkpoint = newest_checkpoint(options.run)
     config = load_config(checkpoint / CONFIG_FILE)
     tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
-    tables = replace(config.model, dtype="float32"), QuantizationConfig(), config.qlora, config.so8t
-    live = causal_lm(load_model(*tables, torch.device("cpu"), seed=0, checkpoint=checkpoint)).eval()
+    base = replace(config.model, dtype="float32")
+    spec = replace(config.model_spec, model=base, quantization=QuantizationConfig())
+    live = causal_lm(load_model(spec, torch.device("cpu"), seed=0, checkpoint=checkpoint)).eval()
     exported = AutoModelForCausalLM.from_pretrained(options.exported, dtype=torch.float32)
     rows = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data).rows
     different = tokens = 0

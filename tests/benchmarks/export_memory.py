@@ -49,16 +49,16 @@ def make_run(folder: Path, layers: int) -> None:
     tokenizer.save_pretrained(folder / "base")
     rows = (DEMO / "sample.jsonl").read_bytes().splitlines(keepends=True)[:4]
     (folder / "rows.jsonl").write_bytes(b"".join(rows))
-    (folder / "config.toml").write_text(CONFIG.format(folder=folder))
+    (folder / "config.toml").write_text(CONFIG.format(folder=folder), encoding="utf-8")
     config = load_config(folder / "config.toml")
-    model = load_model(config.model, config.quantization, config.qlora, config.so8t, torch.device("cpu"), seed=0)
+    model = load_model(config.model_spec, torch.device("cpu"), seed=0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     Checkpoints(config, 1, "", 1, True).save(1, model, tokenizer, make_optimizer(model, config.training), scaler)
 
 
 def resident(pid: int) -> tuple[int, int]:
     """MiB that belong to the process alone, and those with the pages of files that it maps; 0 once it has ended."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines())
     own, mapped = (int(status.get(name, "0").split()[0]) // 1024 for name in ("RssAnon", "RssFile"))
     return own, own + mapped
 

@@ -29,8 +29,9 @@ def main() -> None:
     config = load_config(options.run / "config.toml")
     tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
     checkpoint = checkpoint_folders(options.run)[-1]
-    tables = config.model, config.quantization, config.qlora, config.so8t
-    model = causal_lm(load_model(*tables, torch.device("cpu"), seed=config.training.seed, checkpoint=checkpoint)).eval()
+    model = causal_lm(
+        load_model(config.model_spec, torch.device("cpu"), seed=config.training.seed, checkpoint=checkpoint)
+    ).eval()
     stop_ids = [token for token in (tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id) if token]
     rows = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data).rows[: options.rows]
     well_formed = exact = 0

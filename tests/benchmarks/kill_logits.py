@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 
+if sys.platform == "win32":
+    sys.exit("Windows cannot fork")
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from logits_cases import NO_AUTOCAST, capture, make_case, settings  # noqa: E402
+from logits_cases import capture, make_case, make_saver  # noqa: E402
 
 from so8t.files import TEMPORARY_SUFFIX, atomic_write  # noqa: E402
-from so8t.logits import LogitsSaver  # noqa: E402
 
 STEPS, SAVE_STEPS = 40, 5  # of the run; between its checkpoints
 KILLS = 3  # a run
@@ -35,8 +37,8 @@ CASES = {step: make_case(length=100, seed=step) for step in range(1, STEPS + 1)}
 def run(folder: Path) -> None:
     """Train from the last checkpoint to the end: only its number is kept, the batches depend on the step alone."""
     checkpoint = folder / "checkpoint"
-    first_step = int(checkpoint.read_text()) + 1 if checkpoint.exists() else 1
-    saver = LogitsSaver(settings(max_files=4, keep_every=10), folder, NO_AUTOCAST)
+    first_step = int(checkpoint.read_text(encoding="utf-8")) + 1 if checkpoint.exists() else 1
+    saver = make_saver(folder, max_files=4, keep_every=10)
     for step in range(first_step, STEPS + 1):
         capture(saver, step, CASES[step])
         saver.after_step(step)

@@ -17,20 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from so8t.config import Config, load_config
-from so8t.memory.plan import GIB
-from so8t.memory.trace import (
-    Shape,
-    all_tensors,
-    fake_batch,
-    fake_model,
-    held_tensors,
-    optimizer_states,
-    trace_step,
-)
-from so8t.model import ALL_LAYERS, causal_lm, load_model_config, trainable_parameters
+from memory_cases import step_spec  # noqa: E402
+
+from so8t.config import Config, load_config  # noqa: E402
+from so8t.memory import BatchShape  # noqa: E402
+from so8t.memory.fakes import fake_batch, fake_model, optimizer_states  # noqa: E402
+from so8t.memory.trace import all_tensors, held_tensors, trace_step  # noqa: E402
+from so8t.model import causal_lm, load_model_config, trainable_parameters  # noqa: E402
+from so8t.text import GIB  # noqa: E402
 
 CONFIG = Path(__file__).parents[2] / "configs" / "train_borea_phi35_so8t_thinking_rtx3060.toml"
 BASES = {
@@ -40,10 +36,10 @@ BASES = {
 }
 
 
-def trainer_peak(config: Config, shape: Shape) -> int:
+def trainer_peak(config: Config, shape: BatchShape) -> int:
     """Bytes at the height of a Trainer's step with logits that are saved."""
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
-    with fake_model(config, load_model_config(config.model), "cuda", ALL_LAYERS) as (model, live):
+    with fake_model(config.model_spec, load_model_config(config.model), "cuda", None) as (model, live):
         for module in model.modules() if quantized else ():  # prepare_model_for_kbit_training
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.dtype == torch.bfloat16:
@@ -73,8 +69,8 @@ def main() -> None:
         config = load_config(CONFIG, [f"model.base_model={options.model}", *overrides])
         cells = []
         for length in (1024, 2048, 4096):
-            shape = Shape(rows, length, is_padded=rows > 1)
-            ours = trace_step(config, load_model_config(config.model), shape, "cuda", ALL_LAYERS).peak
+            shape = BatchShape(rows, length, is_padded=rows > 1)
+            ours = trace_step(step_spec(config, shape, "cuda"), None).peak
             cells.append(f"{ours / GIB:.1f} ({trainer_peak(config, shape) / GIB:.1f})")
         print(f"| {name} | {rows} | {' | '.join(cells)} |", flush=True)
 

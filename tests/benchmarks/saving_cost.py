@@ -28,11 +28,11 @@ from memory_cases import PeakBytes  # noqa: E402
 import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
 from so8t.data import Row, collate  # noqa: E402
-from so8t.logits import LogitsSaver  # noqa: E402
+from so8t.logits import LogitsSaver, plan_logits  # noqa: E402
 from so8t.logits.score import HostBuffer  # noqa: E402
 from so8t.losses import CHUNK_ROWS  # noqa: E402
 from so8t.metrics import read_metrics  # noqa: E402
-from so8t.model import ALL_LAYERS, head_weight, load_model  # noqa: E402
+from so8t.model import head_weight, load_model  # noqa: E402
 
 CONFIG = """
 [model]
@@ -71,7 +71,7 @@ def write_rows(folder: Path) -> None:
         json.dumps({"instruction": words, "output": output, "source": "own", "license": "CC0-1.0"}) + "\n"
         for output in outputs
     )
-    (folder / "rows.jsonl").write_text("".join(rows))
+    (folder / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
 def half_answered(length: int) -> Row:
@@ -86,7 +86,7 @@ def job(model: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         write_rows(Path(name))
         config = Path(name) / "config.toml"
-        config.write_text(CONFIG.format(model=model, folder=name))
+        config.write_text(CONFIG.format(model=model, folder=name), encoding="utf-8")
         yield config
 
 
@@ -118,28 +118,24 @@ def time_runs(config: Path, folder: Path, rounds: int) -> None:
 
 
 def measure_memory(config_path: Path, folder: Path) -> None:
-    """Peak tensor bytes of a step's forward and backward, without and with a capture at its usual place."""
+    """Peak tensor bytes of a step's forward and backward, without and with a tap."""
     config = load_config(config_path)
-    tables = config.model, config.quantization, config.qlora, config.so8t
-    model = load_model(*tables, torch.device("cpu"), seed=0, checkpointed_layers=ALL_LAYERS)
+    model = load_model(config.model_spec, torch.device("cpu"), seed=0, checkpointed_layers=None)
     no_autocast = torch.autocast("cpu", enabled=False)
     chunk = CHUNK_ROWS * len(head_weight(model)) * 4
     for length in (512, 1024, 2048):
         batch = collate([half_answered(length)])
         peaks = []
         for saves in ("false", "true"):
-            training = load_config(
-                config_path, [f"training.save_logits={saves}", "training.save_logits_steps=1"]
-            ).training
-            saver = LogitsSaver(training, folder / f"memory_{length}", no_autocast, length)
+            keys = [f"training.save_logits={saves}", "training.save_logits_steps=1"]
+            plan = plan_logits(load_config(config_path, keys), len(head_weight(model)), length)
+            saver = LogitsSaver(plan, folder / f"memory_{length}")
             for step in (1, 2, 3):  # the first two allocate the host buffers, the third uses one again
                 buffers = [thing._bytes for thing in gc.get_objects() if isinstance(thing, HostBuffer)]
                 with PeakBytes(buffers) as mode:
-                    observe = saver.observer(step, 0, batch, head_weight(model), is_last=True)
-                    hidden, ce, pet = train.forward(model, batch, no_autocast, 0.1, 0.0, observe)
-                    saver.capture(step, 0, batch, hidden, head_weight(model), ce)
-                    del hidden
-                    torch.autograd.backward(ce + pet)
+                    tap = saver.tap(step, 0, batch)
+                    share, _ = train.forward(model, batch, no_autocast, 1, 1, 0.1, 0.0, tap)
+                    torch.autograd.backward(share)
                 saver.after_step(step)
                 saver.flush()
             model.zero_grad()

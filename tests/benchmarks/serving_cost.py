@@ -21,13 +21,24 @@ import uvicorn
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from so8t.serve.api import Thinker, make_app  # noqa: E402
+from so8t.serve.api import make_app  # noqa: E402
 from so8t.serve.audit import AuditRow, AuditTrail  # noqa: E402
 from so8t.serve.command import bind  # noqa: E402
+from so8t.serve.thinker import Thinker, Written  # noqa: E402
 from so8t.thinking import render  # noqa: E402
 
 ANSWER = render("Asks for a capital city.", "Safe: geography.", "Answer in one line.", "Canberra.")
-QUERIES = [json.loads(line)["query"] for line in Path("so8t/demo/sample.jsonl").read_text().splitlines()]
+QUERIES = [
+    json.loads(line)["query"] for line in Path("so8t/demo/sample.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+class Instant:
+    def encode(self, messages: Any) -> list[int]:
+        return [1]
+
+    def __call__(self, questions: Any, prompts: Any, written: Any) -> None:
+        written([Written(row, ANSWER, 40) for row in range(len(questions))])
 
 
 @contextmanager
@@ -62,7 +73,7 @@ def main() -> None:
         times = []
         for _ in range(2000):
             started = time.perf_counter()
-            audit.append(AuditRow("r" * 32, None, "q" * 64, "t" * 64, "a" * 64, "ALLOW", "m" * 64, 60, 300))
+            audit.append([AuditRow("r" * 32, None, "q" * 64, "t" * 64, "a" * 64, "ALLOW", "m" * 64, 60, 300)])
             times.append(1000 * (time.perf_counter() - started))
         print(
             f"audit row: median {statistics.median(times):.2f} ms, 99 % {statistics.quantiles(times, n=100)[98]:.2f} ms"
@@ -70,13 +81,13 @@ def main() -> None:
         started = time.perf_counter()
         number, _, problems = audit.verify()
         print(f"verifying: {number / (time.perf_counter() - started):,.0f} rows a second, {len(problems)} problems")
-        models: list[tuple[str, Any, int]] = [("a model that takes no time", lambda query, **_: (ANSWER, 40), 1000)]
+        models: list[tuple[str, Any, int]] = [("a model that takes no time", Instant(), 1000)]
         if options.run:
             from so8t.serve.generate import load_generator
 
             models.append((str(options.run), load_generator(options.run), 60))
         for name, generate, count in models:
-            for clients in (1, 16):
+            for clients in (1, 4, 16):
                 with serving(generate, folder) as port, ThreadPoolExecutor(clients) as pool:
                     seconds_of(port, QUERIES[0])
                     started = time.perf_counter()

@@ -23,9 +23,10 @@ from saving_cost import half_answered  # noqa: E402
 
 from so8t.config import load_config  # noqa: E402
 from so8t.data import collate  # noqa: E402
-from so8t.logits import LogitsSaver  # noqa: E402
-from so8t.memory.trace import LiveBytes, all_tensors, held_tensors  # noqa: E402
-from so8t.model import ALL_LAYERS, load_model  # noqa: E402
+from so8t.logits import LogitsSaver, plan_logits  # noqa: E402
+from so8t.memory.live_bytes import LiveBytes  # noqa: E402
+from so8t.memory.trace import all_tensors, held_tensors  # noqa: E402
+from so8t.model import head_weight, load_model  # noqa: E402
 from so8t.optim import make_optimizer  # noqa: E402
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -67,14 +68,13 @@ class SavingTrainer(Trainer):
 def our_peak(model_folder: Path, folder: Path, length: int) -> tuple[int, int]:
     """The peak, and how much of it are the two host buffers that logits wait in."""
     path = folder / "config.toml"
-    path.write_text(CONFIG.format(model=model_folder, folder=folder, linear=LINEAR))
+    path.write_text(CONFIG.format(model=model_folder, folder=folder, linear=LINEAR), encoding="utf-8")
     config = load_config(path)
-    tables = config.model, config.quantization, config.qlora, config.so8t
-    model = load_model(*tables, torch.device("cpu"), seed=0, checkpointed_layers=ALL_LAYERS)
+    model = load_model(config.model_spec, torch.device("cpu"), seed=0, checkpointed_layers=None)
     optimizer = make_optimizer(model, config.training)
     no_autocast = torch.autocast("cpu", enabled=False)
     saver, batch, live = (
-        LogitsSaver(config.training, folder, no_autocast, length),
+        LogitsSaver(plan_logits(config, len(head_weight(model)), length), folder),
         collate([half_answered(length)]),
         LiveBytes(),
     )

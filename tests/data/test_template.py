@@ -45,6 +45,8 @@ R1 = (  # writes no thought at all, and opens one at inference
     LOOP + "{{ '<U>' if m.role == 'user' else '<A>' }}{{ m.content.split('</think>')[-1] }}"
     "{{ '<E>' if m.role == 'assistant' }}" + GENERATE + "<A><think>\n" + END
 )
+SPACE_BEFORE = LOOP + "\n{{ m.role }}: {{ m.content }}{{ '<E>' if m.role == 'assistant' }}" + GENERATE
+SPACE_BEFORE += "\nassistant: " + END
 TOOLS = (
     "{% for t in tools or [] %}<T>{{ t.function.name }}{% endfor %}" + LOOP + "<S>{{ m.role }}\n{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<C>{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
@@ -118,6 +120,9 @@ def learned(row: dict[str, Any], tokenizer: Any, **keys: Any) -> list[list[str]]
         (TWO_TOKENS, "<E>", dialogue("Hi", "Hello!", "And?", "So."), [["Hello!</S><E>", "So.</S><E>"]]),
         # an end that generation_config.json does not name becomes a stop of the model
         (CHATML, "<|endoftext|>", dialogue("Hi", "Hello!", "And?", "So."), [["Hello!<E>", "So.<E>"]]),
+        # one token closes a turn, the end of text the conversation
+        (CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}", "<|endoftext|>", dialogue(*"abcd"),
+         [["b<E>", "d<E>"]]),
         # the template's own text holds the answer
         (CHANNEL, "<E>", dialogue("Which?", "a", "Last?", "final"), [["<C>final<T>a<E>", "<C>final<T>final<E>"]]),
         (CHATML, "<E>", dialogue("assistant", "user", "u", "assistant"), [["user<E>", "assistant<E>"]]),
@@ -127,14 +132,14 @@ def learned(row: dict[str, Any], tokenizer: Any, **keys: Any) -> list[list[str]]
         (EMPTY_THOUGHT, "<E>", dialogue("a", "b", "c", "d"), [["</think>b<E>"], ["</think>d<E>"]]),
         (R1, "<E>", dialogue("a", "b"), [["\n</think>\n\nb<E>"]]),
         (R1, "<E>", dialogue("2+2?", "<think>\nEasy.\n</think>\n\n4"), [["Easy.\n</think>\n\n4<E>"]]),
-        # a line end that would run together with the prompt's
-        (CHATML, "<E>", dialogue("a", "\nb", "c", "d"), [["\nb<E>"], ["d<E>"]]),
+        # a space ends the prompt
+        (SPACE_BEFORE, "<E>", dialogue("a", "bare", "c", "done"), [["bare<E>", "done<E>"]]),
         # reasoning, code, tags inside of answers
         (CHATML, "<E>", dialogue("2+2?", "<think>\nEasy.\n</think>\n\n4"), [["<think>\nEasy.\n</think>\n\n4<E>"]]),
         (CHATML, "<E>", dialogue("c++", "vector<Final> v; i<final;"), [["vector<Final> v; i<final;<E>"]]),
         (CHATML, "<E>", dialogue("a", "b<E>", "c", "d <E>\n<S>user"), [["b<E><E>", "d <E>\n<S>user<E>"]]),
     ],
-)
+)  # fmt: skip
 def test_what_is_learned(template: str, eos: str, row: dict[str, Any], expected: list[list[str]]) -> None:
     assert learned(row, make_tokenizer(template, eos)) == expected
 
@@ -155,7 +160,7 @@ REFUSED = [
      'leaves out the "reasoning_content"'),
     ("{{ raise_exception('only one turn') }}", dialogue("a", "b"), r"refuses the conversation \(only one turn\)"),
     (CHATML, row_of(("assistant", "a"), ("user", "b"), ("assistant", "c")), "it begins with an answer"),
-    (CHATML.replace("<S>assistant\n{% endif", "<S>assistant says:{% endif"), dialogue("a", "b"), "says:.*chat_template"),
+    (CHATML.replace("<S>assistant\n{% e", "<S>assistant says:{% e"), dialogue("a", "b"), "says:.*data.chat_template"),
 ]  # fmt: skip
 
 
@@ -192,7 +197,9 @@ def test_messages_of_weight_0_are_context() -> None:
 
 
 def test_labels_are_within_the_marks_of_a_template_that_marks_what_is_generated() -> None:
-    marked = LOOP + "<S>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<E>{% endgeneration %}"
+    marked = (
+        LOOP + "<S>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<E>{% endgeneration %}"
+    )
     marked += "{% else %}{{ m.content }}<E>{% endif %}\n" + GENERATE + "<S>assistant\n" + END
     tokenizer, row = make_tokenizer(marked), dialogue("a", "b c", "d", "e")
     theirs = tokenizer.apply_chat_template(row["messages"], return_assistant_tokens_mask=True, return_dict=True)

@@ -4,18 +4,17 @@ import gc
 import logging
 import math
 import weakref
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from logits_cases import HIDDEN, NO_AUTOCAST, VOCAB, capture, make_batch, make_case, save_one, settings
-from memory_cases import PeakBytes
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from logits_cases import HIDDEN, VOCAB, capture, make_batch, make_case, make_saver, save_one, settings
+from torch import Tensor, nn
 
-from so8t.logits import LogitsSaver, read_logits
+from so8t.logits import read_logits
 from so8t.logits.record import is_consistent, position_layout
 from so8t.logits.score import HostBuffer, HostTransfer, Scorer
 from so8t.losses import CHUNK_ROWS, NO_TARGET, ce_sum
@@ -35,6 +34,8 @@ def saved_records(output_dir: Path) -> list[Any]:
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("architecture", ["phi3", "llama", "llama, tied"])
 def test_saved_logits_are_those_of_hugging_face(tmp_path: Path, architecture: str, autocast: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
     torch.manual_seed(0)
     if architecture == "phi3":
         model: Any = Phi3ForCausalLM(Phi3Config(**SIZES))
@@ -45,10 +46,9 @@ def test_saved_logits_are_those_of_hugging_face(tmp_path: Path, architecture: st
     with torch.no_grad(), context:
         expected = model(batch.input_ids, attention_mask=batch.attention_mask).logits
         hidden = model.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        ce = ce_sum(hidden, model.lm_head.weight, batch.targets)
+        saver = make_saver(tmp_path, computed_in=expected.dtype)
+        ce_sum(hidden, model.lm_head.weight, batch.targets, saver.tap(1, 0, batch))
         loss = model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    saver = LogitsSaver(settings(), tmp_path, torch.autocast("cpu", torch.bfloat16, enabled=autocast))
-    saver.capture(1, 0, batch, hidden, model.lm_head.weight, ce)
     saver.after_step(1)
     saver.close()
     (record,) = saved_records(tmp_path)
@@ -83,7 +83,10 @@ def test_full_file_has_the_documented_keys_types_and_shapes(tmp_path: Path) -> N
     for name in ("input_ids", "sections", "sample_ids"):
         assert torch.equal(contents[name], getattr(case.batch, name))
     plain = (Tensor, int, float, str, bool, torch.Size)
-    assert {name for name, value in contents.items() if type(value) not in plain} == set()
+    assert {name for name, value in contents.items() if type(value) not in plain} == {"checksums"}
+    assert {
+        name: zlib.crc32(value.numpy().tobytes()) for name, value in contents.items() if isinstance(value, Tensor)
+    } == (contents["checksums"])
     assert contents["loss"] == pytest.approx(
         F.cross_entropy(case.logits.flatten(0, 1), case.batch.targets.flatten()).item()
     )
@@ -161,7 +164,6 @@ def test_labels_only_holds_the_same_numbers_at_the_positions_with_a_target(tmp_p
 def test_batch_without_a_target_is_saved(tmp_path: Path, positions: str) -> None:
     case = make_case()
     case.batch.targets.fill_(NO_TARGET)
-    case.ce.zero_()
     contents = save_one(tmp_path, case, positions=positions)
     assert math.isnan(contents["loss"])
     assert contents["verified"]
@@ -187,8 +189,8 @@ def test_capture_neither_alters_hidden_nor_holds_a_graph_nor_draws_random_number
     hidden = case.hidden.clone().requires_grad_()
     case.head_weight.requires_grad_()
     before, state = hidden.detach().clone(), torch.get_rng_state()
-    saver = LogitsSaver(settings(), tmp_path, NO_AUTOCAST)
-    saver.capture(1, 0, case.batch, hidden, case.head_weight, ce_sum(hidden, case.head_weight, case.batch.targets))
+    saver = make_saver(tmp_path)
+    ce_sum(hidden, case.head_weight, case.batch.targets, saver.tap(1, 0, case.batch))
     alive = weakref.ref(hidden)
     assert torch.equal(hidden, before)
     assert torch.equal(torch.get_rng_state(), state)
@@ -205,7 +207,7 @@ def test_capture_neither_alters_hidden_nor_holds_a_graph_nor_draws_random_number
 @pytest.mark.parametrize("positions", ["all", "labels"])
 def test_file_is_as_large_as_its_tensors(tmp_path: Path, form: str, positions: str) -> None:
     # a buffer ten times as long as the batch: torch.save of a view of it would write it whole
-    saver = LogitsSaver(settings(form=form, positions=positions), tmp_path, NO_AUTOCAST, max_tokens=24_000)
+    saver = make_saver(tmp_path, max_tokens=24_000, form=form, positions=positions)
     capture(saver, 1, make_case(rows=2, length=1200))
     saver.after_step(1)
     saver.close()
@@ -234,11 +236,13 @@ def test_file_opens_memory_mapped_without_trusting_pickle(tmp_path: Path, form: 
 def test_logits_that_do_not_give_the_loss_are_marked_and_warned_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saver = LogitsSaver(settings(), tmp_path, NO_AUTOCAST)
+    saver = make_saver(tmp_path)
     for step in (1, 2):
         case = make_case(length=64, seed=step)
-        case.hidden = case.hidden.roll(1, dims=1)  # off by one
-        capture(saver, step, case)
+        tap = saver.tap(step, 0, case.batch)
+        assert tap is not None
+        tap.begin(case.head_weight)
+        tap.finish(case.hidden.roll(1, dims=1), case.head_weight, case.ce)  # off by one
         saver.after_step(step)
     saver.close()
     assert [record.verified for record in saved_records(tmp_path)] == [False, False]
@@ -262,14 +266,12 @@ def test_self_check_reads_the_stored_logits_themselves(tmp_path: Path) -> None:
 def test_logits_too_large_for_fp16_are_not_called_verified(tmp_path: Path) -> None:
     case = make_case()
     case.head_weight *= 1e5
-    case.ce = ce_sum(case.hidden, case.head_weight, case.batch.targets)
     assert not save_one(tmp_path, case, dtype="fp16")["verified"]
 
 
 def test_evidence_of_a_non_finite_step_is_saved_without_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = make_case()
     case.hidden[0, 7] = math.nan
-    case.ce = ce_sum(case.hidden, case.head_weight, case.batch.targets)
     contents = save_one(tmp_path, case)
     assert math.isnan(contents["loss"])
     assert contents["verified"]
@@ -284,6 +286,8 @@ def test_evidence_of_a_non_finite_step_is_saved_without_alarm(tmp_path: Path, ca
 @pytest.mark.parametrize("keys", [{}, {"dtype": "fp16"}, {"form": "topk"}, {"form": "stats", "positions": "labels"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scoring_holds_about_one_chunk_however_long_the_rows(keys: dict[str, Any], dtype: torch.dtype) -> None:
+    from memory_cases import PeakBytes  # which takes seconds to import
+
     vocab = 2000
     layout = position_layout(settings(**keys), vocab, dtype)
     peaks = []
@@ -309,7 +313,7 @@ def test_scoring_holds_about_one_chunk_however_long_the_rows(keys: dict[str, Any
 def test_reader_yields_oldest_step_first_and_skips_torn_and_foreign_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saver = LogitsSaver(settings(), tmp_path, NO_AUTOCAST)
+    saver = make_saver(tmp_path)
     for step in (9, 10, 100, 1000):
         capture(saver, step, make_case(seed=step))
         saver.after_step(step)
@@ -318,7 +322,7 @@ def test_reader_yields_oldest_step_first_and_skips_torn_and_foreign_files(
     torn = next(folder.glob("logits_step_10_*"))
     torn.write_bytes(torn.read_bytes()[:-1000])
     torch.save({"weights": torch.ones(3)}, folder / "model.pt")
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
     (folder / "logits_step_5_epoch_0_20260101_000000.pt").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert [record.step for record in read_logits(folder)] == [9, 100, 1000]
@@ -328,6 +332,47 @@ def test_reader_yields_oldest_step_first_and_skips_torn_and_foreign_files(
     assert [record.step for record in read_logits(str(next(folder.glob("logits_step_9_*"))))] == [9]
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         next(read_logits(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("positions", ["all", "labels"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_is_not_as_the_table_says_is_skipped_and_the_wrong_key_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str, positions: str
+) -> None:
+    contents = save_one(tmp_path, make_case(), form=form, positions=positions)
+    (path,) = (tmp_path / "logits").iterdir()
+    assert len(list(read_logits(path))) == 1
+    needed = contents.keys() - {"logits_shape", "logits_dtype", "labels_shape", "timestamp", "checksums"}
+    for name in sorted(needed):
+        broken: list[Any] = [None, "text", torch.zeros(3, 3, 3), [1]]
+        if isinstance(value := contents[name], Tensor):
+            broken += [value[:-1], value.double(), value[None]]
+            if not value.is_floating_point():
+                broken += [torch.full_like(value, 120) if value.dtype == torch.uint8 else value.clone().fill_(2**15)]
+                broken[-1:] = [] if name == "label_rank" or name == "sample_ids" else broken[-1:]
+        for bent in broken:
+            torch.save(contents | {name: bent}, path)
+            caplog.clear()
+            assert list(read_logits(path)) == [], (name, bent)
+            assert name in caplog.text or name == "labels", (name, bent)  # all others are held against the labels
+            assert caplog.text.count("\n") == 1
+        torch.save({key: value for key, value in contents.items() if key != name}, path)
+        caplog.clear()
+        read = list(read_logits(path))
+        assert read == [] or name == "positions"
+        assert "weights_only" not in caplog.text
+
+
+def test_nothing_advises_to_load_a_foreign_file_without_weights_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "model.pt")
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    assert list(read_logits(tmp_path)) == []
+    assert len(caplog.records) == 3
+    assert "weights_only" not in caplog.text
+    assert "it holds a list, not a dict" in caplog.text
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -347,11 +392,10 @@ def test_record_shows_what_is_known_and_nan_for_the_rest(tmp_path: Path, form: s
     assert record.nll.shape == record.entropy.shape == record.top1_id.shape == (2, 30)
 
 
-def test_token_texts_join_to_the_row_and_never_hold_half_a_character(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained("so8t/demo")
+def test_token_texts_join_to_the_row_and_never_hold_half_a_character(tmp_path: Path, tokenizer: Any) -> None:
     text = "質問: 𩸽と🦊は? A quick answer.\n<final>はい、それは魚です。</final>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    case = make_case(rows=1, length=len(ids))
+    case = make_case(rows=1, length=len(ids), vocab=2048)
     case.batch.input_ids.copy_(torch.tensor([ids]))
     save_one(tmp_path, case)
     (record,) = saved_records(tmp_path)

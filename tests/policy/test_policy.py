@@ -318,7 +318,7 @@ def test_the_report_is_written_by_the_main_rank_only(tmp_path: Path) -> None:
     report.write(tmp_path, is_main=False)
     assert list(tmp_path.iterdir()) == []
     report.write(tmp_path, is_main=True)
-    written = json.loads((tmp_path / "policy.json").read_text())
+    written = json.loads((tmp_path / "policy.json").read_text(encoding="utf-8"))
     counts = dict.fromkeys(RULES, 0)
     assert written == {"mode": "error", "rows_read": 2, "rows_used": 2, "counts": counts, "dropped": []}
 

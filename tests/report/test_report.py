@@ -1,9 +1,9 @@
 """The report: its numbers against the files they come from, its page in a real browser."""
 
 import json
+import math
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +20,10 @@ from so8t.config import PetConfig
 from so8t.logits import read_logits
 from so8t.losses import NO_TARGET
 from so8t.metrics import read_metrics
+from so8t.report.charts import MAX_POINTS, training_charts
 from so8t.report.command import main
 from so8t.report.page import write_report
-from so8t.report.plots import MAX_POINTS, draw_training
-from so8t.report.tokens import MAX_BELIEFS, MAX_STEPS, _Strings, token_map
+from so8t.report.tokens import MAX_PREDICTIONS, MAX_STEPS, _Strings, token_map
 
 ATTACK = '</script><img src="http://127.0.0.1:9" onerror="hacked = 1"><!-- \u2028 <script>window.hacked = 1</script>'
 SOURCE = {"source": "own", "license": "CC0-1.0"}
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps, with a probe, and with what the policy and the memory ledger leave; its report is written."""
     folder = tmp_path_factory.mktemp("report")
     probe = folder / "probe.jsonl"
-    probe.write_text("\n".join(map(json.dumps, PROBE)))
+    probe.write_text("\n".join(map(json.dumps, PROBE)), encoding="utf-8")
     output_dir = folder / "run <b>bold</b>"
     keys = {
         "output_dir": f'"{output_dir}"',
@@ -54,8 +54,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     policy = {"mode": "exclude", "rows_read": 9, "rows_used": 7, "counts": {"<i>rule</i>": 2}, "dropped": []}
     weights = {"name": "base weights", "where": "device", "predicted_bytes": 2**20, "measured_bytes": 3 * 2**19}
     moments = [{"name": "peak", "predicted_bytes": None, "measured_bytes": None}]
-    (output_dir / "policy.json").write_text(json.dumps(policy))
-    (output_dir / "memory.json").write_text(json.dumps({"rows": [weights], "moments": moments, "more": 1}))
+    (output_dir / "policy.json").write_text(json.dumps(policy), encoding="utf-8")
+    (output_dir / "memory.json").write_text(
+        json.dumps({"rows": [weights], "moments": moments, "more": 1}), encoding="utf-8"
+    )
     assert main([str(output_dir)]) == 0
     return output_dir
 
@@ -91,13 +93,15 @@ def test_every_token_of_the_map_has_the_numbers_of_its_file(run: Path, drawn: di
             (save,) = (save for save in row["saves"] if save["step"] == record.step)
             positions = [t for t, target in enumerate(record.targets[index].tolist()) if target != NO_TARGET]
             assert row["targets"] == [t + 1 for t in positions]  # logits at t predict the token at t + 1
-            for place, t in enumerate(positions):
+            for index_of_target, t in enumerate(positions):
                 logprobs = record.contents["logits"][index, t].double().log_softmax(dim=0)
                 label, entropy = record.input_ids[index, t + 1], -float((logprobs.exp() * logprobs).sum())
-                assert save["logprob"][place] == pytest.approx(1000 * float(logprobs[label]), abs=0.6)
-                assert save["entropy"][place] == pytest.approx(1000 * entropy, abs=0.6)
-                assert save["rank"][place] == (logprobs > logprobs[label]).sum()
-                assert save["top_logprob"][place] == pytest.approx((1000 * logprobs.topk(5).values).tolist(), abs=0.6)
+                assert save["logprob"][index_of_target] == pytest.approx(1000 * float(logprobs[label]), abs=0.6)
+                assert save["entropy"][index_of_target] == pytest.approx(1000 * entropy, abs=0.6)
+                assert save["rank"][index_of_target] == (logprobs > logprobs[label]).sum()
+                assert save["top_logprob"][index_of_target] == pytest.approx(
+                    (1000 * logprobs.topk(5).values).tolist(), abs=0.6
+                )
                 checked += 1
     assert checked > 500
 
@@ -135,9 +139,13 @@ def test_a_number_that_is_not_finite_is_unknown(tmp_path: Path, tokenizer: Any) 
     save_one(tmp_path, case)
     data = token_map(tmp_path / "logits", tokenizer)
     (save,) = data["rows"][0]["saves"]
-    place = data["rows"][0]["targets"].index(9)
-    assert (save["logprob"][place], save["entropy"][place], save["rank"][place]) == (None, None, -1)
-    assert None not in save["logprob"][place + 1 :]
+    index_of_target = data["rows"][0]["targets"].index(9)
+    assert (save["logprob"][index_of_target], save["entropy"][index_of_target], save["rank"][index_of_target]) == (
+        None,
+        None,
+        -1,
+    )
+    assert None not in save["logprob"][index_of_target + 1 :]
     assert "NaN" not in json.dumps(data)
 
 
@@ -147,14 +155,14 @@ def test_a_number_that_is_not_finite_is_unknown(tmp_path: Path, tokenizer: Any) 
 def test_an_alternative_keeps_its_leading_space(tokenizer: Any) -> None:
     strings = _Strings(tokenizer)
     (with_space,) = tokenizer.encode(" the", add_special_tokens=False)
-    assert strings.texts[strings.place_of_id(with_space)] == " the"
+    assert strings.texts[strings.index_of_id(with_space)] == " the"
 
 
 def test_an_alternative_that_is_part_of_a_character_shows_its_bytes(tokenizer: Any) -> None:
     strings = _Strings(tokenizer)
     ids = tokenizer.encode("鬱", add_special_tokens=False)
     assert len(ids) > 1
-    shown = [strings.texts[strings.place_of_id(id)].removeprefix("bytes ") for id in ids]
+    shown = [strings.texts[strings.index_of_id(id)].removeprefix("bytes ") for id in ids]
     assert bytes.fromhex("".join(shown)) == "鬱".encode()
 
 
@@ -165,7 +173,7 @@ def test_so_does_one_of_a_sentencepiece_tokenizer() -> None:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     strings = _Strings(PreTrainedTokenizerFast(tokenizer_object=backend))
-    assert [strings.texts[strings.place_of_id(id)] for id in range(1, 5)] == [
+    assert [strings.texts[strings.index_of_id(id)] for id in range(1, 5)] == [
         " the",
         "bytes E9",
         "bytes AC",
@@ -177,19 +185,20 @@ def test_so_does_one_of_a_sentencepiece_tokenizer() -> None:
 
 
 def test_a_map_of_the_largest_size_stays_below_10_mb(page: str, drawn: dict[str, Any]) -> None:
-    beliefs = sum(len(row["targets"]) * len(row["saves"]) for row in drawn["rows"])
+    predictions = sum(len(row["targets"]) * len(row["saves"]) for row in drawn["rows"])
     rows = json.dumps(drawn["rows"], separators=(",", ":"))
-    assert len(page) - len(rows) + MAX_BELIEFS * len(rows) / beliefs < 10e6
+    assert len(page) - len(rows) + MAX_PREDICTIONS * len(rows) / predictions < 10e6
 
 
 def test_long_prompts_take_room_too(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("so8t.report.tokens.MAX_BELIEFS", 1000)
+    monkeypatch.setattr("so8t.report.tokens.MAX_PREDICTIONS", 1000)
     contents = save_one(tmp_path, make_case(), form="stats", positions="labels")
     rows, length = 10, 2000  # of two targets each
     labels = torch.full((rows, length), NO_TARGET)
     labels[:, -2:] = 7
     contents |= {
         "input_ids": torch.randint(1000, 2000, (rows, length), dtype=torch.int32),
+        "vocab_size": 2048,
         "labels": labels,
         "sections": torch.ones(rows, length, dtype=torch.uint8),
         "sample_ids": torch.arange(rows),
@@ -206,7 +215,7 @@ def test_long_prompts_take_room_too(tmp_path: Path, tokenizer: Any, monkeypatch:
 
 def test_a_row_that_has_no_room_at_all_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr("so8t.report.tokens.MAX_BELIEFS", 10)
+    monkeypatch.setattr("so8t.report.tokens.MAX_PREDICTIONS", 10)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "no room for even one of the" in page
 
@@ -214,7 +223,7 @@ def test_a_row_that_has_no_room_at_all_is_told(run: Path, tmp_path: Path, monkey
 def test_what_does_not_fit_is_left_out_and_counted(
     run: Path, tokenizer: Any, drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("so8t.report.tokens.MAX_BELIEFS", 400)
+    monkeypatch.setattr("so8t.report.tokens.MAX_PREDICTIONS", 400)
     data = token_map(run / "logits", tokenizer)
     assert sum(len(row["targets"]) * len(row["saves"]) for row in data["rows"]) <= 400
     assert data["rows"] == drawn["rows"][: len(data["rows"])]
@@ -233,8 +242,8 @@ def test_of_many_saved_steps_the_slider_has_some_at_even_distances(tmp_path: Pat
 def test_a_long_curve_is_drawn_as_means(run: Path) -> None:
     (record, *_) = read_metrics(run / "metrics.jsonl")
     many = [record | {"step": step, "loss": step % 2} for step in range(1, 20 * MAX_POINTS + 1)]
-    drawings = draw_training(many, PetConfig())
-    assert max(len(drawing.svg) for drawing in drawings) < 100_000
+    loss = training_charts(many, PetConfig())[0].series[0]
+    assert [value for _, value in loss.points] == [0.5] * MAX_POINTS
 
 
 # ---- the page as text
@@ -270,14 +279,16 @@ def test_the_curves_say_what_the_metrics_say(run: Path, page: str) -> None:
 
 def test_losses_that_were_not_finite_leave_a_gap(run: Path) -> None:
     records = [record | {"loss": None, "pet": None} for record in read_metrics(run / "metrics.jsonl")]
-    assert "from not finite to not finite" in draw_training(records, PetConfig())[0].caption
+    loss = training_charts(records, PetConfig())[0]
+    assert loss.numbers == "from not finite to not finite"
+    assert [value for _, value in loss.series[0].points] == [None] * len(records)
 
 
 def test_a_validation_loss_that_was_not_finite_is_told(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "config.toml", tmp_path)
     first, *others = read_metrics(run / "metrics.jsonl")
     records = [first | {"eval_loss": 2.5}, *others, others[-1] | {"eval_loss": None}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<dt>validation loss</dt><dd>not finite</dd><small>2.5 at its best</small>" in page
 
@@ -285,10 +296,9 @@ def test_a_validation_loss_that_was_not_finite_is_told(run: Path, tmp_path: Path
 def test_a_run_without_logits_and_a_ledger_of_few_keys_have_a_report_too(run: Path, tmp_path: Path) -> None:
     for name in ("config.toml", "metrics.jsonl"):
         shutil.copy(run / name, tmp_path)
-    (tmp_path / "policy.json").write_text("{}")
-    (tmp_path / "memory.json").write_text('{"rows": [{"name": "a lone name"}]}')
+    (tmp_path / "memory.json").write_text('{"rows": [{"name": "a lone name"}]}', encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    for text in ("This run saved no logits", "? of ? rows were used", "a lone name"):
+    for text in ("This run saved no logits", "a lone name"):
         assert text in page
 
 
@@ -300,7 +310,11 @@ def test_a_run_without_logits_and_a_ledger_of_few_keys_have_a_report_too(run: Pa
     [
         ({}, "is no run, it has no config.toml"),
         ({"metrics.jsonl": ""}, "has no step in its metrics.jsonl"),
-        ({"policy.json": "{"}, "policy.json is not JSON"),
+        ({"policy.json": "{"}, "policy.json is no policy report of so8t"),
+        ({"policy.json": '{"mode": "exclude"}'}, "policy.json is no policy report of so8t"),
+        ({"metrics.jsonl": '{"loss": 1}'}, "metrics.jsonl, line 1 is no step"),
+        ({"metrics.jsonl": '{"step": 1, "loss": "low"}'}, "metrics.jsonl, line 1 is no step"),
+        ({"memory.json": '{"rows": "x"}'}, "memory.json: rows is no list of objects"),
         ({"memory.json": "[]"}, "memory.json is no JSON object"),
     ],
 )
@@ -311,7 +325,7 @@ def test_what_is_no_finished_run_is_one_sentence(
         for name in ("config.toml", "metrics.jsonl"):
             shutil.copy(run / name, tmp_path)
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -319,13 +333,78 @@ def test_what_is_no_finished_run_is_one_sentence(
     assert not (tmp_path / "report.html").exists()
 
 
-def test_without_matplotlib_it_says_what_to_install(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_metrics_of_an_older_version_leave_out_what_they_do_not_have(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "config.toml", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n', encoding="utf-8")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "from 2.5 to 1.5" in page
+    assert "tokens per second" not in page
+
+
+# ---- what the run was
+
+
+def test_the_page_says_what_the_run_was(run: Path, page: str) -> None:
+    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["state"] == "finished: 6 of 6 steps"
+    assert (facts["seed"], facts["torch"], facts["data"]) == ("42", torch.__version__, about["data"])
+    assert facts["started"] == about["started"]
+
+
+def test_the_page_tells_of_a_run_that_stopped_and_of_files_that_are_damaged_or_of_another_make(
+    run: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "so8t.report.plots")
-    assert main([str(run)]) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (tmp_path / "run.json").write_text(json.dumps(about | {"total_steps": 9}), encoding="utf-8")
+    (damaged,) = (tmp_path / "logits").glob("probe_step_4_*")
+    (foreign,) = (tmp_path / "logits").glob("logits_step_4_*")
+    contents = torch.load(damaged)
+    torch.save(contents | {"label_logprob": contents["label_logprob"] - 1}, damaged)
+    torch.save(torch.load(foreign) | {"entropy": None}, foreign)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "not finished: 6 of 9 steps" in page
+    assert "Damaged after they were written: the saved logits of step 4." in page
+    data = re.search(r'id="token-map">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    assert [save["step"] for row in json.loads(data[1])["rows"] for save in row["saves"]].count(4) == len(PROBE)
+
+
+def test_a_caption_counts_instead_of_rounding_up(run: Path, page: str) -> None:
+    (record,) = (r for r in read_logits(run / "logits") if (r.kind, r.step) == ("probe", STEPS[-1]))
+    right = int((record.at_targets("top1_id") == record.target_ids).sum())
+    assert f"at step 6 {right} of {len(record.target_ids)} tokens were the likeliest" in page
+
+
+# ---- two runs
+
+
+@pytest.fixture(scope="module")
+def beside(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the run and of another that is a nat worse at every target of step 6."""
+    other = tmp_path_factory.mktemp("other") / "slow"
+    shutil.copytree(run, other)
+    for path in (other / "logits").glob("probe_step_6_*"):
+        contents = torch.load(path)
+        torch.save(contents | {"label_logprob": contents["label_logprob"] - 1}, path)
+    assert main([str(run), str(other)]) == 0
+    return run / "report_beside_slow.html"
+
+
+def test_two_runs_stand_beside_each_other(run: Path, beside: Path) -> None:
+    page = beside.read_text(encoding="utf-8")
+    data = re.search(r'id="chart-data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    loss = json.loads(data[1])[0]
+    assert [one["name"] for one in loss["series"]] == ["loss", "cross-entropy", "loss, slow", "cross-entropy, slow"]
+    rows = re.findall(
+        r"probe row (\d)</th>\s*<td.*?>6</td><td.*?>(.*?)</td>\s*<td.*?>(.*?)</td><td.*?>(.*?)</td>", page
+    )
+    assert len(rows) == 2
+    for _, ours, theirs, difference in rows:
+        assert float(theirs) - float(ours) == pytest.approx(1, abs=0.002)
+        assert difference == "+1.000"
 
 
 # ---- the page in a browser
@@ -375,8 +454,8 @@ class Page:
         self.driver.switch_to.active_element.send_keys(*keys)
 
     @property
-    def belief(self) -> str:
-        text: str = self.find("#belief").text
+    def prediction(self) -> str:
+        text: str = self.find("#prediction").text
         return text
 
 
@@ -389,9 +468,9 @@ def percent(thousandths: int) -> float:
     return float(100 * torch.tensor(thousandths / 1000, dtype=torch.float64).exp())
 
 
-def shown_percent(belief: str, name: str) -> float:
-    found = re.search(rf"^{name}\n?\s*(?:< )?([\d.]+) %", belief, re.MULTILINE)
-    assert found is not None, belief
+def shown_percent(prediction: str, name: str) -> float:
+    found = re.search(rf"^{name}\n?\s*(?:< )?([\d.]+) %", prediction, re.MULTILINE)
+    assert found is not None, prediction
     return float(found[1])
 
 
@@ -413,14 +492,16 @@ def test_hovering_shows_the_numbers_of_that_token_at_that_step(
         opened.run("arguments[0].scrollIntoView({block: 'center'})", opened.token(0, index))
         opened.run("arguments[0].dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))", opened.token(0, index))
         save = row["saves"][-1]
-        assert shown_percent(opened.belief, "probability") == pytest.approx(percent(save["logprob"][index]), rel=0.01)
-        assert f"{-save['logprob'][index] / 1000:.2f} nats" in opened.belief
-        assert f"{save['entropy'][index] / 1000:.2f} nats" in opened.belief
-        assert f"rank\n{save['rank'][index]} " in opened.belief
+        assert shown_percent(opened.prediction, "probability") == pytest.approx(
+            percent(save["logprob"][index]), rel=0.01
+        )
+        assert f"{-save['logprob'][index] / 1000:.2f} nats" in opened.prediction
+        assert f"{save['entropy'][index] / 1000:.2f} nats" in opened.prediction
+        assert f"rank, 0 = likeliest\n{save['rank'][index]}\n" in opened.prediction
         expected = [drawn["strings"][place].strip(" ").replace("\n", "↵") for place in save["top"][index]]
         cells = [
             cell.text.removeprefix("␣")
-            for cell in opened.driver.find_elements("css selector", "#belief td:first-child")
+            for cell in opened.driver.find_elements("css selector", "#prediction td:first-child")
         ]
         assert cells[: len(expected)] == expected
 
@@ -430,7 +511,7 @@ def test_a_real_pointer_finds_the_token_under_it(opened: Page, probe_rows: list[
 
     row = probe_rows[0]
     ActionChains(opened.driver).move_to_element(opened.token(0, 5)).perform()
-    assert f"token {row['targets'][5]} of row {row['sample_id']}" in opened.belief
+    assert f"token {row['targets'][5]} of row {row['sample_id']}" in opened.prediction
 
 
 def test_the_slider_changes_step_colours_and_numbers(
@@ -438,20 +519,22 @@ def test_the_slider_changes_step_colours_and_numbers(
 ) -> None:
     assert opened.find("#step-shown").text == f"step {STEPS[-1]}"
     opened.run("arguments[0].focus()", opened.token(0, 3))
-    strengths, beliefs = [], []
+    strengths, predictions = [], []
     for step in reversed(STEPS):
         assert opened.find("#step-shown").text == f"step {step}"
-        assert f"step {step}" in opened.belief
+        assert f"step {step}" in opened.prediction
         save = next(save for save in probe_rows[0]["saves"] if save["step"] == step)
-        assert shown_percent(opened.belief, "probability") == pytest.approx(percent(save["logprob"][3]), rel=0.01)
+        assert shown_percent(opened.prediction, "probability") == pytest.approx(percent(save["logprob"][3]), rel=0.01)
         strength = float(
             opened.run("return arguments[0].style.getPropertyValue('--strength')", opened.token(0, 3))[:-1]
         )
-        assert strength == pytest.approx(min(100, -save["logprob"][3] / 10 / drawn["scale"]["nll"]), abs=0.01)
+        assert strength == pytest.approx(
+            100 * math.sqrt(min(1, -save["logprob"][3] / 1000 / drawn["scale"]["nll"])), abs=0.01
+        )
         strengths.append(strength)
-        beliefs.append(opened.belief)
+        predictions.append(opened.prediction)
         opened.find("#step").send_keys("\ue012")  # left
-    assert len(set(beliefs)) == len(STEPS)
+    assert len(set(predictions)) == len(STEPS)
 
 
 def test_change_compares_with_the_earlier_step(
@@ -466,7 +549,9 @@ def test_change_compares_with_the_earlier_step(
             token = opened.token(0, index)
             assert ("likelier" in token.get_attribute("class")) == (changes[index] < 0)
             strength = float(opened.run("return arguments[0].style.getPropertyValue('--strength')", token)[:-1])
-            assert strength == pytest.approx(min(100, 100 * abs(changes[index]) / drawn["scale"]["change"]), abs=0.01)
+            assert strength == pytest.approx(
+                100 * math.sqrt(min(1, abs(changes[index]) / drawn["scale"]["change"])), abs=0.01
+            )
     opened.find("#step").send_keys("\ue011")  # home: the first step, before which there is nothing
     assert "unknown" in opened.token(0, 0).get_attribute("class")
     assert "not saved at step 4" in opened.find(".row:not([hidden]) h3").text
@@ -485,23 +570,73 @@ def test_the_rows_of_a_batch_are_those_of_its_step(opened: Page, run: Path) -> N
 def test_the_keyboard_reaches_everything(opened: Page, probe_rows: list[dict[str, Any]]) -> None:
     first, second = probe_rows
     right, left, down, up, home, end, page_up, page_down = "\ue014\ue012\ue015\ue013\ue011\ue010\ue00e\ue00f"
-    opened.run("document.getElementById('since').focus()")
+    opened.run("document.getElementById('find').focus()")
     opened.press("\ue004")  # Tab
-    assert f"token {first['targets'][0]} of row 0" in opened.belief
+    assert f"token {first['targets'][0]} of row 0" in opened.prediction
     for key, row, index in (
         (right, first, 1), (right, first, 2), (left, first, 1), (down, second, 1), (end, second, -1), (home, second, 0),
         (up, first, 0), (end, first, -1), (right, second, 0),
     ):  # fmt: skip
         opened.press(key)
-        assert f"token {row['targets'][index]} of row {row['sample_id']}," in opened.belief
+        assert f"token {row['targets'][index]} of row {row['sample_id']}," in opened.prediction
     opened.press(page_down)
     assert opened.find("#step-shown").text == f"step {STEPS[1]}"
-    assert f"token {second['targets'][0]} of row 1, task, step {STEPS[1]}" in opened.belief
+    assert f"token {second['targets'][0]} of row 1, task, step {STEPS[1]}" in opened.prediction
     opened.press(page_up)
     assert opened.find("#step-shown").text == f"step {STEPS[2]}"
     focused = opened.driver.switch_to.active_element
     assert focused.get_attribute("aria-selected") == "true"
     assert opened.run("return document.querySelectorAll('.token[tabindex=\"0\"]').length") == 1
+
+
+def test_page_keys_go_on_working_where_every_step_has_other_rows(opened: Page) -> None:
+    opened.find("input[value=logits]").click()
+    opened.run("document.querySelector('.row:not([hidden]) .token').focus()")
+    for step in reversed(STEPS[:-1]):
+        opened.press("\ue00f")
+        assert opened.find("#step-shown").text == f"step {step}"
+        assert "token" in opened.driver.switch_to.active_element.get_attribute("class")
+
+
+def test_rows_are_ordered_by_their_nll_and_found_by_their_text(opened: Page, probe_rows: list[dict[str, Any]]) -> None:
+    titles = "return [...document.querySelectorAll('.row:not([hidden]) h3')].map(title => title.firstChild.data)"
+    choose = "const box = document.getElementById(arguments[0]); box.value = arguments[1]; " \
+             "box.dispatchEvent(new Event('input', {bubbles: true}))"  # fmt: skip
+    opened.run(choose, "order", "nll")
+    nll = {row["sample_id"]: -sum(row["saves"][-1]["logprob"]) / len(row["targets"]) for row in probe_rows}
+    assert opened.run(titles) == [f"probe row {id}" for id in sorted(nll, key=lambda id: -nll[id])]
+    opened.run(choose, "find", "薔薇が咲く")
+    assert opened.run(titles) == ["probe row 1"]
+    found = (
+        "return [...document.querySelectorAll('.row:not([hidden]) .found')].map(token => token.textContent).join('')"
+    )
+    assert "薔薇が咲く" in opened.run(found)
+    opened.run(choose, "find", "nowhere in it")
+    assert opened.run(titles) == []
+    assert "No row of this step has that text" in opened.prediction
+
+
+def test_a_curve_tells_its_values_and_has_a_logarithmic_scale(opened: Page, run: Path) -> None:
+    losses = {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl")}
+    opened.run("document.querySelector('.plot svg').focus()")
+    for step in (1, 2, 3):
+        opened.press("\ue014")
+        text = opened.find("figure output").text
+        assert text.startswith(f"step {step} · loss {losses[step]:.4g}".rstrip("0"))
+    ticks = "return document.querySelector('figure[data-chart=\"2\"] .plot svg').textContent"
+    before = opened.run(ticks)
+    opened.find("#log").click()
+    assert before != opened.run(ticks)
+    size = "return parseFloat(getComputedStyle(document.querySelector('.plot text')).fontSize)"
+    assert opened.run(size) >= 12
+
+
+def test_the_difference_to_another_run_colours_the_tokens(chromium: Any, beside: Path) -> None:
+    page = Page(chromium, beside)
+    page.find("input[value=other]").click()
+    assert "+1.00 in the other run" in page.find(".row:not([hidden]) h3").text
+    assert "likelier" not in page.token(0, 0).get_attribute("class")
+    assert page.run("return document.querySelectorAll('figure path.curve[stroke-dasharray=\"3 3\"]').length") > 0
 
 
 @pytest.mark.parametrize(("width", "height"), [(360, 800), (1280, 400)])
@@ -528,7 +663,9 @@ def test_a_row_of_markup_and_script_stays_text(opened: Page) -> None:
     assert ATTACK in opened.run("return document.querySelector('.row [data-section=prompt] p').textContent")
     opened.run("document.querySelectorAll('.token').forEach(token => token.focus())")  # describes every one of them
     assert opened.run("return window.hacked") is None
-    assert opened.run("return document.querySelectorAll('img, #rows script, main b > *, #belief script').length") == 0
+    assert (
+        opened.run("return document.querySelectorAll('img, #rows script, main b > *, #prediction script').length") == 0
+    )
     assert opened.driver.get_log("browser") == []
 
 

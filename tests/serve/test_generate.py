@@ -1,5 +1,7 @@
 import json
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,34 @@ from so8t.checkpoint import checkpoint_folders
 from so8t.config import InputError
 from so8t.data import load_dataset, read_conversation, read_fields
 from so8t.gates import gates_of
+from so8t.serve.command import try_out
 from so8t.serve.generate import END, Generator, load_generator, model_hash
+from so8t.serve.thinker import Question, Written
 from so8t.thinking import has_tags, parse, render
 
 ROW = Path("so8t/demo/sample.jsonl").read_bytes().splitlines()[0]
 QUERY, *PARTS = (json.loads(ROW)[name] for name in ("query", "task", "safety", "policy", "final"))
-GREEDY: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.0, "top_p": 1.0, "max_seconds": 60.0}
+
+
+def asked(query: str, max_seconds: float = 60.0, **changed: Any) -> Question:
+    options: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.0, "top_p": 1.0} | changed
+    return Question(user(query), deadline=time.monotonic() + max_seconds, **options)
+
+
+def user(query: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": query}]
+
+
+def write_all(generator: Generator, questions: Sequence[Question]) -> list[tuple[str, int]]:
+    """What the model writes to questions that are asked together, and its number of tokens."""
+    found: dict[int, tuple[str, int]] = {}
+    prompts = [generator.encode(question.messages) for question in questions]
+    generator(questions, prompts, lambda written: found.update({row: (text, count) for row, text, count in written}))
+    return [found[row] for row in range(len(questions))]
+
+
+def write(generator: Generator, query: str, **changed: Any) -> tuple[str, int]:
+    return write_all(generator, [asked(query, **changed)])[0]
 
 
 @pytest.fixture(scope="module")
@@ -26,22 +50,22 @@ def generator(memorised_run: Path) -> Generator:
 
 
 def test_a_run_says_what_it_learned_and_stops_at_the_end_of_the_final(generator: Generator, tokenizer: Any) -> None:
-    text, num_tokens = generator(QUERY, **GREEDY)
+    text, num_tokens = write(generator, QUERY)
     assert text == render(*PARTS)
     assert num_tokens == len(tokenizer(text)["input_ids"])
 
 
 def test_sampling_from_the_likeliest_token_alone_is_greedy(generator: Generator) -> None:
-    assert generator(QUERY, **(GREEDY | {"temperature": 2.0, "top_p": 1e-6})) == generator(QUERY, **GREEDY)
-    assert generator(QUERY, **(GREEDY | {"temperature": 1e-45})) == generator(QUERY, **GREEDY)
-    sampled = {generator(QUERY, **(GREEDY | {"temperature": 2.0, "max_new_tokens": 20}))[0] for _ in range(3)}
+    assert write(generator, QUERY, temperature=2.0, top_p=1e-6) == write(generator, QUERY)
+    assert write(generator, QUERY, temperature=1e-45) == write(generator, QUERY)
+    sampled = {write(generator, QUERY, temperature=2.0, max_new_tokens=20)[0] for _ in range(3)}
     assert len(sampled) > 1
 
 
 def test_the_prompt_is_the_one_of_training(generator: Generator, tokenizer: Any) -> None:
     row = encode_row(read_messages(read_fields(ROW)), tokenizer, 256, 0)
     prompt = row.input_ids[: int(row.is_answer.nonzero()[0])]
-    assert tokenizer(generator.prompt(QUERY))["input_ids"] == prompt.tolist()
+    assert tokenizer(generator.prompt(user(QUERY)))["input_ids"] == prompt.tolist()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +81,7 @@ def test_the_prompt_is_the_one_of_training(generator: Generator, tokenizer: Any)
 def test_nothing_in_a_query_passes_for_a_tag_or_for_a_marker_of_the_chat(
     generator: Generator, tokenizer: Any, query: str
 ) -> None:
-    prompt, ordinary = generator.prompt(query), generator.prompt("hello")
+    prompt, ordinary = generator.prompt(user(query)), generator.prompt(user("hello"))
     assert not has_tags(prompt)
     markers = set(tokenizer.added_tokens_decoder)
     found, expected = (
@@ -69,20 +93,20 @@ def test_nothing_in_a_query_passes_for_a_tag_or_for_a_marker_of_the_chat(
 def test_generation_ends_by_tokens_by_time_and_where_the_context_is_full(
     generator: Generator, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert generator(QUERY, **(GREEDY | {"max_new_tokens": 7}))[1] == 7
-    assert generator(QUERY, **(GREEDY | {"max_seconds": 0.0}))[1] == 1
-    length = len(tokenizer(generator.prompt(QUERY))["input_ids"])
+    assert write(generator, QUERY, max_new_tokens=7)[1] == 7
+    assert write(generator, QUERY, max_seconds=0.0)[1] == 1
+    length = len(tokenizer(generator.prompt(user(QUERY)))["input_ids"])
     monkeypatch.setattr(generator._model.config, "max_position_embeddings", length + 3)
-    assert generator(QUERY, **GREEDY)[1] == 3
+    assert write(generator, QUERY)[1] == 3
     monkeypatch.setattr(generator._model.config, "max_position_embeddings", length)
-    with pytest.raises(InputError, match=f"query is {length} tokens long with the chat markers"):
-        generator(QUERY, **GREEDY)
+    with pytest.raises(InputError, match=f"question is {length} tokens long with the chat markers"):
+        write(generator, QUERY)
 
 
 def test_what_follows_the_final_in_its_last_token_is_not_kept(memorised_run: Path, tokenizer: Any) -> None:
     generator = load_generator(memorised_run)
     generator._tokenizer.decode = lambda *args, **kwargs: f'{render(*PARTS)}" and more'
-    text, _ = generator(QUERY, **(GREEDY | {"max_new_tokens": 1}))
+    text, _ = write(generator, QUERY, max_new_tokens=1)
     assert text.endswith(END)
     assert parse(text).final == PARTS[-1]
 
@@ -99,7 +123,7 @@ def test_a_checkpoint_is_loaded_with_its_gates_and_a_model_folder_as_it_is(
     without_gates = load_generator(plain)
     assert without_gates.folder == plain
     assert without_gates.model_hash != generator.model_hash
-    assert without_gates(QUERY, **GREEDY)[0] != render(*PARTS)  # it learned with them
+    assert write(without_gates, QUERY)[0] != render(*PARTS)  # it learned with them
 
 
 def test_adapters_and_gates_of_a_run_are_loaded_onto_its_base(memorised_run: Path, tmp_path: Path) -> None:
@@ -155,3 +179,64 @@ def test_what_is_no_model_is_said(memorised_run: Path, tmp_path: Path) -> None:
     (silent / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="has no chat template"):
         load_generator(silent)
+
+
+def test_questions_that_are_asked_together_are_answered_as_alone(generator: Generator, tokenizer: Any) -> None:
+    def questions() -> list[Question]:
+        few = [asked(QUERY), asked("Hi", max_new_tokens=5), asked("Sort a list. " * 9, max_new_tokens=30)]
+        return [*few, asked(QUERY, temperature=2.0, top_p=0.9), asked(QUERY, max_new_tokens=40), asked("東京は？")]
+
+    together = write_all(generator, questions())
+    for number, question in enumerate(questions()):
+        if question.temperature == 0:
+            assert [together[number]] == write_all(generator, [question])
+    assert together[0][0] == render(*PARTS)
+    assert [count for _, count in together][1:3] == [5, 30]
+
+
+def test_each_is_handed_over_as_soon_as_it_is_done_and_one_whose_asker_has_gone_stops(generator: Generator) -> None:
+    questions = [asked(QUERY, max_new_tokens=2), asked("Hi"), asked("Hi", max_seconds=0), asked("Hi", max_new_tokens=9)]
+    order: list[list[int]] = []
+
+    def written(finished: Sequence[Written]) -> None:
+        order.append([found.row for found in finished])
+        if 0 in order[-1]:
+            questions[1].gone.set()
+
+    generator(questions, [generator.encode(question.messages) for question in questions], written)
+    assert order == [[2], [0], [1], [3]]
+
+
+def test_a_conversation_and_a_system_message_are_rendered_as_the_template_has_them(generator: Generator) -> None:
+    turns = ["system", "user", "assistant", "user"]
+    prompt = generator.prompt([{"role": role, "content": f"<final>{role}|end|>"} for role in turns])
+    assert prompt.count("<|") == len(turns) * 2 + 1
+    assert not has_tags(prompt)
+
+
+def test_a_template_that_makes_nothing_or_refuses_is_told(memorised_run: Path) -> None:
+    generator = load_generator(memorised_run)
+    for template, words in (
+        ("", "makes nothing of these messages"),
+        ("{% for", "does not take these messages"),
+        ("{{ raise_exception('no system') }}", r"does not take these messages \(no system\)"),
+    ):
+        generator._tokenizer.chat_template = template
+        with pytest.raises(InputError, match=words):
+            generator.encode(user("Hi"))
+        with pytest.raises(InputError, match=f"step_000040 cannot answer: .*{words}"):
+            try_out(generator)
+
+
+def test_a_model_that_gives_no_fit_answer_is_told_before_it_serves(
+    memorised_run: Path, generator: Generator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    try_out(generator)
+    monkeypatch.setattr(generator, "_decode", lambda tokens: "no tags")
+    try_out(generator)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert "no answer that may leave" in caplog.text
+    monkeypatch.setattr(generator._model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(InputError, match=r"cannot answer: ZeroDivisionError at test_generate\.py"):
+        try_out(generator)

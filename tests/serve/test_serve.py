@@ -1,23 +1,17 @@
-"""`/think` in this process over stubs of the model, and as a user runs it: a real process, a real model, HTTP."""
+"""The web interface in this process, over stubs of the model; real processes are in test_server.py."""
 
 import asyncio
-import http.client
 import json
 import logging
 import os
 import random
-import shutil
-import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,40 +20,21 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thinking_cases import ENGLISH, answer, broken
+from serve_cases import JSON, QUESTION, SAFE, WELL_FORMED, Reply, pieces, rows_of
+from thinking_cases import answer, broken
 
 from so8t.config import InputError
 from so8t.serve.api import (
     MAX_BODY_BYTES,
-    MAX_NEW_TOKENS,
-    MAX_QUERY_CHARACTERS,
-    MAX_USER_ID_CHARACTERS,
-    QUEUE_LENGTH,
-    Busy,
     QuietFormatter,
-    Thinker,
     ThinkRequest,
     make_app,
 )
 from so8t.serve.audit import AuditTrail
+from so8t.serve.chat import MAX_NEW_TOKENS, MAX_QUERY_CHARACTERS, MAX_USER_ID_CHARACTERS
 from so8t.serve.command import bind, main
+from so8t.serve.thinker import Busy, Question, Thinker, Written, _Asked
 from so8t.thinking import PARTS, REFUSAL, release
-
-JSON = {"content-type": "application/json"}
-QUESTION: dict[str, Any] = {"query": "What is the capital of Australia?"}
-SAFE = ENGLISH | {"safety": "Safe: plain geography, nobody can be harmed."}
-WELL_FORMED = answer(**SAFE)
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: str
-
-    @property
-    def fields(self) -> Any:
-        return json.loads(self.body)
 
 
 async def call(
@@ -87,16 +62,24 @@ async def call(
 class Stub:
     """In the place of a model: says the last of its texts, or raises it, and all but the first only once."""
 
+    folder, model_hash = Path("stub"), "m" * 64
+
     def __init__(self, text: str | Exception = WELL_FORMED) -> None:
         self.texts: list[str | Exception] = [text]
-        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.asked: list[Question] = []
 
-    def __call__(self, query: str, **sampling: Any) -> tuple[str, int]:
-        self.asked.append((query, sampling))
-        text = self.texts.pop() if len(self.texts) > 1 else self.texts[0]
-        if isinstance(text, Exception):
-            raise text
-        return text, len(text)
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if isinstance(self.texts[0], InputError):
+            raise self.texts[0]
+        return [1] * 7
+
+    def __call__(self, questions: Sequence[Question], prompts: Any, written: Callable[[list[Written]], None]) -> None:
+        for row, question in enumerate(questions):
+            self.asked.append(question)
+            text = self.texts.pop() if len(self.texts) > 1 else self.texts[0]
+            if isinstance(text, Exception):
+                raise text
+            written([Written(row, text, len(text))])
 
 
 @dataclass(frozen=True)
@@ -146,19 +129,6 @@ def log_lines() -> Iterator[list[str]]:
     root.removeHandler(keeper)
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    database = sqlite3.connect(path)
-    database.row_factory = sqlite3.Row
-    rows = [dict(row) for row in database.execute("SELECT * FROM requests ORDER BY number")]
-    database.close()
-    return rows
-
-
-def pieces(text: str) -> set[str]:
-    """Every substring of eight characters."""
-    return {text[start : start + 8] for start in range(len(text) - 7)}
-
-
 # ---- the thinking never leaves
 
 
@@ -178,7 +148,7 @@ def nonsense(chance: random.Random) -> dict[str, str]:
 
 def test_nothing_of_20000_malformed_answers_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     stub, checked, count = Stub(), set[str](), 50
-    question, end_of_time = ThinkRequest(**QUESTION), time.monotonic() + 1000
+    question = ThinkRequest(**QUESTION).question(time.monotonic() + 1000)
 
     with service(tmp_path, stub) as served, log_lines() as lines:
         served.audit._database.execute("PRAGMA synchronous = OFF")  # 20,000 times waiting for the disk show nothing
@@ -190,14 +160,16 @@ def test_nothing_of_20000_malformed_answers_leaves(tmp_path: Path, capfd: pytest
             texts = [broken(nonsense(chance), chance.choice) for _ in range(count)]
             stub.texts = [RuntimeError(text) if chance.random() < 0.1 else text for text in texts]
             lines.clear()
-            # two from the first byte to the last, the others where the text of the model turns into an answer
-            replies = [served.post(), served.post()]
-            responses = [served.thinker._answer(question, end_of_time) for _ in range(count - 2)]
-            for fields in [*(reply.fields for reply in replies), *map(dict, responses)]:
-                assert set(fields) == {"answer", "safety_label", "thinking_hash", "request_id"}
-                assert (fields["answer"], fields["safety_label"]) == (REFUSAL, "ESCALATE")
+            # one from the first byte to the last, the others where the text of the model turns into an answer
+            reply = served.post()
+            assert set(reply.fields) == {"answer", "safety_label", "thinking_hash", "request_id"}
+            assert (reply.fields["answer"], reply.fields["safety_label"]) == (REFUSAL, "ESCALATE")
+            batch = [_Asked(question) for _ in range(count - 1)]
+            served.thinker._answer(batch)
+            answers = [asked.answer.result(0) for asked in batch]
+            assert {(found.text, found.safety_label) for found in answers} == {(REFUSAL, "ESCALATE")}
             assert sum("audit row" in line for line in lines) == count
-            said = [*map(str, replies), *(response.model_dump_json() for response in responses), *lines]
+            said = [str(reply), *map(str, answers), *lines]
             # a field's name is no leak, though it stands in <thinking> too
             assert not pieces("\n".join(texts)) & (pieces("\n".join(said)) - {"thinking"})
             checked.update(texts)
@@ -262,7 +234,7 @@ def test_the_api_page_needs_no_other_machine_and_shows_no_thinking(make: Make) -
     assert (page.status, schema.status) == (200, 200)
     assert "//" not in page.body.replace("// ", "")
     assert "think-" not in page.body + schema.body
-    assert set(schema.fields["paths"]) == {"/think", "/health"}
+    assert set(schema.fields["paths"]) == {"/think", "/health", "/v1/chat/completions", "/v1/models"}
     for path in ("swagger-ui-bundle.js", "swagger-ui.css"):
         assert asyncio.run(call(app, b"", {}, f"/static-offline-docs/{path}", "GET")).status == 200
 
@@ -282,7 +254,7 @@ def test_the_row_holds_the_keyed_hashes_of_what_was_said(make: Make, tmp_path: P
     assert (
         first["thinking_hash"]
         == reply.fields["thinking_hash"]
-        == hashed("thinking_hash", release(WELL_FORMED).thinking)
+        == hashed("thinking_hash", release(WELL_FORMED, "").thinking)
     )
     assert first["answer_hash"] == hashed("answer_hash", SAFE["final"])
     assert (first["safety_label"], first["model_hash"], first["num_tokens"]) == ("ALLOW", "m" * 64, len(WELL_FORMED))
@@ -309,9 +281,9 @@ def test_the_commands_verify_and_match(make: Make, tmp_path: Path, capsys: pytes
     served = make(Stub())
     request_ids = [served.post().fields["request_id"] for _ in range(2)]
     audit, thoughts, whole, other = (str(tmp_path / name) for name in ("audit.sqlite", "thoughts", "whole", "other"))
-    Path(thoughts).write_text(release(WELL_FORMED).thinking + "\n")
-    Path(whole).write_text(WELL_FORMED)
-    Path(other).write_text(answer())
+    Path(thoughts).write_text(release(WELL_FORMED, "").thinking + "\n", encoding="utf-8")
+    Path(whole).write_text(WELL_FORMED, encoding="utf-8")
+    Path(other).write_text(answer(), encoding="utf-8")
     assert main(["--verify-audit", audit]) == 0
     assert "2 rows, none edited, removed or moved" in capsys.readouterr().out
     for text_file in (thoughts, whole):
@@ -335,12 +307,11 @@ def test_the_model_gets_what_was_asked(make: Make) -> None:
     served = make(stub)
     served.post(QUESTION | {"max_new_tokens": 5, "temperature": 1, "top_p": 0.5})
     served.post()
-    (query, asked), (_, default) = stub.asked
-    assert query == QUESTION["query"]
-    assert 100 < asked.pop("max_seconds") < 108.1
-    assert asked == {"max_new_tokens": 5, "temperature": 1.0, "top_p": 0.5}
-    del default["max_seconds"]
-    assert default == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0}
+    asked, default = stub.asked
+    assert asked.messages == [{"role": "user", "content": QUESTION["query"]}]
+    assert 100 < asked.deadline - time.monotonic() < 108.1
+    assert (asked.max_new_tokens, asked.temperature, asked.top_p) == (5, 1.0, 0.5)
+    assert (default.max_new_tokens, default.temperature, default.top_p) == (512, 0.0, 1.0)
 
 
 MUST = {
@@ -365,6 +336,7 @@ MUST = {
         ({}, "query is missing; it must be text"),
         ({"query": ""}, MUST["query"]),
         ({"query": " \n\u3000"}, MUST["query"]),
+        ({"query": "\u200b\u00ad\u2060"}, MUST["query"]),
         ({"query": 5}, MUST["query"]),
         ({"query": None}, MUST["query"]),
         ({"query": "x" * (MAX_QUERY_CHARACTERS + 1)}, MUST["query"]),
@@ -499,9 +471,9 @@ class Waiting(Stub):
         super().__init__()
         self.go = threading.Event()
 
-    def __call__(self, query: str, **sampling: Any) -> tuple[str, int]:
+    def __call__(self, questions: Any, prompts: Any, written: Any) -> None:
         self.go.wait(10)
-        return super().__call__(query, **sampling)
+        super().__call__(questions, prompts, written)
 
 
 def test_past_the_bound_of_the_queue_there_is_a_503_at_once(make: Make) -> None:
@@ -544,162 +516,12 @@ def test_a_request_past_its_time_gets_a_503_and_one_that_waits_behind_it_is_neve
     assert late[0].fields == {"detail": "it took too long; try again later"}
     assert 0.4 < seconds < 8  # long before the model would be done
     assert len(stub.asked) == 2
-    assert 0 < stub.asked[0][1]["max_seconds"] <= 0.45
 
 
 def test_a_request_whose_time_is_over_when_its_turn_comes_is_not_begun(make: Make, tmp_path: Path) -> None:
     stub = Stub()
     served = make(stub)
     with pytest.raises(Busy):
-        asyncio.run(served.thinker.ask(ThinkRequest(**QUESTION), time.monotonic()))
+        asyncio.run(served.thinker.ask(ThinkRequest(**QUESTION).question(time.monotonic())))
     assert stub.asked == []
     assert rows_of(tmp_path / "audit.sqlite") == []
-
-
-# ---- the real server
-
-# the command, but for the model, which takes seconds to load: here the query says for how long to think
-STUB_SERVER = """
-import pathlib, sys, time, types
-from so8t.serve import command
-
-class Slow:
-    folder, model_hash = pathlib.Path("stub"), "m" * 64
-    def __call__(self, query, **sampling):
-        time.sleep(float(query))
-        return sys.argv[2], 1
-
-sys.modules["so8t.serve.generate"] = types.SimpleNamespace(load_generator=lambda path: Slow())
-sys.exit(command.main(["stub", "--port", "0", "--audit", sys.argv[1]]))
-"""
-
-
-@dataclass(frozen=True)
-class Server:
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-    def post(self, body: Any = QUESTION) -> Reply:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", "/think", json.dumps(body), JSON)
-        response = connection.getresponse()
-        return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read().decode())
-
-
-@contextmanager
-def running(arguments: Sequence[object], log: Path) -> Iterator[Server]:
-    environment = {name: value for name, value in os.environ.items() if name != "SO8T_TOKEN"}
-    command = [sys.executable, *map(str, arguments)]
-    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
-        while b"/think" not in log.read_bytes():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        port = int(log.read_text().partition("127.0.0.1:")[2].partition("/")[0])
-        try:
-            yield Server(process, port, log)
-        finally:
-            process.kill()
-
-
-def stub_server(audit: Path, log: Path) -> AbstractContextManager[Server]:
-    return running(["-c", STUB_SERVER, audit, WELL_FORMED], log)
-
-
-def knock_until_refused(port: int) -> None:
-    for _ in range(1000):
-        socket.create_connection(("127.0.0.1", port)).close()
-        time.sleep(0.01)
-
-
-def statuses(replies: Sequence[Reply]) -> Counter[int]:
-    return Counter(reply.status for reply in replies)
-
-
-def test_a_run_answers_200_at_once_and_a_kill_under_load_loses_no_row_of_an_answer(
-    memorised_run: Path, tmp_path: Path
-) -> None:
-    audit, row = tmp_path / "audit.sqlite", json.loads((memorised_run.parent / "rows.jsonl").read_text())
-    arguments = ["-m", "so8t.serve", memorised_run, "--port", "0", "--audit", audit]
-    with running(arguments, tmp_path / "log") as server, ThreadPoolExecutor(200) as many, ThreadPoolExecutor(20) as few:
-        known = {"query": row["query"], "user_id": "user 7"}
-        replies = [server.post(known)]
-        assert replies[0].fields["answer"] == row["final"]
-        assert replies[0].fields["safety_label"] == "ALLOW"
-        burst = list(many.map(server.post, [known | {"max_new_tokens": 1}] * 200))
-        assert statuses(burst)[200] >= QUEUE_LENGTH
-        assert statuses(burst).keys() <= {200, 503}
-        assert {reply.headers["retry-after"] for reply in burst if reply.status == 503} <= {"5"}
-        load = [few.submit(server.post, known | {"max_new_tokens": 1}) for _ in range(300)]
-        while sum(post.done() for post in load) < 30:
-            time.sleep(0.005)
-        server.process.kill()
-        server.process.wait()
-        under_load = [post.result() for post in load if post.exception() is None]  # the rest got no reply
-    assert statuses(under_load)[200] >= 30
-    assert len(under_load) < 300
-    replies += [*burst, *under_load]
-    answered = {reply.fields["request_id"] for reply in replies if reply.status == 200}
-    assert len(answered) == statuses(replies)[200]
-    assert answered <= {row["request_id"] for row in rows_of(audit)}
-    assert main(["--verify-audit", str(audit)]) == 0
-    log = (tmp_path / "log").read_text()
-    secret = pieces(" ".join(row[part] for part in ("task", "safety", "policy"))) - pieces(row["final"])
-    assert not secret & pieces(f"{log}{replies}")
-    assert not pieces(row["final"]) & pieces(log)
-
-
-def test_a_client_that_has_gone_leaves_its_place_to_others(tmp_path: Path) -> None:
-    audit, body = tmp_path / "audit.sqlite", b'{"query": "1"}'
-    head = b"POST /think HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n"
-    with stub_server(audit, tmp_path / "log") as server, ThreadPoolExecutor(1) as client:
-        first = client.submit(server.post, {"query": "1"})
-        time.sleep(0.2)  # it is under way
-        with ExitStack() as stack:
-            for sent in [body] * (QUEUE_LENGTH - 1) + [body[:5]]:
-                other = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-                other.sendall(head + sent)
-            time.sleep(0.3)  # they wait
-            assert server.post({"query": "0"}).status == 503
-        time.sleep(0.1)
-        assert (server.post({"query": "0"}).status, first.result().status) == (200, 200)
-    assert len(rows_of(audit)) == 2
-    assert "Exception" not in (tmp_path / "log").read_text()
-
-
-def test_a_full_disk_means_no_answer_and_a_freed_one_answers_again(small_disk: Path, tmp_path: Path) -> None:
-    audit, ballast = small_disk / "audit.sqlite", small_disk / "ballast"
-    with stub_server(audit, tmp_path / "log") as server:
-        replies = [server.post({"query": "0"})]
-        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
-        while replies[-1].status == 200 and len(replies) < 100:  # what was allotted before takes some rows
-            replies.append(server.post({"query": "0"}))
-        refused = replies.pop()
-        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
-        assert refused.fields == {"detail": "the audit trail takes no rows, so there is no answer"}
-        ballast.unlink()
-        replies.append(server.post({"query": "0"}))
-        assert statuses(replies) == {200: len(replies)}
-    assert [row["request_id"] for row in rows_of(audit)] == [reply.fields["request_id"] for reply in replies]
-    assert "database or disk is full" in (tmp_path / "log").read_text()
-    assert main(["--verify-audit", str(audit)]) == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_that_is_told_to_stop_answers_what_it_has_been_asked_and_begins_nothing_new(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    audit = tmp_path / "audit.sqlite"
-    with stub_server(audit, tmp_path / "log") as server, ThreadPoolExecutor(4) as clients:
-        posts = [clients.submit(server.post, {"query": "0.4"}) for _ in range(4)]
-        while not rows_of(audit):  # one is answered, one under way, two wait
-            time.sleep(0.01)
-        server.process.send_signal(number)
-        with pytest.raises(ConnectionRefusedError):
-            knock_until_refused(server.port)
-        replies = [post.result() for post in posts]
-        assert server.process.wait(10) == (130 if number == signal.SIGINT else -number)
-    assert [reply.fields["answer"] for reply in replies] == [SAFE["final"]] * 4
-    assert len(rows_of(audit)) == 4
-    assert main(["--verify-audit", str(audit)]) == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -1,11 +1,11 @@
-// The token map: rows of text whose tokens are coloured by what the model believed at the chosen step. Its data come
-// from report_tokens.py. Every text of theirs goes in as text, never as markup.
+// The token map: rows of text whose tokens are coloured by what the model predicted at the chosen step. Its data come
+// from tokens.py. Every text of theirs goes in as text, never as markup.
 "use strict";
-
+{
 const map = JSON.parse(document.getElementById("token-map").textContent);
 const $ = (id) => document.getElementById(id);
 const rows = map.rows.map((data) => ({data, element: null, tokens: []}));
-const targetOf = new Map(); // token element -> {row, index}, its place among the row's targets
+const targetOf = new Map(); // token element -> {row, index}, its index among the row's targets
 let chosen = null; // the token element that was last focused
 
 // ---- what the data say
@@ -21,11 +21,18 @@ function earlierSave(row) {
   return row.data.saves.find((save) => save.step < shownStep() && (since === "first" || save.step === Number(since)));
 }
 
-/** What the colours of a row's targets show, in nats, NaN = unknown. A change is that of the NLL. */
+/** What the run that this one is compared with saved of the row at that step; undefined if it did not. */
+const otherSave = (row) => row.data.others.find((save) => save.step === shownStep());
+
+/** What the colours of a row's targets show, in nats, NaN = unknown. A change, or a difference, is that of the NLL. */
 function shownValues(row, colour) {
   const {logprob, entropy} = saveAt(row, shownStep());
   if (colour === "entropy") return entropy.map(nats);
   if (colour === "nll") return logprob.map((now) => -nats(now));
+  if (colour === "other") {
+    const theirs = otherSave(row)?.logprob;
+    return logprob.map((ours, index) => nats(ours) - nats(theirs?.[index]));
+  }
   const before = earlierSave(row)?.logprob;
   return logprob.map((now, index) => nats(before?.[index]) - nats(now));
 }
@@ -60,12 +67,12 @@ function build(row) {
   row.element = make("article", {className: "row"}, title);
   row.element.setAttribute("role", "group");
   row.element.setAttribute("aria-label", title.firstChild.data);
-  const indexAt = new Map(targets.map((place, index) => [place, index]));
+  const indexAt = new Map(targets.map((token, index) => [token, index]));
   let section = "", text;
-  const isBlank = (place) => !indexAt.has(place) && !map.strings[tokens[place]].trim();
-  const length = tokens.findLastIndex((_, place) => !isBlank(place)) + 1; // without what ends the template
-  tokens.slice(0, length).forEach((string, place) => {
-    const own = map.sections[sections[place]];
+  const isBlank = (token) => !indexAt.has(token) && !map.strings[tokens[token]].trim();
+  const length = tokens.findLastIndex((_, token) => !isBlank(token)) + 1; // without what ends the template
+  tokens.slice(0, length).forEach((string, token) => {
+    const own = map.sections[sections[token]];
     // what stands between two parts, and the end of the turn, follow the part before them
     if (own !== section && !(own === "answer" && section && section !== "prompt")) {
       section = own;
@@ -74,7 +81,7 @@ function build(row) {
       part.dataset.section = section;
       row.element.append(part);
     }
-    text.append(tokenElement(row, map.strings[string], indexAt.get(place)));
+    text.append(tokenElement(row, map.strings[string], indexAt.get(token)));
   });
 }
 
@@ -90,33 +97,58 @@ function tokenElement(row, text, index) {
 /** Show the rows that the chosen step saved, in the colours of that step. */
 function draw() {
   const step = shownStep(), colour = selected("colour");
-  const end = map.scale[colour];
+  const end = map.scale[colour === "other" ? "change" : colour];
   $("step-shown").textContent = `step ${step}`;
   $("step").setAttribute("aria-valuetext", `step ${step}`);
   for (const row of rows) {
-    const save = row.data.kind === selected("kind") ? saveAt(row, step) : undefined;
+    const found = findIn(row);
+    const save = row.data.kind === selected("kind") && found ? saveAt(row, step) : undefined;
     if (save && !row.element) build(row);
     if (row.element) row.element.hidden = !save;
     if (!save) continue;
-    if (!row.element.parentNode) place(row);
+    markFound(row, found);
     row.element.querySelector("small").textContent = remark(row, save);
     const values = shownValues(row, colour);
     row.tokens.forEach((element, index) => {
       const value = values[index];
       element.classList.toggle("unknown", Number.isNaN(value));
       element.classList.toggle("likelier", value < 0);
-      element.style.setProperty("--strength", `${100 * Math.min(1, Math.abs(value || 0) / end)}%`);
+      element.style.setProperty("--strength", `${100 * Math.sqrt(Math.min(1, Math.abs(value || 0) / end))}%`);
     });
   }
+  arrange(step);
   drawLegend(colour, end);
   if (!chosen || chosen.closest(".row").hidden) choose(visibleTokens()[0]);
   else describe(chosen);
 }
 
-/** Rows stand in the order of the data, whenever they were first shown. */
-function place(row) {
-  const later = rows.slice(rows.indexOf(row) + 1).find((other) => other.element?.parentNode);
-  $("rows").insertBefore(row.element, later?.element ?? null);
+/** Put the shown rows in the chosen order; those that are hard for the model first, or those of the data. */
+function arrange(step) {
+  const order = shownRows();
+  if ($("order").value === "nll") order.sort((one, other) => meanNll(saveAt(other, step)) - meanNll(saveAt(one, step)));
+  const focused = document.activeElement;
+  order.forEach((row, index) => {
+    if ($("rows").children[index] !== row.element) $("rows").insertBefore(row.element, $("rows").children[index] ?? null);
+  });
+  if (focused !== document.activeElement && !focused.closest("[hidden]")) focused.focus(); // moving an element takes its focus
+}
+
+const shownRows = () => rows.filter((row) => row.element && !row.element.hidden);
+
+/** Where the row's text has what is looked for: [start, end], empty if nothing is; undefined if it is not there. */
+function findIn(row) {
+  const wanted = $("find").value.toLowerCase();
+  const start = row.data.tokens.map((string) => map.strings[string]).join("").toLowerCase().indexOf(wanted);
+  return start < 0 ? undefined : [start, start + wanted.length];
+}
+
+function markFound(row, [start, end]) {
+  const starts = [];
+  row.data.tokens.reduce((at, string) => (starts.push(at), at + map.strings[string].length), 0);
+  row.tokens.forEach((element, index) => {
+    const token = row.data.targets[index], after = starts[token + 1] ?? Infinity;
+    element.classList.toggle("found", starts[token] < end && after > start);
+  });
 }
 
 function remark(row, save) {
@@ -125,6 +157,9 @@ function remark(row, save) {
     const before = earlierSave(row);
     if (before) texts.push(`${signed(meanNll(save) - meanNll(before), 2)} since step ${before.step}`);
     else texts.push($("since").value === "first" ? "not saved before" : `not saved at step ${$("since").value}`);
+  } else if (selected("colour") === "other") {
+    const theirs = otherSave(row);
+    texts.push(theirs ? `${signed(meanNll(theirs) - meanNll(save), 2)} in the other run` : "not saved there at this step");
   } else if (row.data.saves.length > 1) {
     texts.push(`saved ${row.data.saves.length} times`);
   }
@@ -133,15 +168,16 @@ function remark(row, save) {
 
 function drawLegend(colour, end) {
   const [least, , most] = $("legend").children;
-  $("legend").classList.toggle("two-sided", colour === "change");
+  $("legend").classList.toggle("two-sided", ["change", "other"].includes(colour));
   [least.textContent, most.textContent] = {
     nll: ["0", `${end} nats (${percent(-end)}) or more`],
     entropy: ["0", `${end} nats or more`],
     change: [`−${end} (likelier)`, `+${end} nats (less likely)`],
+    other: [`−${end} (likelier there)`, `+${end} nats (less likely there)`],
   }[colour];
 }
 
-// ---- what the model believed about one token
+// ---- what the model predicted at one token
 
 function describe(element) {
   const {row, index} = targetOf.get(element);
@@ -151,14 +187,17 @@ function describe(element) {
   const facts = [
     ["probability", percent(logprob)],
     ["NLL", `${plain(-logprob, 2)} nats`],
-    ["rank", rank < 0 ? "unknown" : `${rank} (0 = likeliest)`],
+    ["rank, 0 = likeliest", rank < 0 ? "unknown" : rank],
     ["entropy", `${plain(nats(save.entropy[index]), 2)} nats`],
   ];
   if (before) facts.push([`at step ${before.step}`, percent(nats(before.logprob[index]))]);
+  const theirs = otherSave(row);
+  if (theirs) facts.push(["in the other run", percent(nats(theirs.logprob[index]))]);
   const list = make("dl");
   for (const [name, value] of facts) list.append(make("dt", {}, name), make("dd", {}, value));
   const part = map.sections[row.data.sections[row.data.targets[index]]];
-  $("belief").replaceChildren(
+  $("prediction").hidden = false;
+  $("described").replaceChildren(
     make("h3", {}, visible(map.strings[row.data.labels[index]])),
     make("small", {className: "soft"}, `token ${row.data.targets[index]} of row ${row.data.sample_id}, ${part}, step ${save.step}`),
     list,
@@ -201,14 +240,15 @@ function history(row, save, index) {
 
 // ---- choosing: pointer, keyboard, controls
 
-const visibleTokens = () => rows.filter((row) => row.element && !row.element.hidden).flatMap((row) => row.tokens);
+/** In the order in which they stand. */
+const visibleTokens = () => [...$("rows").querySelectorAll(".row:not([hidden]) .token")];
 
 /** Make this the one token that Tab reaches, and describe it. */
 function choose(element) {
   chosen?.setAttribute("aria-selected", "false");
   if (chosen) chosen.tabIndex = -1;
   chosen = element ?? null;
-  if (!chosen) return $("belief").replaceChildren("No row was saved at this step.");
+  if (!chosen) return $("described").replaceChildren($("find").value ? "No row of this step has that text." : "No row was saved at this step.");
   chosen.setAttribute("aria-selected", "true");
   chosen.tabIndex = 0;
   describe(chosen);
@@ -217,7 +257,7 @@ function choose(element) {
 /** The token that a key leads to from the chosen one; undefined for any other key. */
 function tokenFor(key) {
   const tokens = visibleTokens(), {row, index} = targetOf.get(chosen);
-  const shown = rows.filter((other) => other.element && !other.element.hidden);
+  const shown = shownRows().sort((one, other) => (one.element.compareDocumentPosition(other.element) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1));
   const inRow = (other) => other?.tokens[Math.min(index, other.tokens.length - 1)];
   switch (key) {
     case "ArrowLeft": return tokens[tokens.indexOf(chosen) - 1];
@@ -237,6 +277,7 @@ $("rows").addEventListener("keydown", (event) => {
   if (["PageUp", "PageDown"].includes(event.key)) {
     $("step")[event.key === "PageUp" ? "stepUp" : "stepDown"]();
     draw();
+    chosen?.focus(); // the row that had the focus may not be of this step
   } else if (!tokenFor(event.key)) {
     return;
   } else {
@@ -247,6 +288,8 @@ $("rows").addEventListener("keydown", (event) => {
 $("controls").addEventListener("input", draw);
 $("controls").addEventListener("submit", (event) => event.preventDefault());
 
+$("close").addEventListener("click", () => ($("prediction").hidden = true));
+
 const kinds = {probe: "probe", logits: "trained batches"};
 for (const [kind, text] of Object.entries(kinds).filter(([kind]) => rows.some((row) => row.data.kind === kind))) {
   const input = make("input", {type: "radio", name: "kind", value: kind, checked: !$("kinds").querySelector("input")});
@@ -255,3 +298,4 @@ for (const [kind, text] of Object.entries(kinds).filter(([kind]) => rows.some((r
 $("since").append(make("option", {value: "first"}, "its first save"));
 for (const step of map.steps.slice(0, -1)) $("since").append(make("option", {value: step}, `step ${step}`));
 draw();
+}

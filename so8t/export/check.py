@@ -1,0 +1,102 @@
+"""Whether an exported model says what the live one says: both are run on the same rows, in float32."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from so8t.config import DataConfig
+from so8t.data import Batch, load_dataset, split
+from so8t.evaluate import score
+from so8t.losses import CHUNK_ROWS, NO_TARGET
+from so8t.model import Model, causal_lm, head_weight
+
+CHECK_ROWS = 16
+
+# How far a logit may be off by the rounding of the weights, as a share of the largest logit. SmolLM2 is off by 0.005,
+# 0.0005 and 1e-6, tiny random models by up to 0.013 and 0.002. One of SmolLM2's ten gates forgotten makes 0.017 to
+# 0.026: what bfloat16 may hide, an export with --dtype fp32 finds.
+TOLERANCES = {"bf16": 0.02, "fp16": 0.004, "fp32": 1e-4}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of some rows, in float32. The logits, hidden @ head_weight.T, are too many to be kept."""
+
+    hidden: list[Tensor]  # a row each, [seq, hidden_size]
+    head_weight: Tensor  # [vocabulary, hidden_size]
+    nll: float  # mean over the targets
+
+
+class Agreement(NamedTuple):
+    """How near two models are to each other on the same rows."""
+
+    largest_difference: float  # between two logits
+    largest_logit: float
+    top1: float  # share of the positions at which the same token is the likeliest
+
+
+def check_key(config: DataConfig) -> str:
+    return "data.eval_data" if config.eval_data else "data.train_data"
+
+
+def check_batches(config: DataConfig, tokenizer: Any) -> list[Batch]:
+    """Rows of data.eval_data, or without it of data.train_data, spread over the files; one a batch."""
+    rows = load_dataset(check_key(config), config.eval_data or config.train_data, tokenizer, config).rows
+    return split(rows[:: -(-len(rows) // CHECK_ROWS)], rows_per_batch=1)
+
+
+def ends_in_stop(batch: Batch, model: PreTrainedModel) -> bool:
+    """Say whether the last token that a row teaches is one at which the model's `generate` stops."""
+    eos: Any = model.generation_config.eos_token_id
+    last = int(batch.targets[0][batch.targets[0] != NO_TARGET][-1])
+    return last in (eos if isinstance(eos, list) else [eos])
+
+
+def compute(model: Model, batches: Sequence[Batch]) -> Outputs:
+    """Score the rows, one a batch."""
+    multiply_in_float32(causal_lm(model))
+    scores = list(score(model, batches, torch.autocast(causal_lm(model).device.type, enabled=False)))
+    nll = torch.stack([ce for _, _, ce in scores]).sum().item() / sum(batch.num_targets for batch in batches)
+    # detached, because merging casts the parameter
+    return Outputs([hidden[0] for _, hidden, _ in scores], head_weight(model).detach(), nll)
+
+
+def multiply_in_float32(model: PreTrainedModel) -> None:
+    """Cast each module's weights up while it runs, and back afterwards, so that no second model is needed.
+
+    The rounding of 16-bit arithmetic would hide what the check looks for, and most CPUs only emulate it, slowly.
+    """
+    dtype = model.dtype
+    if dtype == torch.float32:
+        return
+
+    def cast_up(module: nn.Module, args: Any) -> None:
+        module.float()
+
+    def cast_back(module: nn.Module, args: Any, output: Any) -> None:
+        module.to(dtype)
+
+    model.get_output_embeddings().float()  # multiplied by its weight alone, so no hook of it would run
+    for module in model.modules():
+        if any(parameter.dtype == dtype for parameter in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(cast_up)
+            module.register_forward_hook(cast_back)
+
+
+@torch.no_grad()
+def compare(one: Outputs, other: Outputs) -> Agreement:
+    """Over every position of every row, a few at a time."""
+    differences, sizes, same = [], [], []
+    for rows in zip(one.hidden, other.hidden, strict=True):
+        for chunk, other_chunk in zip(*(torch.split(hidden, CHUNK_ROWS) for hidden in rows), strict=True):
+            logits, other_logits = F.linear(chunk, one.head_weight), F.linear(other_chunk, other.head_weight)
+            differences.append((logits - other_logits).abs().amax())
+            sizes.append(logits.abs().amax())
+            same.append(logits.argmax(dim=-1) == other_logits.argmax(dim=-1))
+    largest_difference, largest_logit = (torch.stack(values).amax().item() for values in (differences, sizes))
+    return Agreement(largest_difference, largest_logit, torch.cat(same).float().mean().item())

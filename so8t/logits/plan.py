@@ -1,0 +1,85 @@
+"""What saving logits will take, known before any weight is loaded: bytes of a file, of host memory, of the disk."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from so8t.config import Config, InputError, TrainingConfig
+from so8t.logits.folder import list_files
+from so8t.logits.record import Layout, head_computes_in, position_bytes, position_layout
+from so8t.text import GIB, size_of
+
+BUFFERS = 2  # of each kind of file: one is filled while the other is written
+FILE_OVERHEAD = 2**14  # bytes of a file beside what it stores for its tokens, rounded up
+TOKEN_BYTES = 8 + 4 + 1  # labels, input_ids and sections
+SMALLER = 'write training.save_logits_form = "topk" or training.save_logits_positions = "labels"'
+
+
+@dataclass(frozen=True)
+class LogitsPlan:
+    """Sizes for LogitsSaver and for the memory plan; all of them 0 if training.save_logits is off."""
+
+    training: TrainingConfig
+    vocab_size: int
+    computed_in: torch.dtype  # in which the head multiplies
+    max_tokens: int  # of a micro-batch, padding included
+    probe_tokens: int = 0  # of all rows of the probe together
+
+    @property
+    def layout(self) -> Layout:
+        return position_layout(self.training, self.vocab_size, self.computed_in)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the buffers that logits wait in."""
+        tokens = self.max_tokens + self.probe_tokens
+        return BUFFERS * tokens * position_bytes(self.layout) if self.training.save_logits else 0
+
+    def file_bytes(self, tokens: int) -> int:
+        return tokens * (position_bytes(self.layout) + TOKEN_BYTES) + FILE_OVERHEAD
+
+    def describe(self, total_steps: int, output_dir: Path) -> str:
+        """One line: bytes a file, files kept, bytes in all, free space. Raises InputError if they cannot fit."""
+        training = self.training
+        if not training.save_logits:
+            return "logits: not saved"
+        saves = total_steps // training.save_logits_steps
+        kept = saves // training.save_logits_keep_every if training.save_logits_keep_every else 0
+        max_bytes = training.save_logits_max_gib * GIB
+        sizes = [self.file_bytes(tokens) for tokens in (self.max_tokens, self.probe_tokens) if tokens]
+        files = total = 0
+        for size in sizes:
+            if 0 < max_bytes < size:
+                raise InputError(
+                    f"training.save_logits_max_gib: a file of logits takes up to {size_of(size)}, "
+                    f"so {size_of(max_bytes)} cannot hold one; raise it, or {SMALLER}"
+                )
+            newest = min(training.save_logits_max_files or saves, int(max_bytes // size) or saves)
+            files += min(saves, newest + kept)
+            total += size * min(saves, newest + kept + 1)  # an old file goes only after the new one is safe
+        folder = output_dir / training.save_logits_dir
+        free = _free_bytes(folder)
+        if total > free:
+            raise InputError(
+                f"training.save_logits: {files} files take up to {size_of(total)}, and {folder} has room for "
+                f"{size_of(free)}; lower training.save_logits_max_files, or {SMALLER}"
+            )
+        return (
+            f"logits: every {training.save_logits_steps} steps up to {' + '.join(map(size_of, sizes))}, "
+            f"{files} files kept, up to {size_of(total)} in all; {size_of(free)} free in {folder}"
+        )
+
+
+def plan_logits(config: Config, vocab_size: int, max_tokens: int, probe_tokens: int = 0) -> LogitsPlan:
+    """max_tokens: of a micro-batch, padding included; probe_tokens: of all rows of the probe together."""
+    computed_in = head_computes_in(config.training, config.model.dtype)
+    return LogitsPlan(config.training, vocab_size, computed_in, max_tokens, probe_tokens)
+
+
+def _free_bytes(folder: Path) -> int:
+    """What files of logits may fill: the free space, and what an earlier part of this run left in `folder`."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    own = list_files(folder) if existing == folder else []
+    return shutil.disk_usage(existing).free + sum(file.path.stat().st_size for file in own)

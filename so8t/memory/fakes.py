@@ -1,0 +1,147 @@
+"""A model, its optimizer and its batches with shapes but no bytes, for `trace_step`.
+
+The model's own code runs under torch's FakeTensorMode on a fake "cpu" (a fake "cuda" aborts the process in builds
+without CUDA). Where it would act otherwise on a GPU, a private name of a library is replaced while the trace runs; the
+comment at each says what goes wrong when that library moves it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import bitsandbytes
+import torch
+from bitsandbytes.autograd import _functions as bitsandbytes_functions
+from bitsandbytes.functional import QuantState
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from so8t.config import ModelSpec
+from so8t.data import Batch
+from so8t.memory.live_bytes import LiveBytes
+from so8t.model import Model, adapt, build_on_meta
+
+CUDA_BLOCK_BYTES = 512  # CUDA's allocator rounds up to it
+BLOCKWISE_FROM = 4096  # bitsandbytes keeps the states of smaller tensors in 32 bits
+STATE_BLOCK = 256  # values of an 8-bit state that share one float32 scale
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Rows and padded length of a micro-batch."""
+
+    rows: int
+    length: int
+    is_padded: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+class FakeBatch(Batch):
+    """A batch without data: every position is a target."""
+
+    @property
+    def num_targets(self) -> int:
+        return self.targets.numel()
+
+
+def shape_of(batch: Batch) -> BatchShape:
+    rows, length = batch.input_ids.shape
+    return BatchShape(rows, length, is_padded=batch.attention_mask is not None)
+
+
+def fake_batch(shape: BatchShape) -> Batch:
+    tokens = torch.empty(shape.rows, shape.length, dtype=torch.int64)
+    return FakeBatch(tokens, torch.ones_like(tokens) if shape.is_padded else None, tokens, tokens, tokens[:, 0])
+
+
+@contextmanager
+def fake_model(
+    spec: ModelSpec, model_config: Any, device_type: str, checkpointed_layers: int | None
+) -> Iterator[tuple[Model, LiveBytes]]:
+    """The model as load_model makes it, and a counter for its tensors. In the block every tensor is a fake one."""
+    base = build_on_meta(spec.model, spec.quantization, model_config)
+    model = adapt(base, spec, checkpointed_layers=checkpointed_layers).train()
+    with ExitStack() as stack:
+        if device_type != "cpu":
+            # 8-bit layers go another way on a CPU.
+            # Breaks with bitsandbytes: AttributeError here, or the activations of 8-bit layers are counted twice.
+            cuda_way = bitsandbytes_functions.MatMul8bitLt
+            stack.enter_context(mock.patch.object(bitsandbytes_functions, "MatMul8bitFp", cuda_way))
+            # peft asks whether autocast is on without saying where, that is on the GPU; the trace has it on the CPU.
+            # Breaks with peft: a float32 copy of every LoRA input is counted that a GPU never makes.
+            enabled = torch.is_autocast_enabled
+            stack.enter_context(mock.patch("torch.is_autocast_enabled", lambda where="cpu": enabled(where)))
+            # a GPU's dropout keeps a mask of bytes, a CPU's one of numbers.
+            # Breaks with torch: with lora_dropout > 0 the activations come out up to four times too large.
+            stack.enter_context(mock.patch("torch.nn.functional.dropout", _dropout_as_on_a_gpu))
+        # no row is packed; transformers cannot see that in fake positions and would build a mask.
+        # Breaks with transformers: AttributeError here, or DataDependentOutputException in the forward pass.
+        stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
+        # Breaks with torch: ImportError of torch._subclasses.fake_tensor.
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _give_shapes(model)
+        yield model, LiveBytes(1 if device_type == "cpu" else CUDA_BLOCK_BYTES, fake=True)
+
+
+def optimizer_states(trainable: Sequence[nn.Parameter], optim: str) -> list[dict[str, Tensor]]:
+    """As bitsandbytes and torch would make them in their first step."""
+    states = []
+    for parameter in trainable:
+        if optim == "adamw" or parameter.numel() < BLOCKWISE_FROM:
+            states.append({name: torch.empty_like(parameter) for name in ("state1", "state2")})
+            continue
+        blocks = -(-parameter.numel() // STATE_BLOCK)
+        state = {name: torch.empty_like(parameter, dtype=torch.uint8) for name in ("state1", "state2")}
+        states.append(state | {name: torch.empty(blocks) for name in ("absmax1", "absmax2")})
+    return states
+
+
+def _dropout_as_on_a_gpu(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    result: Tensor = torch.native_dropout(input, p, training)[0] if training and p else input
+    return result
+
+
+def _give_shapes(model: nn.Module) -> None:
+    """Put fake tensors where the meta device left none; quantised layers get what bitsandbytes would have packed."""
+    made: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.weight = _pack_4bit(module)
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.state.CB = torch.empty(module.out_features, module.in_features, dtype=torch.int8)
+            module.state.SCB = torch.empty(module.out_features)
+            module.weight = nn.Parameter(module.state.CB, requires_grad=False)
+            module.weight.CB = None
+        for name, old in module.named_parameters(recurse=False):
+            if old.is_meta or type(old.data) is Tensor:
+                fake = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=old.requires_grad)
+                setattr(module, name, made.setdefault(id(old), fake))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _pack_4bit(module: bitsandbytes.nn.Linear4bit) -> nn.Parameter:
+    """As bitsandbytes.functional.quantize_4bit stores a weight: blocks of 64, their scales in blocks of 256."""
+    number = module.in_features * module.out_features
+    scales = -(-number // 64)
+    nested = module.weight.compress_statistics
+    state2 = None
+    if nested:
+        state2 = QuantState(torch.empty(-(-scales // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    weight = nn.Parameter(torch.empty(-(-number // 2), 1, dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = QuantState(  # type: ignore[attr-defined]
+        torch.empty(scales, dtype=torch.uint8 if nested else torch.float32),
+        shape=torch.Size((module.out_features, module.in_features)),
+        code=torch.empty(16),
+        blocksize=64,
+        quant_type=module.weight.quant_type,
+        dtype=module.compute_dtype,
+        offset=torch.empty(()) if nested else None,
+        state2=state2,
+    )
+    return weight

@@ -1,0 +1,267 @@
+"""The queue before the model, and the one place where thinking exists.
+
+What the model writes exists in `Thinker` only, on the one thread that generates. It comes out of there as what
+`thinking.release` lets go, after its row is in the audit trail, or not at all. Requests wait in a queue with a bound;
+those that wait are generated together, each with its own temperature, length and deadline.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from so8t.config import InputError
+from so8t.serve.audit import AuditError, AuditRow, AuditTrail
+from so8t.thinking import REFUSAL, SafetyLabel, release
+
+QUEUE_LENGTH = 32  # requests that wait or are being answered
+REQUEST_SECONDS = 120.0  # from the first byte of a request to its answer
+MOST_TOGETHER = 16  # requests
+# tokens of a batch, padding included: 6 GiB of keys and values for a model of 3.8 billion parameters
+MOST_TOKENS = 16384
+# longer ones are generated alone: beyond this Phi-3.5 changes its rotary embedding, for all rows of a batch
+LONGEST_TOGETHER = 4096
+
+logger = logging.getLogger("so8t.serve")
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of the model. `deadline` is on the monotonic clock; whoever sets `gone` waits no longer."""
+
+    messages: Sequence[dict[str, str]]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    deadline: float
+    stop: Sequence[str] = ()
+    user_id: str | None = None
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(message["content"] for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What may leave."""
+
+    text: str
+    safety_label: SafetyLabel
+    thinking_hash: str
+    answer_hash: str
+    request_id: str
+    num_prompt_tokens: int
+    num_tokens: int
+    ended: bool
+    """False if the model was stopped before the end of its final."""
+
+
+class Written(NamedTuple):
+    row: int
+    """Which of the questions."""
+    text: str
+    num_tokens: int
+
+
+class Generate(Protocol):
+    """What `so8t.serve.generate.Generator` does."""
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]: ...
+
+    def __call__(
+        self,
+        questions: Sequence[Question],
+        prompts: Sequence[list[int]],
+        written: Callable[[Sequence[Written]], None],
+    ) -> None: ...
+
+
+class Busy(Exception):
+    """There was no time or place to answer."""
+
+
+@dataclass(eq=False)
+class _Asked:
+    question: Question
+    answer: Future[Answer] = field(default_factory=Future)
+    prompt: list[int] = field(default_factory=list)
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def num_tokens(self) -> int:
+        """At most, with the prompt."""
+        return len(self.prompt) + self.question.max_new_tokens
+
+
+class Thinker:
+    """Answers requests in their order, on a thread of its own."""
+
+    def __init__(
+        self,
+        generate: Generate,
+        model_hash: str,
+        audit: AuditTrail,
+        queue_length: int = QUEUE_LENGTH,
+        request_seconds: float = REQUEST_SECONDS,
+    ) -> None:
+        self.model_hash = model_hash
+        self.request_seconds = request_seconds
+        self.audit = audit
+        self._generate = generate
+        self._places = threading.BoundedSemaphore(queue_length)
+        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()  # None = there will be no more
+        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
+        self._thread.start()
+
+    async def ask(self, question: Question) -> Answer:
+        """Wait for the answer. Raises Busy, InputError if the model cannot take the question, AuditError."""
+        if not self._places.acquire(blocking=False):
+            raise Busy("too many requests are waiting")
+        asked = _Asked(question)
+        asked.answer.add_done_callback(lambda _: self._places.release())  # also of one that was cancelled
+        self._queue.put(asked)
+        try:
+            return await asyncio.wrap_future(asked.answer)
+        finally:
+            question.gone.set()
+
+    def close(self) -> None:
+        """Finish what was begun."""
+        self._queue.put(None)
+        self._thread.join()
+        self.audit.close()
+
+    def _work(self) -> None:
+        waiting: deque[_Asked | None] = deque()
+        while True:
+            while not waiting or not self._queue.empty():  # nobody else takes anything out
+                waiting.append(self._queue.get())
+            if waiting[0] is None:
+                return
+            if batch := self._take(waiting):
+                self._answer(batch)
+
+    def _take(self, waiting: deque[_Asked | None]) -> list[_Asked]:
+        """Remove the oldest that wait, as many as may be generated together."""
+        batch: list[_Asked] = []
+        while waiting and (asked := waiting[0]) and len(batch) < MOST_TOGETHER:
+            if not asked.prompt and not self._begin(asked):
+                waiting.popleft()
+                continue
+            longest = max(other.num_tokens for other in [*batch, asked])
+            if batch and (longest > LONGEST_TOGETHER or longest * (len(batch) + 1) > MOST_TOKENS):
+                break
+            batch.append(asked)
+            waiting.popleft()
+        return batch
+
+    def _begin(self, asked: _Asked) -> bool:
+        """Encode what is asked, if anybody still waits for it."""
+        if not asked.answer.set_running_or_notify_cancel():
+            return False
+        try:
+            asked.prompt = self._generate.encode(asked.question.messages)
+        except InputError as error:
+            asked.answer.set_exception(error)
+            return False
+        except Exception as error:
+            self._fail(asked, error)
+            return False
+        return True
+
+    def _answer(self, batch: list[_Asked]) -> None:
+        """Answer all of them; no exception of the model gets out."""
+        started = time.monotonic()
+        for asked in batch:
+            asked.started = started
+            if started >= asked.question.deadline:
+                asked.answer.set_exception(Busy("the requests before this one took all of its time"))
+        batch = [asked for asked in batch if not asked.answer.done()]
+        if not batch:
+            return
+        try:
+            self._generate(
+                [asked.question for asked in batch],
+                [asked.prompt for asked in batch],
+                lambda finished: self._finish([(batch[row], text, count) for row, text, count in finished]),
+            )
+        except Exception as error:
+            left = [asked for asked in batch if not asked.answer.done()]
+            if len(batch) == 1 and left:
+                self._fail(left[0], error)
+                return
+            logger.error("%d requests together failed with %s; each is tried alone", len(batch), where(error))
+            for asked in left:  # the fault of one, or too much memory for all, is not the others' fault
+                self._answer([asked])
+
+    def _fail(self, asked: _Asked, error: Exception) -> None:
+        logger.error("request %s: generation failed with %s", asked.request_id, where(error))
+        self._finish([(asked, "", 0)])
+
+    def _finish(self, finished: Sequence[tuple[_Asked, str, int]]) -> None:
+        """Release what was written, write the audit rows; then there are answers."""
+        released = [release(text, asked.question.text) for asked, text, _ in finished]
+        answers, rows = [], []
+        for (asked, text, num_tokens), (final, safety_label, thinking) in zip(finished, released, strict=True):
+            question, hashed = asked.question, self.audit.keyed_hash
+            answer = final if final == REFUSAL else _cut(final, question.stop)
+            row = AuditRow(
+                request_id=asked.request_id,
+                user_id_hash=None if question.user_id is None else hashed("user_id_hash", question.user_id),
+                query_hash=hashed("query_hash", question.text),
+                thinking_hash=hashed("thinking_hash", thinking),
+                answer_hash=hashed("answer_hash", answer),
+                safety_label=safety_label,
+                model_hash=self.model_hash,
+                num_tokens=num_tokens,
+                duration_ms=round(1000 * (time.monotonic() - asked.started)),
+            )
+            rows.append(row)
+            answers.append(
+                Answer(
+                    text=answer,
+                    safety_label=safety_label,
+                    thinking_hash=row.thinking_hash,
+                    answer_hash=row.answer_hash,
+                    request_id=asked.request_id,
+                    num_prompt_tokens=len(asked.prompt),
+                    num_tokens=num_tokens,
+                    ended=num_tokens == 0 or text.endswith("</final>"),
+                )
+            )
+        try:
+            written = self.audit.append(rows)
+        except AuditError as error:
+            for asked, _, _ in finished:
+                asked.answer.set_exception(error)
+            return
+        for (asked, _, _), found, row, (number, row_hash) in zip(finished, answers, rows, written, strict=True):
+            logger.info(
+                "request %s: %s, %d tokens in %d ms, audit row %d %s",
+                *(row.request_id, row.safety_label, row.num_tokens, row.duration_ms, number, row_hash),
+            )
+            asked.answer.set_result(found)
+
+
+def _cut(final: str, stop: Sequence[str]) -> str:
+    """What stands before the first of the stop strings."""
+    return final[: min((final.index(text) for text in stop if text in final), default=len(final))]
+
+
+def where(error: BaseException) -> str:
+    """An exception without its text, which may quote the thinking: its type and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
