@@ -283,7 +283,7 @@ _VERSION = re.compile(
 )
 
 
-_RANGE = re.compile(r"/(?!32\b|128\b)\d{1,3}(?![\d.])", re.ASCII)  # of many machines, as providers publish them
+_RANGE = re.compile(r"/(?!32\b|128\b)\d{1,3}(?!\d|\.\d)", re.ASCII)  # of many machines, as providers publish them
 _IPV4_HINT = re.compile(r"\d\.\d{1,3}\.\d", re.ASCII)
 
 
