@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from itertools import islice
@@ -20,7 +21,7 @@ from so8t.config import DataConfig, InputError
 from so8t.data.batches import Batch, split
 from so8t.data.messages import Conversation, read_conversation
 from so8t.data.sources import BadRow, Fields, File, count_lines, find_files, read_file
-from so8t.data.store import Places, Rows, Writer, map_arrays, read_meta
+from so8t.data.store import META_FILE, Places, Rows, Writer, map_arrays, read_meta
 from so8t.data.template import ChatTemplate, configure_template
 from so8t.data.tokens import Encoder, Pending, TooLong
 from so8t.files import atomic_folder
@@ -104,7 +105,7 @@ def load_dataset(
         template = ChatTemplate(tokenizer, date.today())
         return _build(key, files, tokenizer, template, config, None, "")
     stored = folder / key.rpartition(".")[2]
-    template = ChatTemplate(tokenizer, _first_day(stored))
+    template = ChatTemplate(tokenizer, _first_day(folder))
     if template.added_stop:
         print(
             f"model.base_model: answers end with {template.added_stop}, at which its generation_config.json does not "
@@ -122,14 +123,19 @@ def load_dataset(
             built = InputError(
                 f"training.output_dir: cannot write into {folder.parent} ({error.strerror}); choose another"
             )
+    if built is not None:  # nothing is left behind
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
     if parallel.all_max(built is not None):
         raise built or InputError(f"{key}: the first process says why its rows cannot be used")
     return _open(stored)
 
 
-def _first_day(stored: Path) -> date:
-    """The day that templates which write a date are told, from the first start of a run on."""
-    return date.fromisoformat(read_meta(stored).get("day", date.today().isoformat()))
+def _first_day(folder: Path) -> date:
+    """The day that templates which write a date are told: that of the run's first start."""
+    days = [read_meta(path.parent)["day"] for path in folder.glob(f"*/{META_FILE}")]
+    return date.fromisoformat(min(days, default=date.today().isoformat()))
 
 
 def _key(files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: DataConfig) -> str:

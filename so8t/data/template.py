@@ -182,15 +182,15 @@ class ChatTemplate:
 
     def _find_stops(self) -> None:
         """Ask the template how it ends an answer, alone and with a question behind it."""
-        turns = [{"role": role, "content": _MARK.format(n)} for n, role in enumerate(("user", "assistant") * 2)]
         eos = self._tokenizer.eos_token or ""
         try:
-            single = _MARKS.split(self._render(turns[:2], None))[-1]
-            double = _MARKS.split(self._render(turns, None))
-        except BadRow:  # it wants other conversations than this; each row is looked at, too
-            self._appended = eos
-            return
-        behind_first = double[4] if len(double) > 4 else ""
+            single, behind_first = self._probe(("user", "assistant"))
+        except BadRow:
+            try:
+                single, behind_first = self._probe(("system", "user", "assistant"))
+            except BadRow:  # it wants other conversations than these; each row is looked at, too
+                self._appended = eos
+                return
         added = self._added_in(single)
         # Phi-3 closes every turn with one token and the whole conversation with the end of text
         closes_every_turn = added and added == self._added_in(behind_first) and not self._stop_in(behind_first)
@@ -208,6 +208,14 @@ class ChatTemplate:
                 "model.base_model: the chat template ends an answer with no token, nor has the tokenizer one, so that "
                 "generation would never stop; give it an eos_token"
             )
+
+    def _probe(self, roles: Sequence[str]) -> tuple[str, str]:
+        """What the template writes behind an answer that is the last, and behind one that a question follows."""
+        turns = [{"role": role, "content": _MARK.format(n)} for n, role in enumerate((*roles, "user", "assistant"))]
+        single = _MARKS.split(self._render(turns[: len(roles)], None))[-1]
+        double = _MARKS.split(self._render(turns, None))
+        answer = str(len(roles) - 1)
+        return single, double[double.index(answer) + 1] if answer in double[1::2] else ""
 
     def _find_stop_of_calls(self) -> None:
         """Ask the template how it ends a call of a tool, if it writes one."""
@@ -450,11 +458,11 @@ class ChatTemplate:
             return self._with_calls(messages, tools, text, Answer(len(prompt), start, stop, stop))
         if end := self._stop_in(closing):
             return Text(text, (Answer(len(prompt), start, stop, stop + end),))
-        if added := self._added_in(closing):
-            return Text(text, (Answer(len(prompt), start, stop, stop + closing.index(added) + len(added)),))
-        if not self._appended:
+        added = self._added_in(closing)  # it ends a turn, but generation goes on
+        ending = added + (self._tokenizer.eos_token or "") if added else self._appended
+        if ending == added:
             raise BadRow("the model's chat template ends this answer with no token at which generation stops")
-        return Text(text[:stop] + self._appended, (Answer(len(prompt), start, stop, stop + len(self._appended)),))
+        return Text(text[:stop] + ending, (Answer(len(prompt), start, stop, stop + len(ending)),))
 
     def _with_calls(self, messages: Sequence[Message], tools: list[Any] | None, text: str, answer: Answer) -> Text:
         """The answer as far as the token that ends its calls of tools."""
