@@ -160,9 +160,18 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = [re.sub(r"\d{8}_\d{6}", "TIME", name) for name in files]
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
-    adapter |= {"config.toml", "so8t_gates.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.pt"}
+    adapter |= {
+        "generation_config.json",
+        "config.toml",
+        "so8t_gates.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_state.pt",
+    }
     expected = {f"checkpoints/step_{step:06d}/{name}" for step in (8, 9) for name in adapter}
     expected |= {f"logits/logits_step_{step}_epoch_{(step - 1) // 3}_TIME.pt" for step in (6, 8)}
+    arrays = {"input_ids", "sections", "offsets", "sample_ids", "times_an_epoch", "was_cut", "files", "lines"}
+    expected |= {f"data/train_data/{name}" for name in arrays | {"rows.json"}}
     assert files == sorted(expected | {"config.toml", "memory.json", "metrics.jsonl", "policy.json", "run.json"})
     records = read_metrics(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
