@@ -107,7 +107,7 @@ class QloraConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """[data.policy]: what may be trained on. A rule is on unless the config says otherwise; policy.py explains each."""
+    """[data.policy]: what may be trained on. Every rule is on by default; policy/rules.py explains them."""
 
     mode: Literal["exclude", "error"] = "exclude"  # drop and count a row that breaks a rule, or stop
     provenance: bool = True

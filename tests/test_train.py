@@ -498,7 +498,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with (tmp_path / "rows.jsonl").open("a") as file:
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"query": "no answer"}\n')
     run("run", exit_code=2)
     assert "rows.jsonl:11: " in capsys.readouterr().err
@@ -511,7 +511,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
 ) -> None:
     expected = run("clean", "training.max_steps=2")
     origin = '"source": "own", "license": "MIT"'
-    with (tmp_path / "rows.jsonl").open("a") as file:
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(f'{{"instruction": "Who?", "output": "wren@brindlewick-mail.com", {origin}}}\n')
         file.write('{"instruction": "Who?", "output": "Wren."}\n')
     folder = run("run", "training.max_steps=2")

@@ -7,7 +7,7 @@ loopback and private addresses, public resolvers such as 8.8.8.8, version number
 
 These are patterns, not certainty. Of other numbers with 12 digits one in ten passes the check of a Japanese individual
 number, so that only the word before it (order, tracking, 注文番号) tells them apart. Names and street addresses are not
-looked for. tests/test_policy.py states precision and recall.
+looked for. tests/policy/test_policy.py states precision and recall.
 """
 
 import ipaddress

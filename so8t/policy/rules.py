@@ -107,7 +107,7 @@ def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]])
 
 
 def is_refusal(final: str) -> bool:
-    """Say whether a final, English or Japanese, declines. A heuristic: how good is measured in tests/test_policy.py."""
+    """Whether a final, English or Japanese, declines. A heuristic; tests/policy/test_policy.py measures it."""
     text = plain(final).replace("’", "'")
     return len(text) <= LONGEST_REFUSAL and _REFUSAL.search(text[:_REFUSES_WITHIN]) is not None
 
