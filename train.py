@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 from so8t import cli
 from so8t.driver import allocator_settings, unused_gpu
@@ -91,11 +92,14 @@ def train(config: Config, process: parallel.Process) -> int:
     checkpoint = find_checkpoint(config)
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model, model_config.vocab_size)
-    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
-    eval_batches = fixed_batches("data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch)
+    folder = Path(training.output_dir) / "data"  # of the tokens
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder)
+    eval_batches = fixed_batches(
+        "data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch, folder=folder
+    )
     probe_data = training.save_logits_probe if training.save_logits else ()
     probe_batches = fixed_batches(
-        "training.save_logits_probe", probe_data, tokenizer, config.data, rows_per_batch, one_length=True
+        "training.save_logits_probe", probe_data, tokenizer, config.data, rows_per_batch, one_length=True, folder=folder
     )
     micro_batches_per_step = training.gradient_accumulation_steps * process.world_size
     data = TrainingBatches(dataset.rows, rows_per_batch, micro_batches_per_step, seed)

@@ -1,5 +1,6 @@
 """The model: base weights (4-bit, 8-bit or as they are), LoRA, gates, what is trainable, saving and loading."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,13 +10,20 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig
-from so8t.data import Batch, derive_seed
+from so8t.data import Batch, derive_seed, stop_token_ids
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates
 from so8t.quiet import hide_bars
 
@@ -147,6 +155,8 @@ def _load_base(
         if config.from_scratch and checkpoint is None:
             base = load_model_config(config)
             model = AutoModelForCausalLM.from_config(base, trust_remote_code=False, **options).to(device).eval()
+            with suppress(OSError):  # a folder may lack that file
+                model.generation_config = GenerationConfig.from_pretrained(config.base_model)
         else:  # the device map quantizes every weight as it is read: the whole model is never there unquantized
             options |= {"device_map": {"": device}, "trust_remote_code": False}
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are reported below
@@ -303,11 +313,21 @@ def num_parameters(model: nn.Module) -> int:
 
 def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
     """Write a plain PEFT adapter folder, or without LoRA a plain Hugging Face folder, and a file for the gates."""
+    set_stops(causal_lm(model), tokenizer)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)
+        causal_lm(model).generation_config.save_pretrained(folder)  # it has the tokens at which an answer ends
     else:
         without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
         model.save_pretrained(folder, state_dict=without_gates)
     if gates_of(model):
         save_gates(model, folder / GATES_FILE)
     tokenizer.save_pretrained(folder)
+
+
+def set_stops(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Let `generate` stop at whatever ends an answer in the chat template, as in training."""
+    if tokenizer.chat_template:
+        known = model.generation_config.eos_token_id
+        stops = [*stop_token_ids(tokenizer), *(known if isinstance(known, list) else [] if known is None else [known])]
+        model.generation_config.eos_token_id = list(dict.fromkeys(stops))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from so8t.config import DataConfig
 from so8t.data import Batch, load_dataset, split
 from so8t.evaluate import score
-from so8t.losses import CHUNK_ROWS
+from so8t.losses import CHUNK_ROWS, NO_TARGET
 from so8t.model import Model, causal_lm, head_weight
 
 CHECK_ROWS = 16
@@ -48,6 +48,13 @@ def check_batches(config: DataConfig, tokenizer: Any) -> list[Batch]:
     """Rows of data.eval_data, or without it of data.train_data, spread over the files; one a batch."""
     rows = load_dataset(check_key(config), config.eval_data or config.train_data, tokenizer, config).rows
     return split(rows[:: -(-len(rows) // CHECK_ROWS)], rows_per_batch=1)
+
+
+def ends_in_stop(batch: Batch, model: PreTrainedModel) -> bool:
+    """Say whether the last token that a row teaches is one at which the model's `generate` stops."""
+    eos: Any = model.generation_config.eos_token_id
+    last = int(batch.targets[0][batch.targets[0] != NO_TARGET][-1])
+    return last in (eos if isinstance(eos, list) else [eos])
 
 
 def compute(model: Model, batches: Sequence[Batch]) -> Outputs:

@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
 from so8t.config import CONFIG_FILE, Config, InputError, ModelSpec, QuantizationConfig, load_config
 from so8t.data import Batch
-from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute
+from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute, ends_in_stop
 from so8t.export.model_card import model_card
 from so8t.files import atomic_folder, atomic_write
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle
 from so8t.metrics import read_metrics
-from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer
+from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer, set_stops
 from so8t.policy import PolicyReport, read_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -152,7 +152,10 @@ def write_and_check(
         raise ExportError(f"the model could not be written ({error})") from error
     del model, merged
     gc.collect()
-    exported = compute(AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}), batches)
+    written = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    if not all(ends_in_stop(batch, written) for batch in batches):
+        raise ExportError("its generate() would not stop where the rows of training end their answers")
+    exported = compute(written, batches)
 
     agreement = compare(live, exported)
     return Report(
@@ -215,6 +218,7 @@ def merge(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
     without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
+    set_stops(model, tokenizer)
     model.save_pretrained(folder, state_dict=without_gates, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
 

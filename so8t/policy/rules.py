@@ -4,11 +4,11 @@
   "robots": "allowed". From the web is what has "url" or "robots", or "web", an address or a host name as its source.
 - `nsfw`: a row whose "nsfw" is there and not false serves refusal only: its "safety_label" is REFUSE or ESCALATE, every
   answer's final is a refusal, and no answer, thoughts included, is long or quotes a piece of a message that is not the
-  assistant's. So such text is never a target. Whoever wrote a row marks it; nothing here finds text that is not
+  assistant's. So that text is never a target. A row is marked by whoever wrote it; nothing here looks for what is not
   marked.
 - the rest: no message of a row, prompt or answer, holds such personal data or secret. See personal_data.py.
 
-A row that breaks a rule is reported by file, line and rule, never by content.
+What breaks a rule is told by file, line and rule, never by content.
 """
 
 import json
@@ -27,7 +27,8 @@ REPORT_FILE = "policy.json"
 
 # in the order in which a row is held against them, with what a row must be
 RULES = {
-    "provenance": 'a row, your own too, needs "source" and "license"; from the web also "url" and "robots": "allowed"',
+    "provenance": 'write [[data.sources]] with path, source and license, for the web url and robots = "allowed" too, '
+    'or give these as fields of the row ("source", "license", "url", "robots")',
     "nsfw": 'a row with "nsfw" needs "safety_label" REFUSE or ESCALATE and answers that refuse and quote nothing',
     "private_key": "a row must not hold a private key",
     "api_token": "a row must not hold a token, an API key or a password",
@@ -38,6 +39,7 @@ RULES = {
     "ip_address": "a row must not hold a public IP address",
     "mac_address": "a row must not hold a MAC address",
 }
+_BETWEEN = "\n\0\n"  # no pattern reaches from one message into the next
 LONGEST_REFUSAL = 600  # characters; a longer final does more than refuse
 LONGEST_REFUSING_ANSWER = 1200  # characters with thoughts and tags; longer thoughts do more than judge
 
@@ -64,15 +66,24 @@ _REFUSAL = re.compile(
 _REFUSES_WITHIN = 160  # characters from the start: a refusal says so first
 
 
-def broken_rule(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]], config: PolicyConfig) -> str | None:
-    """The first rule that is on and that the row breaks. `messages` are the row's, as data.read_messages gives them."""
+def broken_rule(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], config: PolicyConfig) -> str | None:
+    """The first rule that is on and that the row breaks. `messages` are those of its conversation."""
     switches = vars(config)
     if switches["provenance"] and not _has_provenance(row):
         return "provenance"
     if switches["nsfw"] and row.get("nsfw") not in (None, False) and not _only_refuses(row, messages):
         return "nsfw"
-    texts = [plain(message["content"]) for message in messages]
-    return next((rule for rule, finds in FINDERS.items() if switches[rule] and any(map(finds, texts))), None)
+    text = plain(_BETWEEN.join(map(_text_of, messages)))
+    return next((rule for rule, finds in FINDERS.items() if switches[rule] and finds(text)), None)
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """All that a message says, calls of tools too."""
+    if len(message) == 2:
+        return str(message["content"])
+    return _BETWEEN.join(
+        part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in message.values()
+    )
 
 
 def _has_provenance(row: Mapping[str, Any]) -> bool:
@@ -84,7 +95,7 @@ def _has_provenance(row: Mapping[str, Any]) -> bool:
     return isinstance(url, str) and re.match(r"https?://\w", url) is not None and robots == "allowed"
 
 
-def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> bool:
+def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> bool:
     prompts = [message["content"] for message in messages if message["role"] != "assistant"]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     return row.get("safety_label") in ("REFUSE", "ESCALATE") and all(
@@ -96,14 +107,14 @@ def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]])
 
 
 def is_refusal(final: str) -> bool:
-    """Say whether a final, English or Japanese, declines. A heuristic, measured in tests/policy/test_policy.py."""
+    """Whether a final, English or Japanese, declines. A heuristic; tests/policy/test_policy.py measures it."""
     text = plain(final).replace("’", "'")
     return len(text) <= LONGEST_REFUSAL and _REFUSAL.search(text[:_REFUSES_WITHIN]) is not None
 
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """What the policy left out of some files; the fields are those of policy.json. It holds no content of a row."""
+    """What the policy left out of some files; the fields are those of policy.json. No content of a row is in it."""
 
     mode: str
     rows_read: int  # bad rows included
@@ -129,13 +140,13 @@ class PolicyReport:
 
 
 def read_report(folder: Path) -> PolicyReport | None:
-    """What policy.json in a run's folder says; None if there is none. Raises InputError if it is not such a file."""
+    """What policy.json in a run's folder says; None if there is none. Raises InputError if it is no such file."""
     path = folder / REPORT_FILE
     try:
         report = PolicyReport(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:  # not JSON in UTF-8; not an object, or one with other keys
+    except (ValueError, TypeError) as error:  # no JSON in UTF-8; no object, or not of these keys
         raise InputError(f"{path} is no policy report of so8t ({error}); delete it to leave it out") from error
     counts = [*report.counts.values()] if isinstance(report.counts, dict) else [None]
     if not all(type(number) is int for number in (report.rows_read, report.rows_used, *counts)):
