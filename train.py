@@ -68,9 +68,9 @@ def forward(
     huber_delta: float,
     tap: Tap | None,
 ) -> tuple[Tensor, Tensor]:
-    """One micro-batch: its share of the step's loss, to be differentiated; and that loss, its CE and PET, [3].
+    """One micro-batch. Returns its share of the step's loss, for the backward pass, and a detached [3]: loss, CE, PET.
 
-    num_targets, num_pet_terms: of the whole step. The memory plan traces this very function.
+    num_targets, num_pet_terms: of the whole step. The memory plan traces this function.
     """
     with autocast:
         hidden = hidden_states(model, batch)
@@ -122,7 +122,7 @@ def train(config: Config, process: parallel.Process) -> int:
     cli.say(plan.table())
     plan.check()
 
-    with ExitStack() as stack:  # what is entered here is closed in reverse order, whatever happens
+    with ExitStack() as stack:  # everything entered here is closed in reverse order, also after an error
         memory = stack.enter_context(MemoryLedger(plan, device, output_dir, process.is_main))
 
         # ---- the model, and what trains it
@@ -144,7 +144,7 @@ def train(config: Config, process: parallel.Process) -> int:
             first_step = state["step"] + 1
             cli.say(f"resuming after step {state['step']} of {total_steps}, from {checkpoint}")
 
-        # ---- the watchers: they read, they never steer
+        # ---- the watchers only read what the step made; they change nothing in it
         checkpoints = Checkpoints(config, total_steps, fingerprint, micro_batches_per_step, process.is_main)
         signals = stack.enter_context(StopSignals())
         metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
@@ -162,7 +162,7 @@ def train(config: Config, process: parallel.Process) -> int:
             micro_batches = data.micro_batches(step)[process.rank :: process.world_size]
             num_targets, num_pet_terms, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
 
-            # forward and backward; what is summed up stays on the device
+            # forward and backward; the sums stay on the device
             sums = torch.zeros(3, device=device)
             for index, batch in enumerate(micro_batches):
                 torch.manual_seed(derive_seed(seed, "dropout", step, index, process.rank))
@@ -175,7 +175,7 @@ def train(config: Config, process: parallel.Process) -> int:
                 memory.mark("backward")
                 sums += parts
 
-            # one update, by finite numbers only
+            # one update, and only with finite numbers
             parallel.sum_gradients(trainable)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(trainable, training.max_grad_norm or math.inf)

@@ -23,10 +23,10 @@ class InputError(Exception):
 
 
 CONFIG_FILE = "config.toml"  # in a run and in each of its checkpoints: the resolved configuration
-# keys of older versions: ignored in a file, so that their runs still open
+# keys of older versions, ignored in a file so that their runs still open
 RETIRED = {"training.memory_snapshot_step": "docs/memory.md shows torch's own three lines instead"}
 
-# no path of Windows holds control characters, which "D:\temp" makes of \t; TOML has no DEL, UTF-8 no lone surrogates
+# Windows paths hold no control characters (TOML reads the \t of "D:\temp" as one), TOML no DEL, UTF-8 no surrogates
 UNWRITABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 BACKSLASHES = "in double quotes \\ begins an escape: write 'D:\\data' in single quotes, or D:/data"
 
@@ -56,7 +56,7 @@ Folder = Annotated[str, Limit('naming one folder in training.output_dir other th
 
 
 def _free(default: Any) -> Any:
-    """A default whose key changes neither weights nor losses, so that a resumed run may change it."""
+    """The default of a key that affects neither weights nor losses, so a resumed run may change it."""
     return field(default=default, metadata={"free_on_resume": True})
 
 
@@ -86,11 +86,11 @@ class QuantizationConfig:
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    bnb_4bit_use_double_quant: bool = True  # quantise the scales too: 0.37 bit a weight less
+    bnb_4bit_use_double_quant: bool = True  # quantize the scales too: saves 0.37 bit a weight
 
     @property
     def bits(self) -> int:
-        """Of a quantised weight; 0 = none is quantised."""
+        """Bits of a quantized weight; 0 = the weights are not quantized."""
         return 4 * self.load_in_4bit + 8 * self.load_in_8bit
 
 
@@ -363,7 +363,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:
         place = re.search(r"at line (\d+)", str(error))
-        line = text.split("\n")[int(place[1]) - 1] if place else text  # a string that does not end has no line
+        line = text.split("\n")[int(place[1]) - 1] if place else text  # an unterminated string names no line
         remedy = BACKSLASHES if "\\" in line else "text needs quotes, true and false do not"
         raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
@@ -383,11 +383,11 @@ def _read_table(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tupl
 
 
 def _read_override(override: str) -> tuple[str, object]:
-    """The dotted name of the key and its value: TOML, or bare text, because shells remove quotes."""
+    """The dotted name of the key and its value: TOML, or bare text, because shells strip quotes."""
     name, equals, text = (part.strip() for part in override.partition("="))
     if not equals:
         raise InputError(f"command line: {_quote(override)} sets nothing; write section.key=value")
-    with suppress(ValueError):  # no TOML, or a line break begins a second key
+    with suppress(ValueError):  # not TOML, or a line break that begins a second key
         [value] = tomli.loads(f"value = {text}").values()
         return name, value
     if text.startswith(("[", '"', "'")):

@@ -6,7 +6,7 @@ loopback and private addresses, public resolvers such as 8.8.8.8, version number
 555-0100 to 555-0199 (fiction), the card networks' published test numbers, tokens that are visibly placeholders.
 
 These are patterns, not certainty. Of other numbers with 12 digits one in ten passes the check of a Japanese individual
-number, so that only the word before it (order, tracking, 注文番号) tells them apart. Names and street addresses are not
+number, so only the word before it (order, tracking, 注文番号) tells them apart. Names and street addresses are not
 looked for. tests/policy/test_policy.py states precision and recall.
 """
 
@@ -70,13 +70,13 @@ _KNOWN_TOKEN = re.compile(
     r")",
     re.ASCII,
 )
-_NAMED_TOKEN = re.compile(  # whatever with a digit is assigned to a name that means one
+_NAMED_TOKEN = re.compile(  # any value with a digit that is assigned to a name that means a secret
     r"(?:bearer\s|(?:(?:api|access|account|private)[ _-]?key|secret(?:[ _-]?(?:access[ _-]?)?key)?|token|passw(?:or)?d"
     r"|APIキー|トークン|パスワード|シークレット)[\"']?\s{0,3}(?:=>|[:=は])\s{0,3}[\"'「]?)"
     r"(?=[A-Za-z+/=._-]{0,80}\d)([\w+/=.-]{20,}+)(?!\()",  # not the call of a function
     re.ASCII | re.IGNORECASE,
 )
-_FEWEST_DISTINCT = 10  # characters of what is random and not a placeholder
+_FEWEST_DISTINCT = 10  # characters of a random secret, not of a placeholder
 
 
 # texts without any of these, which are most, need none of the two patterns
