@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default: 3)")
     parser.add_argument("--html", type=Path, help="write a page instead")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def command() -> int:
         look(load_config(options.config, options.overrides), max(options.rows, 0), options.html)

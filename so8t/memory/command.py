@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
     parser.add_argument("--gpu-memory-gib", type=_gib, help="plan for a GPU with so much memory, not for this machine")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     return cli.run("so8t.memory", lambda: _plan(options))
 
 
