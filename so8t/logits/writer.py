@@ -141,7 +141,7 @@ class Writer:
         self._queue.put(record)
 
     def flush(self, timeout: float) -> int:
-        """Wait until all submitted so far is written or has failed, at most `timeout` seconds; returns how many are left."""
+        """Wait until all submitted so far is done, `timeout` seconds at most; returns how much is left."""
         all_done = threading.Event()
         self._queue.put(all_done)
         all_done.wait(timeout)
