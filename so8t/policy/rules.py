@@ -4,11 +4,11 @@
   "robots": "allowed". From the web is what has "url" or "robots", or "web", an address or a host name as its source.
 - `nsfw`: a row whose "nsfw" is there and not false serves refusal only: its "safety_label" is REFUSE or ESCALATE, every
   answer's final is a refusal, and no answer, thoughts included, is long or quotes a piece of a message that is not the
-  assistant's. So such text is never a target. Whoever wrote a row marks it; nothing here finds text that is not
+  assistant's. So that text is never a target. A row is marked by whoever wrote it; nothing here looks for what is not
   marked.
 - the rest: no message of a row, prompt or answer, holds such personal data or secret. See personal_data.py.
 
-A row that breaks a rule is reported by file, line and rule, never by content.
+What breaks a rule is told by file, line and rule, never by content.
 """
 
 import json
@@ -107,14 +107,14 @@ def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]])
 
 
 def is_refusal(final: str) -> bool:
-    """Say whether a final, English or Japanese, declines. A heuristic, measured in tests/policy/test_policy.py."""
+    """Whether a final, English or Japanese, declines. A heuristic; tests/policy/test_policy.py measures it."""
     text = plain(final).replace("’", "'")
     return len(text) <= LONGEST_REFUSAL and _REFUSAL.search(text[:_REFUSES_WITHIN]) is not None
 
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """What the policy left out of some files; the fields are those of policy.json. It holds no content of a row."""
+    """What the policy left out of some files; the fields are those of policy.json. No content of a row is in it."""
 
     mode: str
     rows_read: int  # bad rows included
@@ -140,13 +140,13 @@ class PolicyReport:
 
 
 def read_report(folder: Path) -> PolicyReport | None:
-    """What policy.json in a run's folder says; None if there is none. Raises InputError if it is not such a file."""
+    """What policy.json in a run's folder says; None if there is none. Raises InputError if it is no such file."""
     path = folder / REPORT_FILE
     try:
         report = PolicyReport(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:  # not JSON in UTF-8; not an object, or one with other keys
+    except (ValueError, TypeError) as error:  # no JSON in UTF-8; no object, or not of these keys
         raise InputError(f"{path} is no policy report of so8t ({error}); delete it to leave it out") from error
     counts = [*report.counts.values()] if isinstance(report.counts, dict) else [None]
     if not all(type(number) is int for number in (report.rows_read, report.rows_used, *counts)):
