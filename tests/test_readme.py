@@ -95,12 +95,3 @@ def test_commands_are_understood(page: Path, line: str, monkeypatch: pytest.Monk
     else:
         main = importlib.import_module(f"{arguments[1]}.command").main
         assert main(arguments[2:] or [OLD_RUN.as_posix()]) == 0
-
-
-def test_commands_on_a_finished_run_do_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from so8t.analyze.command import main as analyze
-    from so8t.report.command import main as report
-
-    run = shutil.copytree(OLD_RUN, tmp_path / "run").as_posix()
-    assert analyze([run, "--verify"]) == analyze([run, "--compare", "2", "4"]) == report([run]) == 0
-    assert "open it in a browser" in capsys.readouterr().out
