@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +18,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from memory_cases import traced_once
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,6 @@ from so8t.config import DataConfig, load_config
 from so8t.data import TrainingBatches, load_dataset
 from so8t.logits import read_logits
 from so8t.memory import StepSpec
-from so8t.memory.trace import Trace, trace_step
 from so8t.metrics import Metrics, read_metrics
 from so8t.text import COLUMNS
 
@@ -63,21 +63,14 @@ STEPS = 9
 Run = Callable[..., Path]
 
 
+def kind_of(spec: StepSpec, layers: int | None) -> tuple[Any, ...]:
+    """What a plan says is looked at in tests/memory, so here one trace for each kind of model will do."""
+    return spec.config.model, spec.config.quantization, spec.config.qlora.enabled, bool(spec.probe)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Trace a step for the memory plan once, wherever its runs have their folders: that is more than half of a run."""
-    known: dict[str, Trace] = {}
-
-    def trace(spec: StepSpec, layers: int | None) -> Trace:
-        training = replace(spec.config.training, output_dir="-", resume="auto", save_logits_probe=())
-        data = replace(spec.config.data, train_data=("-",), eval_data=("-",) if spec.config.data.eval_data else ())
-        config = replace(spec.config, data=data, training=training)
-        key = repr((config, spec.device_type, spec.micro_batch, spec.probe, layers))
-        if key not in known:
-            known[key] = trace_step(spec, layers)
-        return known[key]
-
-    with patch("so8t.memory.plan.trace_step", trace):
+def _traced_once() -> Iterator[None]:
+    with traced_once(kind_of):
         yield
 
 
