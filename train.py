@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 from so8t import cli
 from so8t.driver import allocator_settings, unused_gpu
@@ -67,9 +68,9 @@ def forward(
     huber_delta: float,
     tap: Tap | None,
 ) -> tuple[Tensor, Tensor]:
-    """One micro-batch: its share of the step's loss, to be differentiated; and that loss, its CE and PET, [3].
+    """One micro-batch. Returns its share of the step's loss, for the backward pass, and a detached [3]: loss, CE, PET.
 
-    num_targets, num_pet_terms: of the whole step. The memory plan traces this very function.
+    num_targets, num_pet_terms: of the whole step. The memory plan traces this function.
     """
     with autocast:
         hidden = hidden_states(model, batch)
@@ -91,11 +92,14 @@ def train(config: Config, process: parallel.Process) -> int:
     checkpoint = find_checkpoint(config)
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model, model_config.vocab_size)
-    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
-    eval_batches = fixed_batches("data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch)
+    folder = Path(training.output_dir) / "data"  # of the tokens
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder)
+    eval_batches = fixed_batches(
+        "data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch, folder=folder
+    )
     probe_data = training.save_logits_probe if training.save_logits else ()
     probe_batches = fixed_batches(
-        "training.save_logits_probe", probe_data, tokenizer, config.data, rows_per_batch, one_length=True
+        "training.save_logits_probe", probe_data, tokenizer, config.data, rows_per_batch, one_length=True, folder=folder
     )
     micro_batches_per_step = training.gradient_accumulation_steps * process.world_size
     data = TrainingBatches(dataset.rows, rows_per_batch, micro_batches_per_step, seed)
@@ -118,7 +122,7 @@ def train(config: Config, process: parallel.Process) -> int:
     cli.say(plan.table())
     plan.check()
 
-    with ExitStack() as stack:  # what is entered here is closed in reverse order, whatever happens
+    with ExitStack() as stack:  # everything entered here is closed in reverse order, also after an error
         memory = stack.enter_context(MemoryLedger(plan, device, output_dir, process.is_main))
 
         # ---- the model, and what trains it
@@ -140,7 +144,7 @@ def train(config: Config, process: parallel.Process) -> int:
             first_step = state["step"] + 1
             cli.say(f"resuming after step {state['step']} of {total_steps}, from {checkpoint}")
 
-        # ---- the watchers: they read, they never steer
+        # ---- the watchers only read what the step made; they change nothing in it
         checkpoints = Checkpoints(config, total_steps, fingerprint, micro_batches_per_step, process.is_main)
         signals = stack.enter_context(StopSignals())
         metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
@@ -158,7 +162,7 @@ def train(config: Config, process: parallel.Process) -> int:
             micro_batches = data.micro_batches(step)[process.rank :: process.world_size]
             num_targets, num_pet_terms, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
 
-            # forward and backward; what is summed up stays on the device
+            # forward and backward; the sums stay on the device
             sums = torch.zeros(3, device=device)
             for index, batch in enumerate(micro_batches):
                 torch.manual_seed(derive_seed(seed, "dropout", step, index, process.rank))
@@ -171,7 +175,7 @@ def train(config: Config, process: parallel.Process) -> int:
                 memory.mark("backward")
                 sums += parts
 
-            # one update, by finite numbers only
+            # one update, and only with finite numbers
             parallel.sum_gradients(trainable)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(trainable, training.max_grad_norm or math.inf)

@@ -35,14 +35,14 @@ def step_of(folder: Path) -> int:
 
 
 def make_output_dir(config: Config, is_main: bool) -> Path:
-    """Create training.output_dir, swept of a killed run's leftovers, with the resolved config in it.
+    """Create training.output_dir, delete what a killed run left half-written in it, write the resolved config.
 
     Raises InputError if it cannot be written, or the paths in it would be too long for the system.
     """
     output_dir = Path(config.training.output_dir)
     if not is_main:
         return output_dir
-    # no path in it will be longer: that of a file in a checkpoint in the making
+    # the longest path that a run makes: a file of a checkpoint that is being written
     longest = output_dir / "checkpoints" / f"step_000000_and_the_name_of_a_file_of_some_library{TEMPORARY_SUFFIX}"
     try:
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def make_output_dir(config: Config, is_main: bool) -> Path:
 def find_checkpoint(config: Config) -> Path | None:
     """The checkpoint to resume from, by training.resume; None starts anew.
 
-    Raises InputError if it is not there, if a new run would mix with an older one's files, or if a key that would alter
+    Raises InputError if it is not there, if a new run would mix with an older one's files, or if a key that alters
     the result has changed since it was written.
     """
     resume, output_dir = config.training.resume, Path(config.training.output_dir)
@@ -104,7 +104,7 @@ def load_training_state(
 ) -> dict[str, Any] | None:
     """What training_state.pt holds: step, optimizer, scaler.
 
-    Raises InputError if the rows are no longer the same, or their number a step (over all processes of torchrun).
+    Raises InputError if the rows have changed, or the number of micro-batches a step (over all ranks).
     """
     if checkpoint is None:
         return None
@@ -173,7 +173,7 @@ class Checkpoints:
                     file.write(to_toml(self._config).encode())
                 with atomic_write(temporary / STATE_FILE) as file:
                     torch.save(state, file)
-        except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise a sort of their own
+        except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise an error of their own
             older = checkpoint_folders(self._output_dir)
             kept = f"the last good one is {older[-1]}" if older else "there is no older one"
             raise CheckpointError(f"the checkpoint {folder} could not be written ({error}); {kept}") from error
@@ -186,11 +186,11 @@ class Checkpoints:
 
     def _rotate(self, step: int) -> None:
         folders = checkpoint_folders(self._output_dir)
-        abandoned = [folder for folder in folders if step_of(folder) > step]  # by a run resumed from an older one
+        abandoned = [folder for folder in folders if step_of(folder) > step]  # the run was resumed from an older one
         kept = folders[: len(folders) - len(abandoned)]
         limit = self._config.training.save_total_limit
         for folder in abandoned + (kept[:-limit] if limit else []):
             try:
                 delete_folder(folder)
-            except OSError as error:  # as on Windows while somebody reads it: it goes with a later rotation
+            except OSError as error:  # such as on Windows while somebody reads it: a later rotation deletes it
                 log.warning(f"the older checkpoint {folder} cannot be deleted now ({error})")

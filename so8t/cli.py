@@ -1,4 +1,4 @@
-"""What the commands share: they start at once, and end with one sentence."""
+"""What the commands share: a quick start, and one sentence when something is wrong."""
 
 import argparse
 import importlib
@@ -15,7 +15,7 @@ from so8t.text import wrapped
 def on_demand(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:
     """The `__getattr__` of a package: import the first of its modules that has the name when it is asked for.
 
-    Any command imports its package first, and --help need not wait seconds for torch.
+    Every command imports its package first, and --help should not wait seconds for torch.
     """
 
     def __getattr__(name: str) -> Any:  # noqa: N807 # as PEP 562 calls it
@@ -40,9 +40,9 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> int:
-    """The exit code of `command`: 2 for what cannot be meant (InputError), 1 for what could not be done.
+    """Run `command` and return its exit code: 2 for wrong input (InputError), 1 for an OSError or one of `failures`.
 
-    The latter is an OSError or one of `failures`. Either is one sentence on stderr.
+    Both print one sentence on stderr.
     """
     print_anything()
     try:
@@ -63,7 +63,7 @@ def say(text: str) -> None:
 
 
 def print_anything() -> None:
-    """From here on, what the console's or pipe's encoding lacks (cp932 has no é) is shown as its escape."""
+    """From here on, a character that the console or pipe cannot encode (cp932 has no é) is printed as its escape."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None under pythonw, another thing in a notebook
+        if isinstance(stream, io.TextIOWrapper):  # None under pythonw, of another type in a notebook
             stream.reconfigure(errors="backslashreplace")

@@ -23,10 +23,10 @@ class InputError(Exception):
 
 
 CONFIG_FILE = "config.toml"  # in a run and in each of its checkpoints: the resolved configuration
-# keys of older versions: ignored in a file, so that their runs still open
+# keys of older versions, ignored in a file so that their runs still open
 RETIRED = {"training.memory_snapshot_step": "docs/memory.md shows torch's own three lines instead"}
 
-# no path of Windows holds control characters, which "D:\temp" makes of \t; TOML has no DEL, UTF-8 no lone surrogates
+# Windows paths hold no control characters (TOML reads the \t of "D:\temp" as one), TOML no DEL, UTF-8 no surrogates
 UNWRITABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 BACKSLASHES = "in double quotes \\ begins an escape: write 'D:\\data' in single quotes, or D:/data"
 
@@ -56,7 +56,7 @@ Folder = Annotated[str, Limit('naming one folder in training.output_dir other th
 
 
 def _free(default: Any) -> Any:
-    """A default whose key changes neither weights nor losses, so that a resumed run may change it."""
+    """The default of a key that affects neither weights nor losses, so a resumed run may change it."""
     return field(default=default, metadata={"free_on_resume": True})
 
 
@@ -86,11 +86,11 @@ class QuantizationConfig:
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    bnb_4bit_use_double_quant: bool = True  # quantise the scales too: 0.37 bit a weight less
+    bnb_4bit_use_double_quant: bool = True  # quantize the scales too: saves 0.37 bit a weight
 
     @property
     def bits(self) -> int:
-        """Of a quantised weight; 0 = none is quantised."""
+        """Bits of a quantized weight; 0 = the weights are not quantized."""
         return 4 * self.load_in_4bit + 8 * self.load_in_8bit
 
 
@@ -107,7 +107,7 @@ class QloraConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """[data.policy]: what may be trained on. A rule is on unless the config says otherwise; policy.py explains each."""
+    """[data.policy]: what may be trained on. Every rule is on by default; policy/rules.py explains them."""
 
     mode: Literal["exclude", "error"] = "exclude"  # drop and count a row that breaks a rule, or stop
     provenance: bool = True
@@ -125,13 +125,30 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """[data]: JSONL rows; a file, a glob, or a list of them (one string stands for a list of one)."""
+class SourceConfig:
+    """[[data.sources]]: what holds for every row of some files; what a row says of itself comes first."""
 
-    train_data: Annotated[tuple[Name, ...], Limit("with at least one file", bool)]
+    path: Name  # a file or a glob; trained on though data.train_data does not name it, unless data.eval_data does
+    source: str = ""
+    license: str = ""
+    url: str = ""  # of what comes from the web
+    robots: str = ""
+    weight: Positive = 1  # how often an epoch shows their rows
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: rows; a file, a glob, or a list of them (one string stands for a list of one)."""
+
+    train_data: tuple[Name, ...] = ()
     eval_data: tuple[Name, ...] = _free(())  # empty = no validation
+    sources: tuple[SourceConfig, ...] = ()
     max_seq_length: Length = 1024  # tokens a row
+    on_long_row: Literal["error", "skip", "cut_prompt"] = "cut_prompt"  # what does not fit even so is skipped
     on_bad_row: Literal["error", "skip"] = "error"  # skipped rows are counted
+    train_on_answers: Literal["all", "last"] = "all"  # of a conversation
+    chat_template: str = ""  # a Jinja file; empty = the tokenizer's own
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # such as enable_thinking = false
     policy: PolicyConfig = PolicyConfig()
 
 
@@ -272,7 +289,8 @@ def _keys() -> Iterator[tuple[str, Key]]:
         for item in fields(section):
             if f"{table}.{item.name}" not in TABLES:
                 free = "free_on_resume" in item.metadata
-                yield f"{table}.{item.name}", Key(item.name, annotations[item.name], item.default, free)
+                default = item.default if item.default_factory is MISSING else item.default_factory()
+                yield f"{table}.{item.name}", Key(item.name, annotations[item.name], default, free)
 
 
 TABLES: dict[str, Any] = dict(_tables(Config))
@@ -296,6 +314,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for name, value in values.items():
         if value is MISSING:
             raise InputError(f"{path}: {name} is missing; it must be {_describe(KEYS[name].annotation)}")
+    if not (values["data.train_data"] or values["data.sources"]):
+        words = _describe(KEYS["data.train_data"].annotation)
+        raise InputError(f"{path}: data.train_data is missing; it must be {words} with at least one file")
     config: Config = _build(Config, "", values)
     return config
 
@@ -342,7 +363,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:
         place = re.search(r"at line (\d+)", str(error))
-        line = text.split("\n")[int(place[1]) - 1] if place else text  # a string that does not end has no line
+        line = text.split("\n")[int(place[1]) - 1] if place else text  # an unterminated string names no line
         remedy = BACKSLASHES if "\\" in line else "text needs quotes, true and false do not"
         raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
@@ -362,11 +383,11 @@ def _read_table(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tupl
 
 
 def _read_override(override: str) -> tuple[str, object]:
-    """The dotted name of the key and its value: TOML, or bare text, because shells remove quotes."""
+    """The dotted name of the key and its value: TOML, or bare text, because shells strip quotes."""
     name, equals, text = (part.strip() for part in override.partition("="))
     if not equals:
         raise InputError(f"command line: {_quote(override)} sets nothing; write section.key=value")
-    with suppress(ValueError):  # no TOML, or a line break begins a second key
+    with suppress(ValueError):  # not TOML, or a line break that begins a second key
         [value] = tomli.loads(f"value = {text}").values()
         return name, value
     if text.startswith(("[", '"', "'")):
@@ -404,6 +425,10 @@ def _convert(annotation: Any, value: Any) -> Any:
         value = tuple(_convert(arguments[0], item) for item in value) if fits else ()
     elif origin is Literal:
         fits = value in arguments
+    elif origin is dict:
+        fits = isinstance(value, dict) and all(map(_is_plain, value.values()))
+    elif is_dataclass(annotation):
+        return _convert_table(annotation, value)
     elif annotation is float:
         value = float(_convert(int, value)) if type(value) is int else value
         fits = type(value) is float and math.isfinite(value)
@@ -418,6 +443,22 @@ def _convert(annotation: Any, value: Any) -> Any:
     return value
 
 
+def _is_plain(value: Any) -> bool:
+    """Say whether TOML, JSON and Jinja write it alike; a date is not."""
+    if isinstance(value, dict | list):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool | int | float | str)
+
+
+def _convert_table(section: Any, value: Any) -> Any:
+    """One table of an array of tables, as `section` holds it."""
+    annotations = get_type_hints(section, include_extras=True)
+    required = {item.name for item in fields(section) if item.default is MISSING}
+    if not isinstance(value, dict) or not required <= value.keys() <= annotations.keys():
+        raise ValueError
+    return section(**{key: _convert(annotations[key], item) for key, item in value.items()})
+
+
 def _describe(annotation: Any) -> str:
     """Describe the values that the annotation allows."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -429,6 +470,11 @@ def _describe(annotation: Any) -> str:
         return f"a list (each item {_describe(arguments[0])})"
     if origin is Literal:
         return " or ".join(map(_toml, arguments))
+    if origin is dict:
+        return "a table of names and values"
+    if is_dataclass(annotation):
+        keys = (f"{key} ({_describe(of)})" for key, of in get_type_hints(annotation, include_extras=True).items())
+        return f"a table with {', '.join(keys)}"
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text in quotes"}
     return words[annotation]
 
@@ -448,11 +494,14 @@ def _toml(value: object) -> str:
         case bool():
             return str(value).lower()
         case str():
-            return json.dumps(value, ensure_ascii=False)
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case list() | tuple():
             return f"[{', '.join(map(_toml, value))}]"
         case dict():
-            return "a table"
+            pairs = (f"{json.dumps(key, ensure_ascii=False)} = {_toml(item)}" for key, item in value.items())
+            return f"{{{', '.join(pairs)}}}"
+        case SourceConfig():
+            return _toml(vars(value))
         case _:
             return str(value)
 

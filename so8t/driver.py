@@ -1,4 +1,4 @@
-"""What the driver of an NVIDIA GPU does on this machine, and what torch makes of it. Does not import torch."""
+"""How this machine's NVIDIA driver behaves, and whether torch can use it. Does not import torch."""
 
 import os
 import platform
@@ -21,8 +21,8 @@ def lends_host_memory() -> bool:
 def allocator_settings() -> dict[str, str]:
     """Environment variables that must be set before torch is imported, unless the user has set one of them.
 
-    Segments that grow: rows of many lengths would otherwise strand memory in blocks of the wrong size. Neither Windows
-    nor WSL has them. The older name of the variable still counts where a user has set it.
+    Expandable segments: without them, rows of many lengths strand memory in blocks of the wrong size. Windows and WSL
+    do not have them. The older name of the variable still counts where a user has set it.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if lends_host_memory() or any(name in os.environ for name in names):

@@ -45,7 +45,10 @@ def evaluate(model: Model, batches: Sequence[Batch], autocast: torch.autocast) -
 def keep_evidence(
     model: Model, batches: Sequence[Batch], autocast: torch.autocast, logits_saver: LogitsSaver, step: int, epoch: int
 ) -> list[int]:
-    """Save the logits of the first micro-batch whose CE is not finite, and return its sample_ids; else of the last."""
+    """Save the logits of the first micro-batch whose CE is not finite; returns its sample_ids.
+
+    If the CE of all is finite, those of the last one are saved and [] is returned.
+    """
     sample_ids: list[int] = []
     for batch, _, ce in score(model, batches, autocast, partial(logits_saver.new_tap, step, epoch)):
         if not math.isfinite(ce.item()):
@@ -67,7 +70,7 @@ class Probe:
         batches = self.batches if self.logits_saver.is_due(step) else []
         tap = partial(self.logits_saver.new_tap, step, epoch, kind="probe")
         for _ in score(model, batches, self.autocast, tap):
-            pass  # the tap takes all that is wanted
+            pass  # the tap takes everything that is saved
 
 
 @dataclass(frozen=True)

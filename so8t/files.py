@@ -1,7 +1,7 @@
-"""The one way anything reaches disk: a temporary name in the same folder, fsync, rename.
+"""How everything is written to disk: under a temporary name in the same folder, then fsync, then rename.
 
-Windows renames, replaces and deletes nothing that a process has open or mapped, itself included. Virus scanners and
-indexers let go in a moment, so such calls are tried again for PATIENCE seconds before their error is raised.
+Windows cannot rename, replace or delete a file that a process, this one included, has open or mapped. Virus scanners
+and indexers close theirs in a moment, so such calls are tried again for PATIENCE seconds before their error is raised.
 """
 
 import errno
@@ -31,7 +31,7 @@ class _PassingThrough(io.FileIO):
     """
 
     def write(self, data: Any) -> int:
-        written = super().write(memoryview(data)[:PIECE_BYTES])  # the buffer above comes back with the rest
+        written = super().write(memoryview(data)[:PIECE_BYTES])  # the buffer above calls again with the rest
         if sys.platform == "linux" and written == PIECE_BYTES:
             os.fsync(self.fileno())
             os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -47,7 +47,7 @@ def atomic_write(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """
     temporary = _temporary_name(path)
     try:
-        temporary.unlink(missing_ok=True)  # a killed process's, whose mode would stay
+        temporary.unlink(missing_ok=True)  # one that a killed process left would keep its mode
         temporary.touch(mode)
         if sys.platform == "win32" and mode == 0o600:
             _keep_for_owner(temporary)
@@ -98,7 +98,7 @@ def append_line(path: Path, line: str) -> None:
     data = line.encode() + b"\n"
     with path.open("ab", buffering=0) as file:
         end = file.tell()
-        if file.write(data) < len(data):  # what a disk does that is almost full
+        if file.write(data) < len(data):  # as on a disk that is almost full
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -136,14 +136,14 @@ def _when_free(call: Callable[[], object]) -> None:
 
 
 def _fsync_file(path: Path) -> None:
-    with path.open("r+b") as file:  # Windows flushes only what may be written
+    with path.open("r+b") as file:  # Windows flushes only files that are open for writing
         os.fsync(file.fileno())
 
 
 def _fsync_folder(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders; NTFS keeps a journal of its names
+    except PermissionError:  # Windows cannot open folders; NTFS journals names by itself
         return
     try:
         os.fsync(descriptor)
@@ -152,7 +152,7 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _keep_for_owner(path: Path) -> None:
-    """What 0o600 means elsewhere: drop the rights that come with the folder, give all to the owner (S-1-3-4)."""
+    """Windows' equivalent of 0o600: drop the rights inherited from the folder, give all to the owner (S-1-3-4)."""
     command = ["icacls", str(path), "/inheritance:r", "/grant:r", "*S-1-3-4:F"]
     result = subprocess.run(command, capture_output=True)
     if result.returncode != 0:

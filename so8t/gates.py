@@ -2,7 +2,7 @@
 
 A gate turns `W_o x` into `W_o (R x)` with `R = blockdiag(exp(A_1), exp(A_2), ...)` and every A_j an 8x8 skew
 matrix (28 free numbers, the angles). R is orthogonal by construction, is the identity at zero angles, and is
-linear, so that a trained gate disappears into the weight: `bake`.
+linear, so a trained gate can be multiplied into the weight: `bake`.
 """
 
 from collections.abc import Sequence
@@ -48,14 +48,14 @@ def rotation(angles: Tensor) -> Tensor:
 def largest_angle(angles: Tensor) -> Tensor:
     """The largest angle, in radians, by which any block turns any plane (0-dim): the spectral norm of A.
 
-    It is that of the generator, so it may exceed pi. Waits for the GPU: not for the training loop.
+    It is the generator's norm, so it may exceed pi. Waits for the GPU: do not call it in the training loop.
     """
     norms: Tensor = torch.linalg.matrix_norm(_skew(angles.float()), ord=2)
     return norms.amax()
 
 
 def bake(o_proj_weight: Tensor, angles: Tensor) -> Tensor:
-    """W_o R: the weight that does alone what gate and `o_proj` do together.
+    """W_o R: the weight that alone computes what the gate and `o_proj` compute together.
 
     o_proj_weight: [out_features, num_blocks * 8], angles: [num_blocks, 28]. Computed in float32, then cast
     once to the weight's dtype.
@@ -163,7 +163,7 @@ def save_gates(model: nn.Module, path: Path) -> None:
 def load_gates(model: nn.Module, path: Path) -> None:
     """Read the angles of all gates attached to `model` from a file that `save_gates` wrote.
 
-    Raises InputError if the file is none of these, or has other layers or other shapes than the model.
+    Raises InputError if it is not such a file, or if its layers or shapes differ from the model's.
     """
     try:
         tensors = safetensors.torch.load_file(path)

@@ -1,4 +1,4 @@
-"""The losses as sums over tokens, not means: the step divides once, by counts over all its micro-batches."""
+"""The losses as sums over tokens, not means: the step divides once, by the counts of all its micro-batches."""
 
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ def ce_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, tap: Tap | None
     rows = (targets.flatten() != NO_TARGET).nonzero().squeeze(1)
     kept_targets = targets.flatten()[rows].to(hidden.device, non_blocking=True)
     kept_hidden = hidden.flatten(0, 1).index_select(0, rows.to(hidden.device, non_blocking=True))
-    if not torch.is_grad_enabled():  # autograd.Function asks the tensors, not the mode, whether a gradient is wanted
+    if not torch.is_grad_enabled():  # autograd.Function looks at requires_grad of the tensors, not at no_grad
         head_weight = head_weight.detach()
     tensors = kept_hidden, head_weight, kept_targets
     if tap is not None:
@@ -70,7 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(head_weight) if wants_weight else None
         loss = hidden.new_zeros((), dtype=torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):  # the casts below are the ones it would make
+        with torch.autocast(hidden.device.type, enabled=False):  # the casts below are those that autocast would make
             for start in range(0, len(hidden), CHUNK_ROWS):
                 chunk = slice(start, start + CHUNK_ROWS)
                 rows, labels = hidden[chunk].to(weight.dtype), targets[chunk, None]

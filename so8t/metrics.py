@@ -24,7 +24,7 @@ RUN_FILE = "run.json"
 
 
 def write_run_file(output_dir: Path, device: torch.device, total_steps: int, data_fingerprint: str) -> None:
-    """run.json: when the run was last started, on what, with which versions and data. The report has it on top."""
+    """run.json: when the run was last started, on what, with which versions and data. The report shows it on top."""
     name_of = getattr(torch.get_device_module(device), "get_device_name", None)  # a CPU has none
     device_name = name_of(device) if name_of else f"{device.type}, {torch.get_num_threads()} threads"
     run = {
@@ -128,8 +128,8 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """One dict a step: "step" and numbers, None where one was inf or NaN.
 
-    A line that a full disk or a power cut left half-written is passed over. Raises InputError for one that is whole and
-    no step.
+    A line that a full disk or a power cut left half-written is skipped. Raises InputError for a whole line that is not
+    a step.
     """
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -163,7 +163,7 @@ def _tracker(name: str, folder: Path) -> tuple[Track, Callable[[], object]]:
                 board.add_scalar(key, value, step) for key, value in record.items()
             ], board.close
         if name in ("wandb", "trackio"):
-            tracker: Any = importlib.import_module(name)  # trackio has wandb's interface, but keeps its files elsewhere
+            tracker: Any = importlib.import_module(name)  # trackio has wandb's interface but no setting for its folder
             where = {"dir": str(folder)} if name == "wandb" else {}
             run = tracker.init(project="so8t", name=folder.resolve().name, **where)
             return lambda record, step: run.log(dict(record), step=step), run.finish
@@ -171,6 +171,6 @@ def _tracker(name: str, folder: Path) -> tuple[Track, Callable[[], object]]:
         raise InputError(
             f'training.report_to is "{name}", which is not installed: pip install {name}, or set it to "none"'
         ) from error
-    except Exception as error:  # of their own: nobody is logged in, no network
+    except Exception as error:  # the tracker's own errors: not logged in, no network
         raise InputError(f'training.report_to = "{name}" cannot start ({error}); set it to "none"') from error
     return lambda record, step: None, lambda: None

@@ -1,5 +1,6 @@
-"""The model: base weights (4-bit, 8-bit or as they are), LoRA, gates, what is trainable, and its place on disk."""
+"""The model: base weights (4-bit, 8-bit or as they are), LoRA, gates, what is trainable, saving and loading."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,13 +10,20 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig
-from so8t.data import Batch, derive_seed
+from so8t.data import Batch, derive_seed, stop_token_ids
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates
 from so8t.quiet import hide_bars
 
@@ -51,12 +59,12 @@ def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
 
 
 def _not_a_model(source: str | Path, error: Exception) -> str:
-    """What cannot be loaded: a checkpoint's folder, or else what model.base_model names; and which file of it."""
+    """Names what cannot be loaded: the checkpoint's folder or model.base_model, and which of its files."""
     reason = " ".join(str(error).split())
     for path in sorted(Path(source).glob("*.safetensors")):
         try:
             safe_open(path, "pt")
-        except (OSError, SafetensorError) as unreadable:  # the reason does not say which file it is
+        except (OSError, SafetensorError) as unreadable:  # the error does not say which file it is about
             reason = f"{path.name} is no safetensors file or torn ({unreadable})"
     if isinstance(source, Path):
         return f"{source} cannot be loaded: {reason}"
@@ -97,11 +105,11 @@ def adapt(
     if spec.qlora.enabled and checkpoint is not None:
         try:
             adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
-        except (OSError, ValueError, SafetensorError) as error:  # peft takes a folder without adapter for a hub id
+        except (OSError, ValueError, SafetensorError) as error:  # peft takes a folder without an adapter for a hub id
             raise InputError(f"{checkpoint}: its adapter_model.safetensors cannot be read ({error})") from error
     elif spec.qlora.enabled:
         adapted = get_peft_model(model, _lora_config(model, spec.qlora))
-    if spec.so8t.enabled:  # after LoRA, so that the gate stands before base layer and adapter alike
+    if spec.so8t.enabled:  # after LoRA, so that base layer and adapter both get the rotated input
         attach_gates(model, spec.so8t.layer_indices, spec.so8t.init_scale, derive_seed(seed, "gates"))
     if spec.so8t.enabled and checkpoint is not None:
         load_gates(model, checkpoint / GATES_FILE)
@@ -109,7 +117,7 @@ def adapt(
         # An 8-bit layer keeps its own input where non-reentrant checkpointing cannot drop it (1.06 MiB a token on
         # Phi-3.5), so that an 8-bit base takes the reentrant form; the gradients are equal to the bit.
         model.activation_checkpointing_enable({"use_reentrant": spec.quantization.load_in_8bit})
-    if checkpointed_layers:  # the first ones: the last are the first to be done with
+    if checkpointed_layers:  # the first ones, because the backward pass is done with the last ones first
         for layer in checkpointable_layers(model)[checkpointed_layers:]:
             layer.gradient_checkpointing = False
     return adapted
@@ -147,9 +155,11 @@ def _load_base(
         if config.from_scratch and checkpoint is None:
             base = load_model_config(config)
             model = AutoModelForCausalLM.from_config(base, trust_remote_code=False, **options).to(device).eval()
+            with suppress(OSError):  # a folder may lack that file
+                model.generation_config = GenerationConfig.from_pretrained(config.base_model)
         else:  # the device map quantizes every weight as it is read: the whole model is never there unquantized
             options |= {"device_map": {"": device}, "trust_remote_code": False}
-            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are told below
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are reported below
             loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint or config.base_model, **options)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
             mismatched = sorted(name for name, *_ in loaded[1]["mismatched_keys"])
@@ -175,7 +185,7 @@ def _check_dequantization(weight: bitsandbytes.nn.Params4bit) -> None:
     bitsandbytes 0.50 starts a new block with every row on CPUs with AVX512-BF16, although it packed blocks of the flat
     weight: rows that are not a multiple of the block's size come out wrong by up to their own size.
     """
-    rows = weight.quant_state.blocksize  # so many rows are whole blocks, whatever their length
+    rows = weight.quant_state.blocksize  # this many rows are whole blocks, whatever their length
     unpacked = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)[:rows].float()
     if not torch.allclose(unpacked, dequantized_rows(weight, rows), rtol=2**-6, atol=1e-6):
         raise InputError(
@@ -218,7 +228,7 @@ def _quantization_options(quantization: QuantizationConfig, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """Refuse heads that do more than multiply (bias, scale, soft cap): the loss knows the head's weight alone."""
+    """Refuse heads that do more than multiply (bias, scale, soft cap): the loss uses the head's weight only."""
     input_ids = torch.arange(8, device=model.device)[None]
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     head, weight = model.get_output_embeddings(), head_weight(model)
@@ -227,7 +237,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     logits = model(input_ids=input_ids, use_cache=False).logits
     enlarging.remove()
     expected = 1024 * F.linear(hidden.to(weight.dtype), weight)
-    has_bias = getattr(head, "bias", None) is not None  # one of zeros does not show either
+    has_bias = getattr(head, "bias", None) is not None  # a bias of zeros would not show either
     if has_bias or not torch.allclose(expected.float(), logits.float(), rtol=1e-3, atol=1e-4):
         raise InputError(
             f"model.base_model: the head of {name} is not a plain matrix (it has a bias, a scale or a cap on its "
@@ -282,7 +292,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def describe(model: Model) -> str:
-    """What is trainable and what is frozen, in numbers."""
+    """How many parameters are trainable and how many are frozen, in one sentence."""
     every = num_parameters(model)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model))
     gates = gates_of(model)
@@ -296,18 +306,28 @@ def describe(model: Model) -> str:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Before quantization: bitsandbytes packs two 4-bit weights into a byte."""
+    """Counted as before quantization, although bitsandbytes packs two 4-bit weights into a byte."""
     states = [(parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters()]
     return sum(parameter.numel() if state is None else int(state.shape.numel()) for parameter, state in states)
 
 
 def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
-    """Write a plain PEFT adapter folder, or without LoRA a plain Hugging Face model folder; the gates stand beside."""
+    """Write a plain PEFT adapter folder, or without LoRA a plain Hugging Face folder, and a file for the gates."""
+    set_stops(causal_lm(model), tokenizer)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)
+        causal_lm(model).generation_config.save_pretrained(folder)  # it has the tokens at which an answer ends
     else:
         without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
         model.save_pretrained(folder, state_dict=without_gates)
     if gates_of(model):
         save_gates(model, folder / GATES_FILE)
     tokenizer.save_pretrained(folder)
+
+
+def set_stops(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Let `generate` stop at whatever ends an answer in the chat template, as in training."""
+    if tokenizer.chat_template:
+        known = model.generation_config.eos_token_id
+        stops = [*stop_token_ids(tokenizer), *(known if isinstance(known, list) else [] if known is None else [known])]
+        model.generation_config.eos_token_id = list(dict.fromkeys(stops))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from so8t import cli
 from so8t.config import TrainingConfig
 from so8t.driver import lends_host_memory
 from so8t.gates import SO8Gate
@@ -37,12 +38,12 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=config.learning_rate)
     else:
         if trainable[0].device.type == "cpu":
-            print("optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU has nowhere to page them to")
+            cli.say("optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU pages them nowhere")
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         elif lends_host_memory():
-            print(
-                "optim: paged_adamw_8bit pages nothing on Windows, whose driver cannot move managed memory on demand: "
-                "its states need room on the GPU like those of adamw_8bit"
+            cli.say(
+                "optim: paged_adamw_8bit pages nothing on Windows and WSL, where the driver cannot move managed memory "
+                "on demand: its states need room on the GPU like those of adamw_8bit"
             )
         optimizer = bitsandbytes.optim.PagedAdamW8bit(groups, lr=config.learning_rate)
     return optimizer
@@ -51,7 +52,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
 def make_amp(config: TrainingConfig, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
     """Autocast to bfloat16 or float16, and float16's gradient scaler. Both are no-ops when disabled."""
     if device.type == "cpu" and (config.bf16 or config.fp16) and not _has_16_bit_arithmetic():
-        print(
+        cli.say(
             "amp: this CPU has no 16-bit arithmetic and emulates it, many times slower than float32; "
             'set training.bf16 and fp16 to false and model.dtype to "float32"'
         )

@@ -45,6 +45,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_main() -> bool:
+    """Say whether this is the only process, or the first of torchrun's."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """The sum of `tensor` over all ranks, in place."""
     if dist.is_initialized():

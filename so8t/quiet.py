@@ -1,6 +1,6 @@
-"""What other libraries say and no user can act on is kept out of the output of every command; the rest stays.
+"""Keeps lines of other libraries that no user can act on out of every command's output; real warnings stay.
 
-so8t/__init__.py calls `keep_chatter_out`, because bitsandbytes speaks while it is imported.
+so8t/__init__.py calls `keep_chatter_out`, because bitsandbytes logs while it is imported.
 """
 
 import logging
@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-LOG_LINES = {  # logger: how the line begins
-    # said on CPUs with AVX512-BF16; the kernel that it misses is for inference in a layout that has no gradients
+LOG_LINES = {  # logger name -> how the line begins
+    # logged on CPUs with AVX512-BF16; the missing kernel is for inference in a layout without gradients
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
 }
 FUTURE_WARNINGS = (
-    r"`is_gradient_checkpointing` is deprecated",  # peft 0.21 asks transformers 5 by the old name
+    r"`is_gradient_checkpointing` is deprecated",  # peft 0.21 uses the old name with transformers 5
 )
 
 
@@ -29,11 +29,11 @@ def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
 
 
 def hide_bars() -> None:
-    """transformers' bars ("Loading weights", "Writing model shards") are done in seconds and end up in every log.
+    """Hide transformers' bars ("Loading weights", "Writing model shards"), which take seconds and clutter every log.
 
-    Those of a download stay: they are huggingface_hub's own.
+    Download bars stay: they are huggingface_hub's own.
     """
-    from transformers.utils import logging as transformers_logging  # seconds, which `import so8t` should not take
+    from transformers.utils import logging as transformers_logging  # takes seconds, too long for `import so8t`
 
     def no_bar(bar: Callable[..., Any], args: tuple[Any, ...], keys: dict[str, Any]) -> Any:
         return transformers_logging.EmptyTqdm(*args, **keys)

@@ -63,5 +63,5 @@ def pet_weight_at(step: int, total_steps: int, pet: PetConfig) -> float:
 
 
 def _part(ratio: float, total_steps: int) -> Fraction:
-    # the decimal as it was written: in floats 0.07 * 100 is above 7, and 0.1 + 0.2 is above 0.3
+    # exact decimals: in floats 0.07 * 100 is above 7, and 0.1 + 0.2 is above 0.3
     return Fraction(str(ratio)) * total_steps

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM end the run after the step that is under way; on Windows so do Ctrl-Break and the console's end.
+"""Ctrl-C and SIGTERM end the run after the current step; on Windows, Ctrl-Break and closing the console do so too.
 
-Windows ends a process that has no console any more (closed, logged off, shut down) about five seconds after it has said
-so, whatever the process does. A step and its checkpoint that take longer are lost: the run goes on from the checkpoint
-before, as after a power cut.
+When its console goes (closed, logged off, shut down), Windows tells a process and kills it about five seconds later. If
+the step and its checkpoint take longer they are lost, and the run resumes from the checkpoint before, as after a power
+cut.
 """
 
 import signal
@@ -20,7 +20,7 @@ if sys.platform == "win32":
 
 
 class StopSignals:
-    """While open, the first such signal is noted in `received`, 0 before; a second one acts as it always did."""
+    """While open, notes the first such signal in `received` (0 = none yet); a second one acts as usual."""
 
     received: int = 0
 
@@ -45,8 +45,8 @@ class StopSignals:
     def _note_console(self, event: int) -> bool:
         """Called by Windows in a thread of its own; False hands the event on to Python, which makes it a signal.
 
-        The process ends when the answer to the console's end returns. So it waits, and the step has the seconds that
-        there are; Python alone would answer with SIGBREAK and return at once.
+        When the console closes, the process ends as soon as this returns. So it waits, which gives the step the few
+        seconds that there are; Python alone would answer with SIGBREAK and return at once.
         """
         if event not in CONSOLE_ENDS:
             return False

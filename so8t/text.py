@@ -10,7 +10,7 @@ COLUMNS = 100  # of everything that a run prints
 class Fold(dict[int, str]):
     """A table for str.translate that calls `fold` once for every character it meets.
 
-    Folding by character, because unicodedata.normalize is quadratic in a run of combining marks.
+    It folds by character, because unicodedata.normalize is quadratic in a run of combining marks.
     """
 
     def __init__(self, fold: Callable[[str], str]) -> None:

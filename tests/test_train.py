@@ -153,9 +153,18 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = [re.sub(r"\d{8}_\d{6}", "TIME", name) for name in files]
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
-    adapter |= {"config.toml", "so8t_gates.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.pt"}
+    adapter |= {
+        "generation_config.json",
+        "config.toml",
+        "so8t_gates.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_state.pt",
+    }
     expected = {f"checkpoints/step_{step:06d}/{name}" for step in (8, 9) for name in adapter}
     expected |= {f"logits/logits_step_{step}_epoch_{(step - 1) // 3}_TIME.pt" for step in (6, 8)}
+    arrays = {"input_ids", "sections", "offsets", "sample_ids", "times_an_epoch", "was_cut", "files", "lines"}
+    expected |= {f"data/train_data/{name}" for name in arrays | {"rows.json"}}
     assert files == sorted(expected | {"config.toml", "memory.json", "metrics.jsonl", "policy.json", "run.json"})
     records = read_metrics(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
@@ -482,7 +491,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with (tmp_path / "rows.jsonl").open("a") as file:
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"query": "no answer"}\n')
     run("run", exit_code=2)
     assert "rows.jsonl:11: " in capsys.readouterr().err
@@ -495,7 +504,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
 ) -> None:
     expected = run("clean", "training.max_steps=2")
     origin = '"source": "own", "license": "MIT"'
-    with (tmp_path / "rows.jsonl").open("a") as file:
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(f'{{"instruction": "Who?", "output": "wren@brindlewick-mail.com", {origin}}}\n')
         file.write('{"instruction": "Who?", "output": "Wren."}\n')
     folder = run("run", "training.max_steps=2")

@@ -1,4 +1,4 @@
-"""Whether an exported model says what the live one says: both are run on the same rows, in float32."""
+"""Checks an exported model against the live one: both run on the same rows, in float32."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from transformers import PreTrainedModel
 from so8t.config import DataConfig
 from so8t.data import Batch, load_dataset, split
 from so8t.evaluate import score
-from so8t.losses import CHUNK_ROWS
+from so8t.losses import CHUNK_ROWS, NO_TARGET
 from so8t.model import Model, causal_lm, head_weight
 
 CHECK_ROWS = 16
 
 # How far a logit may be off by the rounding of the weights, as a share of the largest logit. SmolLM2 is off by 0.005,
-# 0.0005 and 1e-6, tiny random models by up to 0.013 and 0.002. One of SmolLM2's ten gates forgotten makes 0.017 to
-# 0.026: what bfloat16 may hide, an export with --dtype fp32 finds.
+# 0.0005 and 1e-6, tiny random models by up to 0.013 and 0.002. Leaving out one of SmolLM2's ten gates makes 0.017
+# to 0.026: bfloat16 may hide that, an export with --dtype fp32 finds it.
 TOLERANCES = {"bf16": 0.02, "fp16": 0.004, "fp32": 1e-4}
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model makes of some rows, in float32. The logits, hidden @ head_weight.T, are too many to be kept."""
+    """A model's outputs for some rows, in float32. The logits, hidden @ head_weight.T, are too large to keep."""
 
     hidden: list[Tensor]  # a row each, [seq, hidden_size]
     head_weight: Tensor  # [vocabulary, hidden_size]
@@ -33,7 +33,7 @@ class Outputs:
 
 
 class Agreement(NamedTuple):
-    """How near two models are to each other on the same rows."""
+    """How close two models are on the same rows."""
 
     largest_difference: float  # between two logits
     largest_logit: float
@@ -48,6 +48,13 @@ def check_batches(config: DataConfig, tokenizer: Any) -> list[Batch]:
     """Rows of data.eval_data, or without it of data.train_data, spread over the files; one a batch."""
     rows = load_dataset(check_key(config), config.eval_data or config.train_data, tokenizer, config).rows
     return split(rows[:: -(-len(rows) // CHECK_ROWS)], rows_per_batch=1)
+
+
+def ends_in_stop(batch: Batch, model: PreTrainedModel) -> bool:
+    """Say whether the last token that a row teaches is one at which the model's `generate` stops."""
+    eos: Any = model.generation_config.eos_token_id
+    last = int(batch.targets[0][batch.targets[0] != NO_TARGET][-1])
+    return last in (eos if isinstance(eos, list) else [eos])
 
 
 def compute(model: Model, batches: Sequence[Batch]) -> Outputs:
@@ -74,7 +81,7 @@ def multiply_in_float32(model: PreTrainedModel) -> None:
     def cast_back(module: nn.Module, args: Any, output: Any) -> None:
         module.to(dtype)
 
-    model.get_output_embeddings().float()  # multiplied by its weight alone, so no hook of it would run
+    model.get_output_embeddings().float()  # only its weight is used, so no hook of it would run
     for module in model.modules():
         if any(parameter.dtype == dtype for parameter in module.parameters(recurse=False)):
             module.register_forward_pre_hook(cast_up)

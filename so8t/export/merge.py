@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
 from so8t.config import CONFIG_FILE, Config, InputError, ModelSpec, QuantizationConfig, load_config
 from so8t.data import Batch
-from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute
+from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute, ends_in_stop
 from so8t.export.model_card import model_card
 from so8t.files import atomic_folder, atomic_write
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle
 from so8t.metrics import read_metrics
-from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer
+from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer, set_stops
 from so8t.policy import PolicyReport, read_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,7 +37,7 @@ REPORT_FILE = "so8t_export.json"
 
 
 class ExportError(Exception):
-    """The export failed; nothing stands under the name that was asked for."""
+    """The export failed; there is nothing under the requested name."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
     documents = read_documents(checkpoint)
     if out.exists():
         raise InputError(f"{out} is there already; delete it or choose another folder")
-    # what the checkpoint has of its own, so that a run exports from any working directory
+    # the checkpoint's own files, so that a run exports from any working directory
     own = replace(config.model, base_model=str(checkpoint))
     model_config = load_model_config(own if (checkpoint / "config.json").is_file() else config.model)
     if getattr(model_config, "quantization_config", None):
@@ -102,9 +102,9 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
         except OSError as error:
             raise InputError(f"cannot write into {out.parent} ({error.strerror}); choose another folder") from error
         report = write_and_check(config, checkpoint, tokenizer, batches, folder, dtype, max_shard_size)
-        gc.collect()  # Windows renames no folder whose files are mapped
+        gc.collect()  # Windows cannot rename a folder whose files are mapped
         print("\n".join(report.sentences()))
-        if not report.largest_difference <= report.tolerance:  # NaN is no agreement either
+        if not report.largest_difference <= report.tolerance:  # also refuses NaN
             wider = "" if dtype == "fp32" else "; if it is with --dtype fp32, the rounding of its weights is too coarse"
             raise ExportError(f"the exported model is not the one that was trained{wider}")
         write_documents(report, config, documents, out.name, folder)
@@ -121,7 +121,7 @@ def newest_checkpoint(run: Path) -> Path:
             "folders"
         )
     checkpoint = checkpoints[-1].resolve()
-    step_of(checkpoint)  # the name must tell the step
+    step_of(checkpoint)  # the name must hold the step
     return checkpoint
 
 
@@ -137,7 +137,7 @@ def write_and_check(
     """Write the merged model into `folder`, load it from there, and compare it with the live one on `batches`."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     quantized = as_trained(config, checkpoint, device, batches) if config.quantization.bits else None
-    gc.collect()  # modules refer to one another in circles
+    gc.collect()  # modules refer to each other in cycles
     spec = replace(live_spec(config), quantization=QuantizationConfig())
     model = load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint)
     live = compute(model, batches)
@@ -148,11 +148,14 @@ def write_and_check(
         write_model(merged, tokenizer, folder, max_shard_size)
         if vocabulary := sentencepiece_file(config.model.base_model):
             shutil.copyfile(vocabulary, folder / vocabulary.name)
-    except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise a sort of their own
+    except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise an error of their own
         raise ExportError(f"the model could not be written ({error})") from error
     del model, merged
     gc.collect()
-    exported = compute(AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}), batches)
+    written = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    if not all(ends_in_stop(batch, written) for batch in batches):
+        raise ExportError("its generate() would not stop where the rows of training end their answers")
+    exported = compute(written, batches)
 
     agreement = compare(live, exported)
     return Report(
@@ -174,12 +177,12 @@ def write_and_check(
 
 
 def live_spec(config: Config) -> ModelSpec:
-    """The model of the run, with an attention that knows float32: flash_attention_2 does not."""
+    """The model of the run, with an attention that supports float32, unlike flash_attention_2."""
     return replace(config.model_spec, model=replace(config.model, attn_implementation="sdpa"))
 
 
 def as_trained(config: Config, checkpoint: Path, device: torch.device, batches: Sequence[Batch]) -> Outputs:
-    """The outputs of the model on the quantised weights that it was trained on."""
+    """The outputs of the model on the quantized weights that it was trained on."""
     spec = live_spec(config)
     spec = replace(spec, model=replace(spec.model, dtype="float32"))
     return compute(load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint), batches)
@@ -215,6 +218,7 @@ def merge(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
     without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
+    set_stops(model, tokenizer)
     model.save_pretrained(folder, state_dict=without_gates, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it was made from, how training went, what its data was not used for."""
+"""The model card of an exported run: what it was made from, how training went, what was left out of its data."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,7 +84,7 @@ def model_card(
 
 
 def _files(paths: Sequence[str]) -> str:
-    """Their names; folders only where they are relative, because others tell of the machine."""
+    """Their names; with folders only if relative, because absolute ones reveal something about the machine."""
     return ", ".join(f"`{Path(path).name if Path(path).is_absolute() else path}`" for path in paths)
 
 

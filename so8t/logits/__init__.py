@@ -1,4 +1,4 @@
-"""Saved logits: the saver of the loop, the plan of what it takes, and the reader."""
+"""Saved logits: the loop's saver, the plan of its disk and memory use, and the reader."""
 
 from so8t.logits.plan import LogitsPlan, plan_logits
 from so8t.logits.reader import LogitsRecord, NotLogitsError, logits_paths, read_file, read_logits

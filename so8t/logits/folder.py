@@ -1,9 +1,9 @@
 """The folder of saved logits: which files belong to it, and which are deleted once a new one is safe.
 
-It keeps the newest `save_logits_max_files` files, at most `save_logits_max_gib` of them, and besides, for ever, every
-`save_logits_keep_every`-th. Files of the same or a later step than the one just saved were left by a run that was cut
-off: they go too, so that a resumed run leaves the files that an unbroken run leaves. The probe's files follow the same
-rule and are counted apart.
+It keeps the newest `save_logits_max_files` files, at most `save_logits_max_gib` of them, and besides them every
+`save_logits_keep_every`-th for ever. Files of the same or a later step than the one just saved were left by a run that
+was cut off: they are deleted too, so that a resumed run leaves the same files as an unbroken one. The probe's files
+follow the same rule and are counted apart.
 """
 
 import re
@@ -18,7 +18,7 @@ FILE_NAME = re.compile(r"(logits|probe)_step_(0|[1-9]\d*)_epoch_(0|[1-9]\d*)_(\d
 
 @dataclass(frozen=True)
 class LogitsFile:
-    """A file of saved logits as its name tells it."""
+    """A file of saved logits, by what its name says."""
 
     path: Path
     kind: str
@@ -27,7 +27,7 @@ class LogitsFile:
 
 
 def list_files(folder: Path) -> list[LogitsFile]:
-    """The files of saved logits in `folder`, and nothing else that lies there, oldest step first."""
+    """The files of saved logits in `folder`, oldest step first; other files are ignored."""
     matches = ((path, FILE_NAME.fullmatch(path.name)) for path in folder.iterdir() if path.is_file())
     files = [LogitsFile(path, match[1], int(match[2]), match[4]) for path, match in matches if match]
     return sorted(files, key=lambda file: (file.step, file.kind, file.timestamp))
@@ -53,10 +53,10 @@ class LogitsFolder:
                 self.rotate(newest)
 
     def rotate(self, saved: LogitsFile) -> None:
-        """Delete what the limits leave no room for, now that `saved` is safe.
+        """Delete the files that the limits leave no room for, now that `saved` is safe.
 
-        Raises OSError once all others are gone if one cannot be deleted, as on Windows while somebody reads it: it goes
-        with a later rotation.
+        If one cannot be deleted, such as on Windows while somebody reads it, OSError is raised after all others are
+        gone, and a later rotation deletes it.
         """
         others = [file for file in list_files(self.path) if file.kind == saved.kind and file.path != saved.path]
         doomed = [file for file in others if file.step >= saved.step]  # left by a run that was cut off

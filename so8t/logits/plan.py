@@ -1,4 +1,4 @@
-"""What saving logits will take, known before any weight is loaded: bytes of a file, of host memory, of the disk."""
+"""What saving logits will take, known before any weight is loaded: bytes of a file, of host memory, on the disk."""
 
 import shutil
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class LogitsPlan:
 
     @property
     def host_bytes(self) -> int:
-        """Of the buffers that logits wait in."""
+        """Size of the buffers that logits wait in."""
         tokens = self.max_tokens + self.probe_tokens
         return BUFFERS * tokens * position_bytes(self.layout) if self.training.save_logits else 0
 
@@ -58,7 +58,7 @@ class LogitsPlan:
                 )
             newest = min(training.save_logits_max_files or saves, int(max_bytes // size) or saves)
             files += min(saves, newest + kept)
-            total += size * min(saves, newest + kept + 1)  # an old file goes only after the new one is safe
+            total += size * min(saves, newest + kept + 1)  # an old file is deleted only after the new one is safe
         folder = output_dir / training.save_logits_dir
         free = _free_bytes(folder)
         if total > free:

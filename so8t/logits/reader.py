@@ -1,4 +1,4 @@
-"""Reading saved logits: one record type for the three forms, of files that are as record.py says that they are."""
+"""Reading saved logits: one record type for the three forms, for files that keep to the table in record.py."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ class NotLogitsError(Exception):
 
 @dataclass(frozen=True)
 class LogitsRecord:
-    """One file. What belongs to a position comes as [B, T]: at (row, t) stands what was believed about token t + 1.
+    """One file. Values of a position come as [B, T]: (row, t) holds what was predicted for token t + 1.
 
     Positions that the file leaves out (save_logits_positions = "labels") hold NaN, or -1 in a tensor of integers.
     """
@@ -90,10 +90,10 @@ class LogitsRecord:
     def at_targets(self, name: str, which: Tensor | slice = slice(None)) -> Tensor:
         """[N, ...]: what the file holds under `name` at `target_positions`, or at those of them that `which` selects.
 
-        Of the logits only these positions are read, and nothing of them stays in memory: ask for a few at a time.
+        Only these positions of the logits are read, and none stays in memory: ask for a few at a time.
         """
         contents = self.contents
-        if name == "logits":  # through a mapping of their own: pages of the file's would stay resident once read
+        if name == "logits":  # through a separate mapping: pages read through the record's own would stay resident
             contents = torch.load(self.path, mmap=True, weights_only=True)
         values: Tensor = contents[name]
         if "positions" in self.contents:
@@ -123,14 +123,14 @@ class LogitsRecord:
     def tokens(self, tokenizer: Any) -> list[list[str]]:
         """[B][T] the text of every token of `input_ids`; those of a row join to the row's text.
 
-        A character made of several tokens goes to the last of them, the others are "".
+        A character made of several tokens is given to the last of them; the others are "".
         """
         return [_token_texts(row, tokenizer) for row in self.input_ids.tolist()]
 
     def damaged(self) -> list[str] | None:
-        """The tensors whose bytes are not those that were written; None if the file is older than checksums.
+        """The tensors whose bytes have changed since they were written; None if the file has no checksums.
 
-        Reads the whole file, through a mapping of its own that is gone afterwards.
+        Reads the whole file, through a separate mapping that is closed afterwards.
         """
         if "checksums" not in self.contents:
             return None
@@ -157,7 +157,7 @@ class LogitsRecord:
 
 def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
     texts = []
-    start = shown = 0  # the tokens of the text before stay in front, for the space that may come between
+    start = shown = 0  # the tokens before stay in front, because decoding may put a space between
     for end in range(1, len(ids) + 1):
         before, text = (tokenizer.decode(ids[start:to], clean_up_tokenization_spaces=False) for to in (shown, end))
         if text.endswith("\ufffd") and end < len(ids):  # part of a character
@@ -196,12 +196,12 @@ def logits_paths(path: Path) -> list[Path]:
 def read_file(path: Path) -> LogitsRecord:
     """The record of one file, memory-mapped. Raises NotLogitsError, or FileNotFoundError if it is gone."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of torch.load, about what foreign files hold
+        with warnings.catch_warnings(action="ignore"):  # torch.load warns of what foreign files hold
             contents = torch.load(path, mmap=True, weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch.load raises whatever it makes of bytes that are not its own
-        # not its text: that advises to load the file without weights_only, which would run a hostile one
+    except Exception as error:  # torch.load raises errors of many types on foreign bytes
+        # without its text, which advises weights_only=False: that would run code of a hostile file
         raise NotLogitsError(f"it is torn or no file of saved logits ({type(error).__name__})") from error
     if fault := _fault(contents):
         raise NotLogitsError(f"it is no file of saved logits as so8t writes them: {fault}")
@@ -211,7 +211,7 @@ def read_file(path: Path) -> LogitsRecord:
 
 
 def _fault(contents: Any) -> str | None:
-    """What is not as the table of record.py has it; None if everything is."""
+    """The first thing that differs from the table in record.py; None if nothing does."""
     if not isinstance(contents, dict):
         return f"it holds a {type(contents).__name__}, not a dict"
     kinds = {"format_version": int, "step": int, "epoch": int, "vocab_size": int, "kind": str, "form": str}

@@ -87,8 +87,8 @@ def file_contents(
 ) -> dict[str, Any]:
     """The dict of the table, of micro-batches that have one length and are stacked.
 
-    ce_sums: [] each, a batch's cross-entropy summed over its targets; values: [positions, ...] each, what the layout
-    names; given: the keys that are taken as they are.
+    ce_sums: [] each, a batch's cross-entropy summed over its targets; values: [positions, ...] each, the tensors of the
+    layout; given: further keys, stored as they are.
     """
     names = ("targets", "labels", "input_ids", "sections", "sample_ids")
     stacked = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}

@@ -29,7 +29,7 @@ FLUSH_SECONDS = 30.0  # how long flush() and close() wait for the writer
 
 
 class LogitsSaver:
-    """Saves the logits of every due step's last micro-batch. Disabled, each call returns at once."""
+    """Saves the logits of every due step's last micro-batch. When disabled, each call returns at once."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class LogitsSaver:
         self._writer: Writer | None = None  # started when first needed, like the transfer
         self._transfer: HostTransfer | None = None
         self._records: dict[Kind, Record] = {}  # of the step under way
-        self._buffer_bytes: dict[int, int] = {}  # by the identity of the buffer
+        self._buffer_bytes: dict[int, int] = {}  # id of a buffer -> its bytes
         self._lost_probe = 0  # the last step whose probe was dropped, or failed
         if self.enabled:
             try:
@@ -60,14 +60,14 @@ class LogitsSaver:
 
     @property
     def host_bytes(self) -> int:
-        """Of the buffers that logits have waited in."""
+        """Size of the buffers that logits have waited in."""
         return sum(self._buffer_bytes.values())
 
     def is_due(self, step: int) -> bool:
         return self.enabled and step % self._plan.training.save_logits_steps == 0
 
     def tap(self, step: int, epoch: int, batch: Batch) -> "LogitsTap | None":
-        """For ce_sum: takes the logits of this micro-batch if `step` is due."""
+        """A tap for ce_sum that takes the logits of this micro-batch; None if `step` is not due."""
         return self.new_tap(step, epoch, batch) if self.is_due(step) else None
 
     def new_tap(self, step: int, epoch: int, batch: Batch, kind: Kind = "logits") -> "LogitsTap | None":
@@ -185,7 +185,7 @@ class LogitsTap:
 
     def __init__(self, saver: LogitsSaver, kind: Kind, step: int, epoch: int, batch: Batch) -> None:
         self._saver, self._kind, self._step, self._epoch, self._batch = saver, kind, step, epoch, batch
-        self._record: Record | None = None  # None: nothing is taken, or nothing any more
+        self._record: Record | None = None  # None = nothing is taken, or nothing more after a failure
 
     def begin(self, head_weight: Tensor) -> None:
         with self._guard():

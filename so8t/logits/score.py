@@ -32,7 +32,7 @@ class HostBuffer:
         if layout == self._layout and positions <= self._positions:
             return
         self._positions = 0
-        self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+        self._bytes = torch.empty(0, dtype=torch.uint8)  # free the old one before the new one is made
         self._bytes = _host_memory(positions * position_bytes(layout), pinned)
         self._layout, self._positions = layout, positions
 
@@ -47,7 +47,7 @@ class HostBuffer:
         memory, offset = self._bytes.numpy(), 0
         for name, (dtype, shape) in self._layout.items():
             width = math.prod(shape)
-            tensor = torch.empty(0, dtype=dtype)  # frombuffer does not make an empty one
+            tensor = torch.empty(0, dtype=dtype)  # frombuffer refuses an empty buffer
             if end > start:
                 first = offset + start * width * dtype.itemsize
                 tensor = torch.frombuffer(memory, dtype=dtype, count=(end - start) * width, offset=first)
@@ -57,7 +57,7 @@ class HostBuffer:
 
 
 def _host_memory(size: int, pinned: bool) -> Tensor:
-    """Bytes of torch's own if they must be pinned, else of numpy's: they are not counted among a step's tensors."""
+    """Allocated by torch if they must be pinned, else by numpy, so that they are not counted among a step's tensors."""
     return (
         torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else torch.from_numpy(np.empty(size, np.uint8))
     )
@@ -71,7 +71,7 @@ class HostTransfer:
         self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def copy(self, host: Tensor, source: Tensor) -> None:
-        """Start a copy. On an accelerator `host` is pinned and may not be read before `finished()` has come."""
+        """Start a copy. On an accelerator `host` is pinned and may not be read before the event of `finished()`."""
         if self._stream is None:
             host.copy_(source)
             return
@@ -118,7 +118,7 @@ class Scorer:
         self._host = host
         self._device = device
         self._transfer = transfer
-        # the small numbers cross to the host in one piece each, at the end
+        # the small results are copied to the host in one piece each, at the end
         small = {name: tensor for name, tensor in host.items() if name != "logits"}
         on_host = device.type == "cpu"
         self._results = small if on_host else {n: torch.empty_like(t, device=device) for n, t in small.items()}
@@ -157,7 +157,7 @@ class Scorer:
 def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut ascending indices [n] into runs without a gap: each as a slice of the n, and as the slice that it indexes.
 
-    index: on the host, where its numbers are known without a wait.
+    index: on the host, so that reading its numbers does not wait for the device.
     """
     gaps = (index.diff() > 1).nonzero().squeeze(1) + 1
     bounds = [0, *gaps.tolist(), len(index)]

@@ -1,4 +1,4 @@
-"""The writer thread of LogitsSaver: checks records, writes their files in order, counts what became of them."""
+"""The writer thread of LogitsSaver: checks records, writes their files in order, counts saved and lost ones."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ log = logging.getLogger("so8t")
 
 @dataclass
 class Record:
-    """A file in the making: the micro-batches so far, their numbers in `buffer`."""
+    """A file that is being made: the micro-batches so far, with their values in `buffer`."""
 
     kind: Kind
     step: int
@@ -70,7 +70,7 @@ class SaverCounters:
     def file_failed(self, step: int, error: BaseException) -> None:
         with self._lock:
             self.failed += 1
-        while error.__context__ is not None:  # torch.save raises an error of its own over that of a full disk
+        while error.__context__ is not None:  # torch.save raises an error of its own on top of that of a full disk
             error = error.__context__
         self.warn_once(
             "failed",
@@ -117,7 +117,7 @@ class Writer:
         self._folder = folder
         self._counters = counters
         self._write = write
-        self._queue: SimpleQueue[Record | threading.Event | None] = SimpleQueue()  # an event is set at its turn
+        self._queue: SimpleQueue[Record | threading.Event | None] = SimpleQueue()  # an event is set in its turn
         self._submitted = self._done = 0
         self._free: dict[Kind, SimpleQueue[HostBuffer]] = {"logits": SimpleQueue(), "probe": SimpleQueue()}
         for pool in self._free.values():
@@ -141,7 +141,7 @@ class Writer:
         self._queue.put(record)
 
     def flush(self, timeout: float) -> int:
-        """Wait until what was submitted so far is done with, `timeout` seconds at most; returns how much is not."""
+        """Wait until all submitted so far is done, `timeout` seconds at most; returns how much is left."""
         all_done = threading.Event()
         self._queue.put(all_done)
         all_done.wait(timeout)
@@ -157,7 +157,7 @@ class Writer:
             self._counters.file_dropped(f"{left} files were not written within {timeout:g} s of the end and are lost")
 
     def _run(self) -> None:
-        torch.set_num_threads(1)  # of this thread alone: a second team of threads would slow the loop's
+        torch.set_num_threads(1)  # for this thread only: a second team of threads would slow the loop's
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()

@@ -29,20 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
     parser.add_argument("--gpu-memory-gib", type=_gib, help="plan for a GPU with so much memory, not for this machine")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     return cli.run("so8t.memory", lambda: _plan(options))
 
 
 def _gib(text: str) -> float:
     value = float(text)
-    if not 0 < value <= LARGEST_GIB:  # nan is no size either
+    if not 0 < value <= LARGEST_GIB:  # not true of nan either
         raise argparse.ArgumentTypeError(f"{text} is no GPU's memory; write GiB, such as 12")
     return value
 
 
 def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    # here, because they take seconds that --help need not wait for
+    # imported here, because they take seconds that --help should not wait for
     import torch
 
     from so8t.logits import plan_logits
@@ -91,7 +91,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _told_if_slow(sentence: str) -> Iterator[None]:
-    """Say on stderr what takes longer than two seconds."""
+    """Print the sentence on stderr if the block takes longer than two seconds."""
     timer = threading.Timer(SLOW_SECONDS, print, (sentence,), {"file": sys.stderr, "flush": True})
     timer.start()
     try:

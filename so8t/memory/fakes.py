@@ -1,8 +1,8 @@
 """A model, its optimizer and its batches with shapes but no bytes, for `trace_step`.
 
 The model's own code runs under torch's FakeTensorMode on a fake "cpu" (a fake "cuda" aborts the process in builds
-without CUDA). Where it would act otherwise on a GPU, a private name of a library is replaced while the trace runs; the
-comment at each says what goes wrong when that library moves it.
+without CUDA). Where it would behave differently on a GPU, a private name of a library is replaced while the trace runs;
+a comment at each says what breaks when that library moves it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,15 +68,15 @@ def fake_model(
     model = adapt(base, spec, checkpointed_layers=checkpointed_layers).train()
     with ExitStack() as stack:
         if device_type != "cpu":
-            # 8-bit layers go another way on a CPU.
+            # 8-bit layers take another code path on a CPU.
             # Breaks with bitsandbytes: AttributeError here, or the activations of 8-bit layers are counted twice.
             cuda_way = bitsandbytes_functions.MatMul8bitLt
             stack.enter_context(mock.patch.object(bitsandbytes_functions, "MatMul8bitFp", cuda_way))
-            # peft asks whether autocast is on without saying where, that is on the GPU; the trace has it on the CPU.
+            # peft asks whether autocast is on without naming a device, which means the GPU's; the trace has the CPU's.
             # Breaks with peft: a float32 copy of every LoRA input is counted that a GPU never makes.
             enabled = torch.is_autocast_enabled
             stack.enter_context(mock.patch("torch.is_autocast_enabled", lambda where="cpu": enabled(where)))
-            # a GPU's dropout keeps a mask of bytes, a CPU's one of numbers.
+            # dropout keeps a mask of bytes on a GPU, of floats on a CPU.
             # Breaks with torch: with lora_dropout > 0 the activations come out up to four times too large.
             stack.enter_context(mock.patch("torch.nn.functional.dropout", _dropout_as_on_a_gpu))
         # no row is packed; transformers cannot see that in fake positions and would build a mask.

@@ -31,9 +31,8 @@ class OutOfMemory(Exception):
 class MemoryLedger:
     """Tensor bytes between two marks: from the accelerator's allocator at every step, on a CPU counted in a few.
 
-    Counting slows a step down. On a CPU it is done in the first two steps, in the first two that save logits and in the
-    first that evaluates. As a context manager the ledger turns an out-of-memory
-    error into OutOfMemory.
+    Counting slows a step down, so a CPU does it in the first two steps, the first two that save logits and the first
+    that evaluates. As a context manager the ledger turns an out-of-memory error into OutOfMemory.
     """
 
     def __init__(self, plan: Plan, device: torch.device, output_dir: Path, is_main: bool) -> None:
@@ -44,7 +43,7 @@ class MemoryLedger:
         self._live = LiveBytes()
         self._counted_steps: set[int] = set()
         self._is_counting = False
-        self._step = 0  # that is under way; 0 = the model is loading
+        self._step = 0  # the current one; 0 = the model is loading
         self._phases: dict[str, Phase] = {}
         self._largest = BatchShape(0, 0, is_padded=False)
         self._last_mark = "start of the run"
@@ -105,7 +104,7 @@ class MemoryLedger:
     def summary(self, logits_buffers: int) -> str:
         """Write memory.json and return its table: predicted for the largest micro-batch that was measured, measured.
 
-        logits_buffers: bytes of the buffers that logits waited in; host memory, which no tensor of the step counts.
+        logits_buffers: bytes of the buffers that logits waited in; host memory, not among the step's tensors.
         """
         if not self._largest.tokens:
             return "memory: no step was measured"
@@ -141,7 +140,7 @@ class MemoryLedger:
         return "\n".join(lines)
 
     def _notice_host_memory(self) -> None:
-        """Say once that the driver lends host memory: steps take many times longer, and nothing else tells why."""
+        """Warn once that the driver lends host memory: steps take many times longer, and nothing else says why."""
         free = self._plan.free
         if free is None or self._reserved <= free or not driver.lends_host_memory() or self._is_lent:
             return

@@ -25,7 +25,7 @@ class Phase:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operations make, for as long as they live; real tensors or fake ones.
 
-    With `fake`, what only data know (`_result_by_shape`) or only a kernel knows (`_scratch`) is filled in.
+    With `fake`, what depends on data (`_result_by_shape`) and what kernels allocate inside (`_scratch`) is filled in.
     """
 
     def __init__(self, block_bytes: int = 1, fake: bool = False) -> None:
@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Phase(self.now, peak)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        # what cannot be resized is not torch's own: a mapped file, or a part of a buffer that counts as a whole
+        # storages that cannot be resized are not torch's: mapped files, or parts of a buffer that is counted as a whole
         if storage._cdata in self._seen or not storage.resizable():
             return
         size = -(-storage.nbytes() // self._block_bytes) * self._block_bytes

@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def headroom(self) -> int | None:
-        """What is left on the device by this plan, its assumptions included."""
+        """Bytes that this plan leaves on the device, after its assumptions."""
         return None if self.capacity is None else self.capacity - CONTEXT_BYTES - self.fragmentation - self.trace.peak
 
     @property
@@ -164,9 +164,9 @@ def plan_memory(spec: StepSpec, free: int | None, capacity: int | None) -> Plan:
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int | None]:
-    """Bytes that are free and that there are in all; not known of a CPU, whose memory is for others too.
+    """Free bytes and all bytes; (None, None) for a CPU, whose memory is shared with everything else.
 
-    Where the driver lends host memory to a full GPU, there are no more than are free: past them a run gets slow.
+    Where the driver lends host memory to a full GPU, only what is free counts: beyond it a run gets slow.
     """
     module = torch.get_device_module(device)
     if not hasattr(module, "mem_get_info"):

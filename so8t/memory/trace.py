@@ -1,8 +1,8 @@
 """One training step on tensors that have shapes but no bytes: what it keeps and its peak, known in seconds.
 
 The loop's own `forward`, the model's code, bitsandbytes and peft run under torch's FakeTensorMode (fakes.py) while
-`LiveBytes` counts storages: dtypes, shapes and lifetimes are the same. What a kernel takes for itself shows only where
-it is known, see live_bytes.py.
+`LiveBytes` counts storages: dtypes, shapes and lifetimes are the same. Memory that a kernel takes inside itself is
+counted only where it is known, see live_bytes.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -47,7 +47,7 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True)
 class StepSpec:
-    """The step to plan: all that is known about it before any weight is loaded."""
+    """The step to plan, as far as it is known before any weight is loaded."""
 
     config: Config
     model_config: Any  # the model's config.json
@@ -107,7 +107,7 @@ def _run_step(spec: StepSpec, model: Model, mark: Mark) -> None:
         return share
 
     trainable = trainable_parameters(model)
-    if training.gradient_accumulation_steps > 1:  # those of the micro-batches before
+    if training.gradient_accumulation_steps > 1:  # those of the earlier micro-batches
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
     share = forward(_LayersTap(mark))
@@ -206,7 +206,7 @@ def all_tensors(held: Mapping[str, list[Tensor]]) -> list[Tensor]:
 
 
 def held_bytes(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes of every kind that there is. A storage counts once, where it comes first."""
+    """Bytes of each kind. A storage counts once, for the kind that comes first."""
     sizes, seen = {}, set[int]()
     for kind, tensors in held_tensors(model, states).items():
         storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}

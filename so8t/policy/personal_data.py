@@ -6,8 +6,8 @@ loopback and private addresses, public resolvers such as 8.8.8.8, version number
 555-0100 to 555-0199 (fiction), the card networks' published test numbers, tokens that are visibly placeholders.
 
 These are patterns, not certainty. Of other numbers with 12 digits one in ten passes the check of a Japanese individual
-number, so that only the word before it (order, tracking, 注文番号) tells them apart. Names and street addresses are not
-looked for. tests/test_policy.py states precision and recall.
+number, so only the word before it (order, tracking, 注文番号) tells them apart. Names and street addresses are not
+looked for. tests/policy/test_policy.py states precision and recall.
 """
 
 import ipaddress
@@ -34,6 +34,8 @@ _LONG_VOWEL_AS_DASH = re.compile(r"(?<=\d)ー(?=\d)")  # how ０９０ー１２�
 
 def plain(text: str) -> str:
     """Full-width letters and digits as ASCII, every dash a hyphen, nothing invisible."""
+    if text.isascii():
+        return text
     return _LONG_VOWEL_AS_DASH.sub("-", text.translate(_PLAIN))
 
 
@@ -47,7 +49,7 @@ _PRIVATE_KEY = re.compile(
 
 
 def has_private_key(text: str) -> bool:
-    return bool(_PRIVATE_KEY.search(text))
+    return "PRIVATE KEY" in text and bool(_PRIVATE_KEY.search(text))
 
 
 # formats as their issuers document them; the group is what varies. A password that begins with ${<% is a variable
@@ -68,18 +70,31 @@ _KNOWN_TOKEN = re.compile(
     r")",
     re.ASCII,
 )
-_NAMED_TOKEN = re.compile(  # whatever with a digit is assigned to a name that means one
+_NAMED_TOKEN = re.compile(  # any value with a digit that is assigned to a name that means a secret
     r"(?:bearer\s|(?:(?:api|access|account|private)[ _-]?key|secret(?:[ _-]?(?:access[ _-]?)?key)?|token|passw(?:or)?d"
     r"|APIキー|トークン|パスワード|シークレット)[\"']?\s{0,3}(?:=>|[:=は])\s{0,3}[\"'「]?)"
     r"(?=[A-Za-z+/=._-]{0,80}\d)([\w+/=.-]{20,}+)(?!\()",  # not the call of a function
     re.ASCII | re.IGNORECASE,
 )
-_FEWEST_DISTINCT = 10  # characters of what is random and not a placeholder
+_FEWEST_DISTINCT = 10  # characters of a random secret, not of a placeholder
+
+
+# texts without any of these, which are most, need none of the two patterns
+_KNOWN_HINTS = (
+    *("AKIA", "ASIA", "gho_", "ghp_", "ghr_", "ghs_", "ghu_", "github_pat_", "glpat-", "xox", "hooks.slack", "AIza"),
+    *("ya29.", "sk-", "hf_", "_live_", "_test_", "SG.", "npm_", "pypi-", "_v1_", "dapi", "key-", ":AA", "eyJ", "-u "),
+)
+_NAMED_HINTS = ("bearer", "key", "token", "passw", "secret", "apiキー", "トークン", "パスワード", "シークレット")
+
+_LONG_WORD = re.compile(r"[\w+/=.-]{20}", re.ASCII)
 
 
 def has_api_token(text: str) -> bool:
-    bodies = [match[match.lastindex or 0] for match in _KNOWN_TOKEN.finditer(text)]
-    bodies += [match[1] for match in _NAMED_TOKEN.finditer(text)]
+    is_known = any(hint in text for hint in _KNOWN_HINTS) or ("://" in text and "@" in text)
+    folded = text.casefold()
+    is_named = any(hint in folded for hint in _NAMED_HINTS) and _LONG_WORD.search(text)
+    bodies = [match[match.lastindex or 0] for match in _KNOWN_TOKEN.finditer(text)] if is_known else []
+    bodies += [match[1] for match in _NAMED_TOKEN.finditer(text)] if is_named else []
     return any(
         len(set(body)) >= _FEWEST_DISTINCT and re.search("[A-Z0-9]", body) and "example" not in body.lower()
         for body in bodies
@@ -105,10 +120,24 @@ _TEST_CARDS = {
 }
 
 
+# a term or the result of a sum: a number stands on the other side of the sign
+_SUM_BEFORE, _SUM_BEHIND = re.compile(r"\d\s*[+=]\s*$|\d\s+[-−×*]\s+$"), re.compile(r"\s*[+=]\s*\d|\s+[-−×*]\s+\d")
+
+
+def _is_in_sum(text: str, match: re.Match[str]) -> bool:
+    before = text[max(0, match.start() - 8) : match.start()]
+    return bool(_SUM_BEFORE.search(before) or _SUM_BEHIND.match(text, match.end()))
+
+
+_NUMBER_HINT = re.compile(r"\d{4}[ .-]?\d{4}", re.ASCII)  # every number of twelve digits and more has it
+
+
 def has_payment_card(text: str) -> bool:
+    if not _NUMBER_HINT.search(text):
+        return False
     for match in _CARD.finditer(text):
         number = re.sub(r"\D", "", match[0])
-        is_other = number in _TEST_CARDS or _is_article(number)
+        is_other = number in _TEST_CARDS or _is_article(number) or _is_in_sum(text, match)
         if _CARD_NETWORK.fullmatch(number) and _passes_luhn(number) and not is_other:
             return True
     return False
@@ -136,9 +165,12 @@ _OTHER_NUMBER = re.compile(
 
 
 def has_my_number(text: str) -> bool:
+    if not _NUMBER_HINT.search(text):
+        return False
     for match in _TWELVE_DIGITS.finditer(text):
         number = re.sub(r"\D", "", match[0])
-        is_other = _is_timestamp(number) or _OTHER_NUMBER.search(text[max(0, match.start() - 40) : match.start()])
+        is_called_other = _OTHER_NUMBER.search(text[max(0, match.start() - 40) : match.start()])
+        is_other = is_called_other or _is_timestamp(number) or _is_in_sum(text, match)
         if _passes_my_number_check(number) and len(set(number)) > 1 and not is_other:
             return True
     return False
@@ -174,14 +206,25 @@ _TOP_LEVEL_DOMAIN = re.compile(
     r"|store|tech|xyz|top|club|blog|work|life|live|world|news|media|art|design|studio|agency|company|link|website|icu"
     r"|tokyo|osaka|kyoto|nagoya|yokohama|okinawa|moe"
 )
+_PLACEHOLDER_DOMAIN = re.compile(  # what examples take for somebody's
+    r"(?:.*\.)?(?:(?:my|your|our|the|some|any)?-?(?:company|domain|email|site|website|organi[sz]ation|business)|acme|foo|bar)"
+    r"\.(?:com|org|net)"
+)
 _RESERVED_DOMAIN = re.compile(r"(?:.*\.)?(?:example\d?(?:\.[a-z]{2,3}){1,2}|example|test|invalid|localhost|local)")
 
 
+_AT_HINTS = ("@", "%40", "&#", "★", "アット", "あっと")  # or it is spelled, between brackets or words
+_AT_HINT = re.compile(r"[\[({<]\s?(?:at|a)\s?[\])}>]", re.ASCII | re.IGNORECASE)
+
+
 def has_email(text: str) -> bool:
+    if not (any(hint in text for hint in _AT_HINTS) or "dot" in text.casefold() or _AT_HINT.search(text)):
+        return False
     for match in _EMAIL.finditer(text):
         user, ending = match[1].lower(), match[4].lower()
         domain = re.sub(f"{_DOT}|{_SPOKEN_DOT}", ".", (match[2] or match[3]).lower()) + ending
-        is_domain = _TOP_LEVEL_DOMAIN.fullmatch(ending) and not _RESERVED_DOMAIN.fullmatch(domain)
+        is_reserved = _RESERVED_DOMAIN.fullmatch(domain) or _PLACEHOLDER_DOMAIN.fullmatch(domain)
+        is_domain = _TOP_LEVEL_DOMAIN.fullmatch(ending) and not is_reserved
         is_nobody = user == "git" or len(set(user)) == 1 or user.startswith("your")
         if is_domain and not is_nobody:
             return True
@@ -207,10 +250,25 @@ _PHONE = re.compile(
 )
 
 
+_PHONE_HINT = re.compile(r"\d[ .()の-]{0,3}\d[ .()の-]{0,3}\d[ .()の-]{0,3}\d[ .()の-]{0,3}\d", re.ASCII)
+
+
 def has_phone(text: str) -> bool:
-    text = text.translate(_KANJI_DIGITS)
-    starts = (match.start() for match in _PHONE.finditer(text))
-    return any(not _OTHER_NUMBER.search(text[max(0, start - 40) : start]) for start in starts)
+    if not text.isascii():
+        text = text.translate(_KANJI_DIGITS)
+    if not _PHONE_HINT.search(text):
+        return False
+    return any(
+        not _OTHER_NUMBER.search(text[max(0, match.start() - 40) : match.start()]) and not _is_addend(text, match)
+        for match in _PHONE.finditer(text)
+    )
+
+
+def _is_addend(text: str, match: re.Match[str]) -> bool:
+    """Say whether the plus of an international number adds it to another one."""
+    return (
+        match[0].startswith("+") and re.search(r"\d\s*$", text[max(0, match.start() - 4) : match.start()]) is not None
+    )
 
 
 # ---- machines of somebody
@@ -225,14 +283,21 @@ _VERSION = re.compile(
 )
 
 
+_RANGE = re.compile(r"/(?!32\b|128\b)\d{1,3}(?!\d|\.\d)", re.ASCII)  # of many machines, as providers publish them
+_IPV4_HINT = re.compile(r"\d\.\d{1,3}\.\d", re.ASCII)
+
+
 def has_ip_address(text: str) -> bool:
-    for match in (*_IPV4.finditer(text), *_IPV6.finditer(text)):
+    matches = [*_IPV4.finditer(text)] if _IPV4_HINT.search(text) else []
+    matches += _IPV6.finditer(text) if text.count(":") > 1 else []
+    for match in matches:
         with suppress(ValueError):
             address = ipaddress.ip_address(match[0])
             # with four such small numbers it is a version, a section or a public resolver
             is_small = address.version == 4 and max(address.packed) < 10
             is_version = _VERSION.search(text[max(0, match.start() - 20) : match.start()])
-            if address.is_global and not address.is_multicast and not is_small and not is_version:
+            is_range = _RANGE.match(text, match.end())
+            if address.is_global and not address.is_multicast and not (is_small or is_version or is_range):
                 return True
     return False
 
@@ -246,7 +311,12 @@ _MAC = re.compile(
 _NO_DEVICE = re.compile("0{12}|f{12}|aabbccddeeff|001122334455|00005e0053..|01005e9010..")
 
 
+_MAC_HINT = re.compile(r"[0-9a-f]{2}[:-][0-9a-f]{2}[:-]|[0-9a-f]{4}\.[0-9a-f]{4}\.", re.ASCII | re.IGNORECASE)
+
+
 def has_mac_address(text: str) -> bool:
+    if (text.count(":") < 5 and text.count("-") < 5 and text.count(".") < 2) or not _MAC_HINT.search(text):
+        return False
     for match in _MAC.finditer(text):
         number = re.sub("[:.-]", "", match[0].lower())
         is_number = match[1] != ":" and number.isdecimal()  # draws and codes, far more often than a device

@@ -27,7 +27,8 @@ REPORT_FILE = "policy.json"
 
 # in the order in which a row is held against them, with what a row must be
 RULES = {
-    "provenance": 'a row, your own too, needs "source" and "license"; from the web also "url" and "robots": "allowed"',
+    "provenance": 'write [[data.sources]] with path, source and license, for the web url and robots = "allowed" too, '
+    'or give these as fields of the row ("source", "license", "url", "robots")',
     "nsfw": 'a row with "nsfw" needs "safety_label" REFUSE or ESCALATE and answers that refuse and quote nothing',
     "private_key": "a row must not hold a private key",
     "api_token": "a row must not hold a token, an API key or a password",
@@ -38,6 +39,7 @@ RULES = {
     "ip_address": "a row must not hold a public IP address",
     "mac_address": "a row must not hold a MAC address",
 }
+_BETWEEN = "\n\0\n"  # no pattern reaches from one message into the next
 LONGEST_REFUSAL = 600  # characters; a longer final does more than refuse
 LONGEST_REFUSING_ANSWER = 1200  # characters with thoughts and tags; longer thoughts do more than judge
 
@@ -64,15 +66,24 @@ _REFUSAL = re.compile(
 _REFUSES_WITHIN = 160  # characters from the start: a refusal says so first
 
 
-def broken_rule(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]], config: PolicyConfig) -> str | None:
-    """The first rule that is on and that the row breaks. `messages` are the row's, as data.read_messages gives them."""
+def broken_rule(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], config: PolicyConfig) -> str | None:
+    """The first rule that is on and that the row breaks. `messages` are those of its conversation."""
     switches = vars(config)
     if switches["provenance"] and not _has_provenance(row):
         return "provenance"
     if switches["nsfw"] and row.get("nsfw") not in (None, False) and not _only_refuses(row, messages):
         return "nsfw"
-    texts = [plain(message["content"]) for message in messages]
-    return next((rule for rule, finds in FINDERS.items() if switches[rule] and any(map(finds, texts))), None)
+    text = plain(_BETWEEN.join(map(_text_of, messages)))
+    return next((rule for rule, finds in FINDERS.items() if switches[rule] and finds(text)), None)
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """All that a message says, calls of tools too."""
+    if len(message) == 2:
+        return str(message["content"])
+    return _BETWEEN.join(
+        part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in message.values()
+    )
 
 
 def _has_provenance(row: Mapping[str, Any]) -> bool:
@@ -84,7 +95,7 @@ def _has_provenance(row: Mapping[str, Any]) -> bool:
     return isinstance(url, str) and re.match(r"https?://\w", url) is not None and robots == "allowed"
 
 
-def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> bool:
+def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> bool:
     prompts = [message["content"] for message in messages if message["role"] != "assistant"]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     return row.get("safety_label") in ("REFUSE", "ESCALATE") and all(
@@ -96,7 +107,7 @@ def _only_refuses(row: Mapping[str, Any], messages: Sequence[Mapping[str, str]])
 
 
 def is_refusal(final: str) -> bool:
-    """Say whether a final, English or Japanese, declines. A heuristic: how good is measured in tests/test_policy.py."""
+    """Whether a final, English or Japanese, declines. A heuristic; tests/policy/test_policy.py measures it."""
     text = plain(final).replace("’", "'")
     return len(text) <= LONGEST_REFUSAL and _REFUSAL.search(text[:_REFUSES_WITHIN]) is not None
 

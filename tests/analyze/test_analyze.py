@@ -45,7 +45,7 @@ from so8t.losses import NO_TARGET
 FORMS: tuple[dict[str, Any], ...] = ({}, {"form": "topk", "top_k": 8}, {"form": "stats"})
 LENGTHS, SAMPLES = (20, 13, 17), (4, 7, 9)
 every_form = pytest.mark.parametrize("keys", FORMS, ids=("full", "topk", "stats"))
-quick = hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = hypothesis_settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def target_probs(batch: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ def test_topk_bounds_are_narrow_and_its_divergence_close_where_k_holds_the_mass(
     assert bound.kl_mean.low == pytest.approx(exact.kl_mean.low, rel=0.15)
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 80), st.sampled_from((1e-5, 1e-3, 0.05)), st.booleans())
 def test_calibration_bounds_hold_for_whatever_was_rounded(seed: int, size: int, width: float, alike: bool) -> None:
     generator = torch.Generator().manual_seed(seed)

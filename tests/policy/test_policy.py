@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from so8t.config import PolicyConfig
-from so8t.data import Message, read_messages
+from so8t.data import read_conversation
 from so8t.policy.personal_data import FINDERS, has_my_number, has_payment_card, plain
 from so8t.policy.rules import LONGEST_REFUSAL, RULES, broken_rule, is_refusal, make_report
 
@@ -38,7 +38,7 @@ def row_of(output: str, **fields: Any) -> dict[str, Any]:
 
 
 def rule_of(row: dict[str, Any], **switches: Any) -> str | None:
-    return broken_rule(row, read_messages(row), PolicyConfig(**switches))
+    return broken_rule(row, read_conversation(row).messages, PolicyConfig(**switches))
 
 
 def found_in(text: str) -> set[str]:
@@ -293,7 +293,7 @@ def test_a_rule_holds_for_every_message_and_can_be_switched_off(case: dict[str, 
     rule, text = case["rule"], case["text"]
     others = dict.fromkeys(set(FINDERS) - {rule}, False)
     rows = [row_of(text), row_of("A", instruction=text), row_of("A", input=text)]
-    system: list[Message] = [{"role": "system", "content": text}, {"role": "assistant", "content": "A"}]
+    system: list[dict[str, str]] = [{"role": "system", "content": text}, {"role": "assistant", "content": "A"}]
     for row in (*rows, OWN | {"messages": system}):
         assert rule_of(row, **others) == rule
         assert rule_of(row, **dict.fromkeys(FINDERS, False)) is None
@@ -326,3 +326,40 @@ def test_the_report_is_written_by_the_main_rank_only(tmp_path: Path) -> None:
 def test_every_rule_has_a_switch_that_is_on_by_default() -> None:
     switches = {name for name, value in vars(PolicyConfig()).items() if value is True}
     assert switches == set(RULES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "123456789018 + 5 = 123456789023",
+        "Add 400000123456 and 7: 400000123456 + 7",
+        "7 + 123456789018",
+        "The sum is 5 + 4000001234567899 = 4000001234567904",
+        "2000000000000 +123456789012345",
+        "Write to jane@company.com, ann@mycompany.com or info@email.com.",
+        "The provider publishes 29.40.0.0/10 and 29.41.7.0/24.",
+    ],
+)
+def test_sums_stock_placeholders_and_ranges_are_nobodys(text: str) -> None:
+    assert found_in(text) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("my number = 1234 5678 9018", "my_number"),
+        ("Call +44 7911 123456.", "phone"),
+        ("mail: wren@brindlewick.com", "email"),
+        ("Its address is 29.41.7.200/32.", "ip_address"),
+        ("29.41.7.200/index.html", "ip_address"),
+    ],
+)
+def test_beside_other_signs_they_are_somebodys(text: str, rule: str) -> None:
+    assert found_in(text) == {rule}
+
+
+def test_calls_of_tools_and_reasoning_are_held_against_the_rules_too() -> None:
+    call = {"function": {"name": "send", "arguments": {"to": "wren@brindlewick-mail.com"}}}
+    for fields in ({"tool_calls": [call]}, {"reasoning_content": "Ask wren@brindlewick-mail.com."}):
+        answer = {"role": "assistant", "content": "Done."} | fields
+        assert rule_of(OWN | {"messages": [{"role": "user", "content": "Q"}, answer]}) == "email"

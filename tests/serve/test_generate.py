@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import train
 from so8t.checkpoint import checkpoint_folders
-from so8t.config import InputError
-from so8t.data import encode_row, read_fields, read_messages
+from so8t.config import DataConfig, InputError
+from so8t.data import load_dataset
 from so8t.gates import gates_of
 from so8t.serve.command import try_out
 from so8t.serve.generate import END, Generator, load_generator, model_hash
@@ -63,7 +63,7 @@ def test_sampling_from_the_likeliest_token_alone_is_greedy(generator: Generator)
 
 
 def test_the_prompt_is_the_one_of_training(generator: Generator, tokenizer: Any) -> None:
-    row = encode_row(read_messages(read_fields(ROW)), tokenizer, 256, 0)
+    row = load_dataset("data.train_data", ["so8t/demo/sample.jsonl"], tokenizer, DataConfig()).rows[0]
     prompt = row.input_ids[: int(row.is_answer.nonzero()[0])]
     assert tokenizer(generator.prompt(user(QUERY)))["input_ids"] == prompt.tolist()
 

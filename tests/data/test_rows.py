@@ -3,6 +3,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,23 @@ from so8t.data import (
     BadRow,
     Batch,
     Dataset,
-    Message,
     Row,
     TrainingBatches,
     collate,
     count,
     derive_seed,
-    encode_row,
     fixed_batches,
     load_dataset,
-    read_messages,
+    read_conversation,
     split,
 )
+from so8t.data.store import Writer
+from so8t.data.template import ChatTemplate
+from so8t.data.tokens import Encoder, Tokens
 from so8t.losses import NO_TARGET
-from so8t.policy.rules import make_report
 from so8t.thinking import SECTIONS, final_only, has_tags
 
-DEMO = Path(__file__).parents[1] / "so8t" / "demo"
+DEMO = Path(__file__).parents[2] / "so8t" / "demo"
 TOKENIZER: Any = AutoTokenizer.from_pretrained(DEMO)
 
 THINKING = {
@@ -82,8 +83,21 @@ def load(*patterns: str, tokenizer: Any = TOKENIZER, **keys: Any) -> Dataset:
     return load_dataset("data.train_data", patterns, tokenizer, settings_of(**keys))
 
 
+def encode_all(row: dict[str, Any], tokenizer: Any = TOKENIZER, **keys: Any) -> list[Row]:
+    """The rows of one conversation; raises BadRow."""
+    encoder = Encoder(tokenizer, ChatTemplate(tokenizer, date.today()), settings_of(**keys))
+    [rows] = encoder.finish(encoder.start([read_conversation(row)]))
+    if isinstance(rows, BadRow):
+        raise rows
+    return [
+        Row(torch.from_numpy(ids), torch.from_numpy(sections > 1), torch.from_numpy(sections), 0, was_cut)
+        for ids, sections, was_cut in rows
+    ]
+
+
 def encode(row: dict[str, Any], tokenizer: Any = TOKENIZER, max_seq_length: int = 1024) -> Row:
-    return encode_row(read_messages(row), tokenizer, max_seq_length, 0)
+    [encoded] = encode_all(row, tokenizer, max_seq_length=max_seq_length)
+    return encoded
 
 
 def text_of(ids: Tensor, tokenizer: Any = TOKENIZER) -> str:
@@ -165,16 +179,16 @@ def test_a_chat_has_targets_in_every_turn_of_the_assistant() -> None:
 
 
 def test_an_instruction_is_the_prompt_with_its_input_below_and_the_output_the_answer() -> None:
-    assert read_messages(PLAIN)[0] == {"role": "user", "content": "Translate.\n\n猫"}
+    assert read_conversation(PLAIN).messages[0] == {"role": "user", "content": "Translate.\n\n猫"}
     assert answers(encode(PLAIN)) == ["Cat.<|end|>"]
     for row in (PLAIN | {"input": ""}, {key: PLAIN[key] for key in ("instruction", "output")}):
-        assert read_messages(row)[0]["content"] == "Translate."
+        assert read_conversation(row).messages[0]["content"] == "Translate."
         assert answers(encode(row)) == ["Cat.<|end|>"]
 
 
 @pytest.mark.parametrize("row", [THINKING, CHAT, PLAIN])
 def test_the_tokens_are_those_of_the_chat_template(row: dict[str, Any]) -> None:
-    messages = read_messages(row)
+    messages = read_conversation(row).messages
     theirs = TOKENIZER.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert encode(row).input_ids.tolist() == theirs
 
@@ -233,7 +247,7 @@ def wild_texts() -> st.SearchStrategy[str]:
 @example([("q", "\n\n x\n\n")] * 2)
 def test_targets_are_the_answers_and_nothing_else_whatever_the_texts(turns: list[tuple[str, str]]) -> None:
     assume(not any(has_tags(answer) for _, answer in turns))
-    messages: list[Message] = []
+    messages: list[dict[str, str]] = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     row = encode({"messages": messages})
@@ -277,13 +291,12 @@ def test_answers_are_found_in_templates_that_strip_and_add_and_under_tokenizers_
     make: Callable[[str], Any], template: str, end: str
 ) -> None:
     tokenizer = make(template)
-    row = encode({"messages": SPACED}, tokenizer)
+    rows = encode_all({"messages": SPACED}, tokenizer)  # two where white space runs together with the prompt's
     marker = tokenizer.convert_tokens_to_ids(end)
-    assert [text.strip().endswith(end) for text in answers(row, tokenizer)] == [True, True]
-    found = [text.replace(end, "").strip() for text in answers(row, tokenizer)]
-    assert found == ["Hello.", "猫"]
-    assert int((row.input_ids[row.is_answer] == marker).sum()) == 2
-    assert row.input_ids.tolist() == tokenizer.apply_chat_template(SPACED, return_dict=False)
+    found = [text for row in rows for text in answers(row, tokenizer)]
+    assert [text.strip().endswith(end) for text in found] == [True, True]
+    assert [text.replace(end, "").strip() for text in found] == ["Hello.", "猫"]
+    assert sum(int((row.input_ids[row.is_answer] == marker).sum()) for row in rows) == 2
 
 
 def test_the_text_that_a_template_puts_before_an_answer_is_learned_too() -> None:
@@ -293,7 +306,8 @@ def test_the_text_that_a_template_puts_before_an_answer_is_learned_too() -> None
         "{% if loop.last and m['role'] == 'assistant' %}{{ '(no thoughts)\n' }}{% endif %}"
         "{{ m['content'] + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
-    assert answers(encode(CHAT, with_template(template))) == ["Hello.<|end|>", "(no thoughts)\nFour.<|end|>"]
+    rows = encode_all(CHAT, with_template(template))
+    assert [answers(row) for row in rows] == [["(no thoughts)\nHello.<|end|>"], ["(no thoughts)\nFour.<|end|>"]]
 
 
 MARKERLESS = (
@@ -302,10 +316,11 @@ MARKERLESS = (
 )
 
 
-@pytest.mark.parametrize(("ending", "last"), [("", "Four.\n"), ("{% else %}{{ eos_token }}", "Four.\n<|endoftext|>")])
-def test_without_a_token_that_ends_a_turn_the_next_question_is_still_no_target(ending: str, last: str) -> None:
-    row = encode(CHAT, with_template(MARKERLESS + ending + "{% endif %}"))
-    assert answers(row) == ["Hello.", last]
+@pytest.mark.parametrize("ending", ["", "{% else %}{{ eos_token }}"])
+def test_without_a_token_that_ends_a_turn_the_end_of_text_is_learned_behind_every_answer(ending: str) -> None:
+    rows = encode_all(CHAT, with_template(MARKERLESS + ending + "{% endif %}"))
+    ends = ["<|endoftext|>"] * 2 if not ending else ["\n<|endoftext|>"] * 2
+    assert [answers(row) for row in rows] == [[f"Hello.{ends[0]}"], [f"Four.{ends[1]}"]]
 
 
 def test_the_first_word_is_a_target_where_the_prompt_ends_with_a_space() -> None:
@@ -316,21 +331,19 @@ def test_the_first_word_is_a_target_where_the_prompt_ends_with_a_space() -> None
     tokenizer = with_template(template)
     turns = [{"role": "user", "content": "Any?"}, {"role": "assistant", "content": "a"}]
     row = encode({"messages": turns}, tokenizer)
-    assert row.input_ids[-1].item() == TOKENIZER.convert_tokens_to_ids("Ġa")  # one token with the prompt's space
-    assert answers(row) == [" a"]
+    assert answers(row) == ["a<|endoftext|>"]  # and not one token with the prompt's space, which inference feeds
     prefixing = sentencepiece_like(template)
     thinking = encode(THINKING, prefixing)
-    assert answers(thinking, prefixing) == [" " + "\n".join(PARTS)]
-    assert named_sections(thinking, prefixing)[1] == ("task", " " + PARTS[0])
+    assert answers(thinking, prefixing) == ["\n".join(PARTS) + "<|endoftext|>"]
+    assert named_sections(thinking, prefixing)[1] == ("task", PARTS[0])
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (PHI.replace("m['content']", "m['content'].upper()"), "template rewrites the conversation"),
-        (PHI.replace("for m in messages", "for m in messages[-2:]"), "template rewrites the conversation"),
-        ("{{ messages | length }}" + PHI, "template rewrites the conversation"),
-        ("{{ '' }}", "template rewrites the conversation"),
+        (PHI.replace("m['content']", "m['content'].upper()"), 'leaves out the message of the role "system"'),
+        (PHI.replace("for m in messages", "for m in messages[-2:]"), 'leaves out the message of the role "system"'),
+        ("{{ '' }}", 'leaves out the message of the role "system"'),
         (
             "{{ raise_exception('only one system turn') }}",
             r"template refuses the conversation \(only one system turn\)",
@@ -392,9 +405,12 @@ def test_an_earlier_answer_may_be_cut_but_not_the_last_one() -> None:
 
 def test_a_row_whose_answer_is_too_long_is_named_by_file_and_line(tmp_path: Path) -> None:
     name = write(tmp_path / "a.jsonl", [PLAIN, PLAIN | {"output": "no " * 200}])
-    with pytest.raises(InputError, match=rf"^{re.escape(name)}:2: the answer needs \d+ tokens, .* is 64; correct it"):
-        load(name, max_seq_length=64)
-    assert load(name, max_seq_length=64, on_bad_row="skip").rows[0].sample_id == 0
+    with pytest.raises(InputError, match=rf"^{re.escape(name)}:2: the row has \d+ tokens, .* is 64; raise that"):
+        load(name, max_seq_length=64, on_long_row="error")
+    for choice in ("cut_prompt", "skip"):
+        dataset = load(name, max_seq_length=64, on_long_row=choice)
+        assert [row.sample_id for row in dataset.rows] == [0]
+        assert re.search(rf"; 1 too long, the first is {re.escape(name)}:2: ", dataset.summary())
 
 
 # ---- files and their bad rows
@@ -414,12 +430,12 @@ BAD_ROWS: list[tuple[object, str]] = [
     ('{"query": "猫"}'.encode("shift_jis"), r"not JSON in UTF-8 \('utf-8' codec"),
     (b"[" * 100_000, r"not JSON in UTF-8 \(maximum recursion"),
     (b'"text"', "not a JSON object"),
-    ({"prompt": "a", "completion": "b"}, 'none of the fields "query", "messages" and "instruction" is there'),
+    ({"prompt": "a", "reply": "b"}, 'no format is known with these fields: "prompt", "reply"'),
     *((without(THINKING, name), f'the field "{name}" is missing') for name in ("task", "safety", "policy", "final")),
     (THINKING | {"final": " \n"}, 'the field "final" is missing, empty or not a text'),
     (THINKING | {"query": ""}, 'the field "query" is missing, empty or not a text'),
     (THINKING | {"task": None}, 'the field "task" is missing, empty or not a text'),
-    (THINKING | {"policy": 7}, 'the field "policy" is missing, empty or not a text'),
+    (THINKING | {"policy": True}, 'the field "policy" is missing, empty or not a text'),
     (b'{"instruction": "a\\ud83d", "output": "b"}', 'the field "instruction" holds half of a surrogate pair'),
     (THINKING | {"safety": "</think-safety>"}, r"</think-safety> stands there 2 times"),
     (THINKING | {"final": "Wants the time to boil an egg."}, "<final> repeats <think-task>"),
@@ -462,13 +478,12 @@ def test_the_error_says_how_many_more_rows_are_bad(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [[], [b"", b"  \t"], [b"{", b"[]"]])
 def test_no_usable_row_is_an_error(tmp_path: Path, rows: list[bytes]) -> None:
     name = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(InputError, match=rf"^data\.train_data: no usable row in {re.escape(name)}$"):
+    with pytest.raises(InputError, match=rf"^data\.train_data: no usable row in {re.escape(name)}"):
         load(name, on_bad_row="skip")
 
 
-@pytest.mark.parametrize("pattern", ["none.jsonl", "*.jsonl", "folder"])
+@pytest.mark.parametrize("pattern", ["none.jsonl", "*.jsonl"])
 def test_a_missing_file_is_an_error_that_names_the_key(tmp_path: Path, pattern: str) -> None:
-    (tmp_path / "folder").mkdir()
     name = str(tmp_path / pattern)
     with pytest.raises(InputError, match=rf"^data\.eval_data: there is no file {re.escape(name)}$"):
         load_dataset("data.eval_data", [name], TOKENIZER, settings_of(on_bad_row="skip"))
@@ -507,25 +522,49 @@ def test_the_summary_counts_rows_tokens_answers_and_cuts(tmp_path: Path) -> None
 
 
 def test_the_fingerprint_changes_with_any_token_or_label_or_the_order(tmp_path: Path) -> None:
+    def fingerprint(*rows: Tokens, times: int = 1) -> str:
+        writer = Writer(None)
+        for row in rows:
+            writer.add_row(row, 0, times)
+        return writer.fingerprint
+
     name = write(tmp_path / "rows.jsonl", [THINKING, CHAT])
     dataset = load(name)
-    first, second = dataset.rows
-
-    def fingerprint(*rows: Row) -> str:
-        return Dataset(list(rows), [], [], make_report(PolicyConfig(), 2, 2, [])).fingerprint()
-
-    token, label = second.input_ids.clone(), second.is_answer.clone()
+    first, second = (Tokens(row.input_ids.numpy(), row.sections.numpy()) for row in dataset.rows)
+    token, label = second.input_ids.copy(), second.sections.copy()
     token[-1] += 1
-    label[-1] ^= True
+    label[-1] = SECTIONS.index("answer")
     others = [
-        fingerprint(first, replace(second, input_ids=token)),
-        fingerprint(first, replace(second, is_answer=label)),
+        fingerprint(first, second._replace(input_ids=token)),
+        fingerprint(first, second._replace(sections=label)),
         fingerprint(second, first),
         fingerprint(first),
-        fingerprint(first, replace(second, times_an_epoch=2)),
+        fingerprint(first, second, times=2),
     ]
     assert load(name).fingerprint() == dataset.fingerprint() == fingerprint(first, second)
     assert len({dataset.fingerprint(), *others}) == 6
+
+
+def test_tokens_in_the_runs_folder_are_mapped_again_until_anything_changes(tmp_path: Path) -> None:
+    name, folder = write(tmp_path / "rows.jsonl", [THINKING, b"{", CHAT]), tmp_path / "run" / "data"
+
+    def start(**keys: Any) -> tuple[Dataset, int]:
+        dataset = load_dataset("data.train_data", [name], TOKENIZER, settings_of(on_bad_row="skip", **keys), folder)
+        return dataset, (folder / "train_data" / "rows.json").stat().st_mtime_ns
+
+    (first, made), (second, made_again), plain = start(), start(), load(name, on_bad_row="skip")
+    assert made == made_again
+    for dataset in (first, second):
+        assert dataset.summary() == plain.summary()
+        assert dataset.fingerprint() == plain.fingerprint()
+        assert list(dataset.places) == [f"{name}:{line}" for line in (1, 2, 3)]
+        for row, expected in zip(dataset.rows, plain.rows, strict=True):
+            assert all(torch.equal(getattr(row, key), getattr(expected, key)) for key in ("input_ids", "sections"))
+        assert [row.sample_id for row in dataset.rows[-1:]] == [2]
+    changed = [start(max_seq_length=60)[1], start()[1]]
+    write(tmp_path / "rows.jsonl", [THINKING, b"{", PLAIN])  # of other content
+    changed += [start()[1]]
+    assert len({made, *changed}) == 4
 
 
 # ---- the policy

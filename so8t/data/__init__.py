@@ -1,0 +1,28 @@
+"""Files of rows -> batches of tokens with the right labels."""
+
+from so8t.data.batches import Batch, TrainingBatches, collate, count, derive_seed, split
+from so8t.data.dataset import Dataset, fixed_batches, load_dataset
+from so8t.data.messages import Conversation, Message, read_conversation
+from so8t.data.sources import BadRow, read_fields
+from so8t.data.store import Row
+from so8t.data.template import configure_template, stop_token_ids
+
+__all__ = [
+    "BadRow",
+    "Batch",
+    "Conversation",
+    "Dataset",
+    "Message",
+    "Row",
+    "TrainingBatches",
+    "collate",
+    "configure_template",
+    "count",
+    "derive_seed",
+    "fixed_batches",
+    "load_dataset",
+    "read_conversation",
+    "read_fields",
+    "split",
+    "stop_token_ids",
+]

@@ -1,0 +1,7 @@
+"""python -m so8t.data"""
+
+import sys
+
+from so8t.data.command import main
+
+sys.exit(main())

@@ -1,0 +1,117 @@
+"""Rows -> batches; micro-batches as a pure function of (seed, step)."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from so8t.data.store import Row, Rows
+from so8t.losses import NO_TARGET
+from so8t.thinking import SECTIONS
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the host. Rows are padded at the end to the longest."""
+
+    input_ids: Tensor  # [batch, seq] int64
+    attention_mask: Tensor | None  # [batch, seq] int64, 1 = real token; None when nothing is padded
+    targets: Tensor  # [batch, seq] int64: targets[:, t] is what logits[:, t] predicts, -100 = no loss
+    sections: Tensor  # [batch, seq] uint8 codes of thinking.SECTIONS
+    sample_ids: Tensor  # [batch] int64
+
+    @property
+    def labels(self) -> Tensor:
+        """[batch, seq] the targets in Hugging Face's convention: labels[:, t] belongs to input_ids[:, t]."""
+        return torch.nn.functional.pad(self.targets[:, :-1], (1, 0), value=NO_TARGET)
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets != NO_TARGET).sum())
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """What a step adds up before it begins: targets, triples of neighbouring real tokens (PET's), real tokens."""
+        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+        lengths = mask.sum(dim=1)
+        return self.num_targets, int((lengths - 2).clamp_min(0).sum()), int(lengths.sum())
+
+
+def collate(rows: Sequence[Row], length: int = 0) -> Batch:
+    """Pad rows at the end to the longest of them (or to `length`); shift the labels once, to align with the logits."""
+    lengths = [len(row.input_ids) for row in rows]
+    shape = (len(rows), max(length, *lengths))
+    input_ids = torch.zeros(shape, dtype=torch.int64)  # which token pads does not matter: the mask hides it
+    labels = torch.full(shape, NO_TARGET)
+    sections = torch.full(shape, SECTIONS.index("padding"), dtype=torch.uint8)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        end = lengths[index]
+        input_ids[index, :end] = row.input_ids
+        labels[index, :end] = torch.where(row.is_answer, row.input_ids.long(), NO_TARGET)
+        sections[index, :end] = row.sections
+        attention_mask[index, :end] = 1
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_TARGET)
+    is_padded = bool((attention_mask == 0).any())
+    sample_ids = torch.tensor([row.sample_id for row in rows])
+    return Batch(input_ids, attention_mask if is_padded else None, targets, sections, sample_ids)
+
+
+def split(rows: Sequence[Row], rows_per_batch: int, length: int = 0) -> list[Batch]:
+    """Rows in their order as batches of `rows_per_batch`, the last one smaller if need be."""
+    return [collate(rows[start : start + rows_per_batch], length) for start in range(0, len(rows), rows_per_batch)]
+
+
+def count(batches: Sequence[Batch]) -> Tensor:
+    """[3] what a step adds up before it begins, over its micro-batches: targets, triples, real tokens."""
+    return torch.tensor([batch.counts for batch in batches], dtype=torch.int64).reshape(-1, 3).sum(dim=0)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed for one purpose, such as (seed, "step", 7): what depends on it needs no random state in a checkpoint."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> Any:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+    return torch.randperm(num_rows, generator=generator).numpy()
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """Which rows a step trains on, in an order of (seed, epoch): every row once an epoch, or its times_an_epoch.
+
+    The last step of an epoch has less.
+    """
+
+    rows: Sequence[Row]
+    rows_per_micro_batch: int
+    micro_batches_per_step: int  # over all ranks
+    seed: int
+
+    @cached_property
+    def _epoch_rows(self) -> Any:
+        """The place in `rows` of everything that an epoch shows."""
+        times = self.rows.times_an_epoch if isinstance(self.rows, Rows) else [row.times_an_epoch for row in self.rows]
+        return np.repeat(np.arange(len(self.rows)), times)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._epoch_rows) // (self.rows_per_micro_batch * self.micro_batches_per_step))
+
+    def epoch(self, step: int) -> int:
+        """The epoch, counted from 0, that `step`, counted from 1, belongs to."""
+        return (step - 1) // self.steps_per_epoch
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        order = _epoch_order(len(self._epoch_rows), self.seed, self.epoch(step))
+        rows_per_step = self.rows_per_micro_batch * self.micro_batches_per_step
+        start = (step - 1) % self.steps_per_epoch * rows_per_step
+        rows = [self.rows[int(place)] for place in self._epoch_rows[order[start : start + rows_per_step]]]
+        return split(rows, self.rows_per_micro_batch)

@@ -1,0 +1,138 @@
+"""Rows as the model will see them, before anything is trained: what it is given dim, what it learns bright.
+
+    python -m so8t.data config.toml
+    python -m so8t.data config.toml --rows 10 --html rows.html
+
+The token at which generation stops is marked, the parts of a four-part answer are named, and a table tells how many
+rows were left out and why. Without a terminal the labels stand in brackets. Settings are overridden as in training.
+"""
+
+import argparse
+import html
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from so8t import cli
+from so8t.config import Config, load_config
+from so8t.data.dataset import Dataset, load_dataset
+from so8t.data.store import Row
+from so8t.data.template import stop_token_ids
+from so8t.files import atomic_write
+from so8t.thinking import PARTS, SECTIONS
+
+# the section of a piece -> how a terminal shows it; "stop" is the last token of an answer
+_COLOURS = {"prompt": "2", "answer": "1;32", "stop": "7;1;31", "task": "1;36", "safety": "1;35", "policy": "1;33"}
+_COLOURS["final"] = "1;32"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a row must not steer the terminal
+_STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ccc; padding: 1em }
+td, th { text-align: left; padding: 0 1em 0 0; vertical-align: top }
+.prompt { color: #767676 } .answer, .final { background: #d8f0d8 } .task { background: #d4ecf7 }
+.safety { background: #f3dcf3 } .policy { background: #fbecc8 } .stop { background: #b00020; color: #fff }
+sup { font-size: 70%; color: #333 }"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind."""
+
+    kind: str  # a name of thinking.SECTIONS, or "stop"
+    text: str
+
+
+def pieces_of(row: Row, tokenizer: Any, stops: Sequence[int]) -> Iterator[Piece]:
+    """A row from its first token to its last."""
+    ids, labels = row.input_ids.tolist(), row.is_answer.tolist()
+    kinds = [SECTIONS[code] for code in row.sections.tolist()]
+    for place, token in enumerate(ids):
+        is_last = place + 1 == len(ids) or not labels[place + 1]
+        if labels[place] and (is_last or kinds[place] == "answer") and token in stops:
+            kinds[place] = "stop"
+    for kind, run in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        yield Piece(kind, tokenizer.decode([token for _, token in run], skip_special_tokens=False))
+
+
+def heading(number: int, row: Row, place: str) -> str:
+    cut = ", the start of its prompt is cut" if row.was_cut else ""
+    return f"row {number}, {place}: {len(row.input_ids)} tokens, {int(row.is_answer.sum())} of them learned{cut}"
+
+
+def terminal_lines(dataset: Dataset, num_rows: int, tokenizer: Any, has_colour: bool) -> Iterator[str]:
+    stops = stop_token_ids(tokenizer)
+    for number, row in enumerate(dataset.rows[:num_rows], start=1):
+        yield heading(number, row, dataset.places[row.sample_id])
+        yield "".join(_shown(piece, has_colour) for piece in pieces_of(row, tokenizer, stops))
+        yield ""
+    for reason, count, place in dataset.left_out():
+        yield f"left out: {count} x {reason}; the first is {place}"
+    yield dataset.summary()
+
+
+def _shown(piece: Piece, has_colour: bool) -> str:
+    name = f"{piece.kind}: " if piece.kind in PARTS else ""
+    text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], piece.text)
+    if has_colour:
+        return f"\x1b[{_COLOURS[piece.kind]}m{name}{text}\x1b[0m"
+    if piece.kind == "prompt":
+        return text
+    return f"[{'stop: ' if piece.kind == 'stop' else name}{text}]"
+
+
+def page(dataset: Dataset, num_rows: int, tokenizer: Any) -> str:
+    """The same as terminal_lines, as HTML that needs nothing else."""
+    stops = stop_token_ids(tokenizer)
+    rows = []
+    for number, row in enumerate(dataset.rows[:num_rows], start=1):
+        spans = "".join(
+            (f"<sup>{piece.kind}</sup>" if piece.kind in (*PARTS, "stop") else "")
+            + f'<span class="{piece.kind}">{html.escape(piece.text)}</span>'
+            for piece in pieces_of(row, tokenizer, stops)
+        )
+        rows.append(f"<h2>{html.escape(heading(number, row, dataset.places[row.sample_id]))}</h2>\n<pre>{spans}</pre>")
+    table = "".join(
+        f"<tr><td>{count}<td>{html.escape(reason)}<td>{html.escape(place)}"
+        for reason, count, place in dataset.left_out()
+    )
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>Rows</title><style>{_STYLE}</style>\n<h1>Rows</h1>\n'
+        f"<p>{html.escape(dataset.summary())}\n"
+        f"<p><span class=prompt>given</span> <span class=answer>learned</span> <span class=stop>stop</span>\n"
+        f"<h2>Left out</h2>\n<table><tr><th>rows<th>reason<th>first{table or '<tr><td>0'}</table>\n" + "\n".join(rows)
+    )
+
+
+def look(config: Config, num_rows: int, path: Path | None) -> None:
+    from so8t.model import load_model_config, load_tokenizer  # model imports this package
+
+    tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(page(dataset, num_rows, tokenizer).encode())
+        print(f"{path}: {min(num_rows, len(dataset.rows))} rows")
+        return
+    encoding = sys.stdout.encoding
+    for line in terminal_lines(dataset, num_rows, tokenizer, sys.stdout.isatty()):
+        print(line.encode(encoding, "backslashreplace").decode(encoding))  # a console may know few characters
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m so8t.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
+    parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default: 3)")
+    parser.add_argument("--html", type=Path, help="write a page instead")
+    options = parser.parse_intermixed_args(arguments)
+
+    def command() -> int:
+        look(load_config(options.config, options.overrides), max(options.rows, 0), options.html)
+        return 0
+
+    return cli.run("so8t.data", command)

@@ -1,0 +1,334 @@
+"""The rows of some files as the model will see them, and what was left out of them."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+from tqdm import tqdm
+
+from so8t import parallel
+from so8t.config import DataConfig, InputError
+from so8t.data.batches import Batch, split
+from so8t.data.messages import Conversation, read_conversation
+from so8t.data.sources import BadRow, Fields, File, count_lines, find_files, read_file
+from so8t.data.store import META_FILE, Places, Rows, Writer, map_arrays, read_meta
+from so8t.data.template import ChatTemplate, configure_template
+from so8t.data.tokens import Encoder, Pending, TooLong
+from so8t.files import atomic_folder
+from so8t.policy import RULES, PolicyReport, broken_rule, make_report
+
+FORMAT_VERSION = 1  # of the stored arrays and of how rows become tokens
+CHUNK_ROWS = 1000  # read, rendered and tokenized together
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The usable rows of some files, and what was left out of them."""
+
+    rows: Rows
+    places: Places
+    bad_rows: list[str]  # one sentence each, beginning with file:line
+    long_rows: list[str]  # the same, of those that do not fit data.max_seq_length
+    policy: PolicyReport
+    num_conversations: int  # less than the rows where each answer has a row of its own
+    num_tokens: int
+    num_answer_tokens: int
+    longest: int  # in tokens
+    _fingerprint: str
+
+    def fingerprint(self) -> str:
+        """A hash of every token and label: equal fingerprints train alike."""
+        return self._fingerprint
+
+    def left_out(self) -> list[tuple[str, int, str]]:
+        """(reason, number of rows, the first of them as file:line), most frequent first; rules of the policy too."""
+        reasons = [_without_details(sentence) for sentence in self.bad_rows + self.long_rows]
+        reasons += [(f"{one['file']}:{one['line']}", f"data.policy.{one['rule']}") for one in self.policy.dropped]
+        numbers = Counter(reason for _, reason in reasons)
+        first = {reason: place for place, reason in reversed(reasons)}
+        return [(reason, number, first[reason]) for reason, number in numbers.most_common()]
+
+    def summary(self) -> str:
+        cut = int(self.rows.was_cut.sum())
+        repeated = self.rows.times_an_epoch[self.rows.times_an_epoch > 1]
+        times = f"{repeated.min()}" if len(repeated) and repeated.min() == repeated.max() else "several"
+        split_up = len(self.rows) > self.num_conversations
+        return (
+            f"{len(self.rows)} rows, {self.num_tokens} tokens ({self.num_answer_tokens} of them answers), "
+            f"longest row {self.longest}"
+            + (f"; of {self.num_conversations} conversations, some with a row for each answer" if split_up else "")
+            + (f"; {cut} lost the start of their prompt to max_seq_length" if cut else "")
+            + (f"; {len(repeated)} of trusted sources, {times} times an epoch" if len(repeated) else "")
+            + f"; {self.policy.summary()}"
+            + (f"; {len(self.long_rows)} too long, the first is {self.long_rows[0]}" if self.long_rows else "")
+            + (f"; {len(self.bad_rows)} bad rows skipped: {_most_frequent(self.bad_rows)}" if self.bad_rows else "")
+        )
+
+
+def _without_details(sentence: str) -> tuple[str, str]:
+    """file:line, and the reason less what differs from row to row."""
+    place, reason = re.match(r"(.*?:\d+): (.*)", sentence, re.DOTALL).groups()  # type: ignore[union-attr]
+    return place, re.sub(r"\d+", "N", re.sub(r" \(.*?\)", "", reason))
+
+
+def _most_frequent(sentences: Sequence[str]) -> str:
+    """The three most frequent reasons with their numbers, and the first sentence of all."""
+    numbers = Counter(_without_details(sentence)[1] for sentence in sentences).most_common(3)
+    reasons = "; ".join(f"{number} x {reason}" for reason, number in numbers)
+    return f"{reasons}; the first is {sentences[0]}" if len(sentences) > 1 else f"the first is {sentences[0]}"
+
+
+def load_dataset(
+    key: str, patterns: Sequence[str], tokenizer: Any, config: DataConfig, folder: Path | None = None
+) -> Dataset:
+    """Read the files that `patterns` name; `key` is the config key they came from, for messages.
+
+    With a folder the tokens are kept there: the main rank makes them, the others and later runs map them, as long as
+    files, tokenizer, template and settings are the same. Without one they are made anew, in memory.
+    The tokenizer is left as configure_template makes it, so that it is saved with the template that was used.
+    Raises InputError if a file is missing or is no table, no row is left, a row is bad while data.on_bad_row is
+    "error", or one breaks a rule while data.policy.mode is "error".
+    """
+    configure_template(tokenizer, config)
+    files = find_files(key, patterns, config)
+    if folder is None:
+        template = ChatTemplate(tokenizer, date.today())
+        return _build(key, files, tokenizer, template, config, None, "")
+    stored = folder / key.rpartition(".")[2]
+    template = ChatTemplate(tokenizer, _first_day(folder))
+    if template.added_stop:
+        print(
+            f"model.base_model: answers end with {template.added_stop}, at which its generation_config.json does not "
+            "stop; that of the trained model will"
+        )
+    wanted = _key(files, tokenizer, template, config)
+    built: InputError | None = None
+    if parallel.is_main() and read_meta(stored).get("key") != wanted:
+        try:
+            with atomic_folder(stored) as temporary:
+                _build(key, files, tokenizer, template, config, temporary, wanted)
+        except InputError as error:
+            built = error
+        except OSError as error:
+            built = InputError(
+                f"training.output_dir: cannot write into {folder.parent} ({error.strerror}); choose another"
+            )
+    if built is not None:  # nothing is left behind
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+    if parallel.all_max(built is not None):
+        raise built or InputError(f"{key}: the first process says why its rows cannot be used")
+    return _open(stored)
+
+
+def _first_day(folder: Path) -> date:
+    """The day that templates which write a date are told: that of the run's first start."""
+    days = [read_meta(path.parent)["day"] for path in folder.glob(f"*/{META_FILE}")]
+    return date.fromisoformat(min(days, default=date.today().isoformat()))
+
+
+def _key(files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: DataConfig) -> str:
+    """A hash of all that decides what the tokens are."""
+    settings = asdict(replace(config, train_data=(), eval_data=(), sources=()))
+    parts = [
+        *(str(FORMAT_VERSION), transformers.__version__, tokenizers.__version__, json.dumps(settings, sort_keys=True)),
+        *(f"{file.path} {file.digest()} {asdict(file.origin)}" for file in files),
+        *template.describe(),
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _open(folder: Path) -> Dataset:
+    meta, arrays = read_meta(folder), map_arrays(folder)
+    return _dataset(meta, arrays)
+
+
+def _dataset(meta: dict[str, Any], arrays: dict[str, Any]) -> Dataset:
+    return Dataset(
+        Rows(arrays),
+        Places(meta["names"], arrays["files"], arrays["lines"]),
+        meta["bad_rows"],
+        meta["long_rows"],
+        PolicyReport(**meta["policy"]),
+        **{name: meta[name] for name in ("num_conversations", "num_tokens", "num_answer_tokens", "longest")},
+        _fingerprint=meta["fingerprint"],
+    )
+
+
+def _build(
+    key: str,
+    files: Sequence[File],
+    tokenizer: Any,
+    template: ChatTemplate,
+    config: DataConfig,
+    folder: Path | None,
+    stored_key: str,
+) -> Dataset:
+    """Make the tokens, in `folder` or in memory."""
+    building = _Building(files, Writer(folder), config)
+    encoder = Encoder(tokenizer, template, config)
+    pending: tuple[Any, Pending] | None = None
+    with tqdm(total=count_lines(files), desc=f"{key}: tokenizing", unit=" lines", leave=False, delay=2) as bar:
+        for chunk in _chunks(building.read(key)):
+            started = chunk, encoder.start([conversation for _, _, conversation in chunk])
+            if pending is not None:  # this chunk is tokenized while the one before it is labelled
+                building.add(pending[0], encoder.finish(pending[1]))
+            pending = started
+            bar.update(building.lines_read - bar.n)
+            building.stop_at_errors()
+        if pending is not None:
+            building.add(pending[0], encoder.finish(pending[1]))
+    building.stop_at_errors()
+    return building.close(key, template, folder, stored_key)
+
+
+def _chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        yield chunk
+
+
+class _Building:
+    """What has been read so far, and what was left out of it."""
+
+    def __init__(self, files: Sequence[File], writer: Writer, config: DataConfig) -> None:
+        self._files = files
+        self._writer = writer
+        self._config = config
+        self._num_samples = 0
+        self._num_rows = 0
+        self._num_tokens = 0
+        self._num_conversations = 0
+        self._dropped: list[tuple[str, str]] = []
+        self._bad: list[tuple[int, str]] = []  # sample_id and sentence: batches come back later than other errors
+        self._long: list[tuple[int, str]] = []
+        self._places: dict[int, str] = {}  # of the rows that are being tokenized
+        self.lines_read = 0
+
+    def read(self, key: str) -> Iterator[tuple[int, int, Conversation]]:
+        """sample_id, times an epoch and conversation of every row that the policy lets through."""
+        lines_before = 0
+        for number, file in enumerate(self._files):
+            line = 0
+            for line, fields in read_file(key, file.path):
+                self.lines_read = lines_before + line
+                sample_id, place = self._num_samples, f"{file.path}:{line}"
+                self._num_samples += 1
+                self._writer.add_sample(number, line)
+                try:
+                    if isinstance(fields, BadRow):
+                        raise fields
+                    conversation = self._admit(place, file.fields | _present(fields))
+                except BadRow as error:
+                    self._bad.append((sample_id, f"{place}: {error}"))
+                    continue
+                if conversation is not None:
+                    self._places[sample_id] = place
+                    yield sample_id, self._times(file, fields), conversation
+            lines_before += line
+
+    def _admit(self, place: str, fields: Fields) -> Conversation | None:
+        conversation = read_conversation(fields)
+        rule = broken_rule(fields, conversation.messages, self._config.policy)
+        if rule is not None:
+            self._dropped.append((place, rule))
+            return None
+        if self._config.train_on_answers == "last":
+            last = max(turn for turn, is_trained in enumerate(conversation.is_trained) if is_trained)
+            return replace(conversation, is_trained=[turn == last for turn in range(len(conversation.messages))])
+        return conversation
+
+    def _times(self, file: File, fields: Fields) -> int:
+        policy = self._config.policy
+        source = fields.get("source", file.origin.source)
+        return file.origin.weight * (policy.trusted_weight if source in policy.trusted_sources else 1)
+
+    def add(self, chunk: Sequence[tuple[int, int, Conversation]], results: Sequence[Any]) -> None:
+        for (sample_id, times, _), result in zip(chunk, results, strict=True):
+            place = self._places.pop(sample_id)
+            if isinstance(result, BadRow):
+                kind = self._long if isinstance(result, TooLong) else self._bad
+                kind.append((sample_id, f"{place}: {result}"))
+                continue
+            self._num_conversations += 1
+            for tokens in result:
+                self._num_rows += 1
+                self._num_tokens += len(tokens.input_ids)
+                self._writer.add_row(tokens, sample_id, times)
+        self._writer.flush()
+
+    def stop_at_errors(self) -> None:
+        """Raise InputError at the first row that must not be there, a chunk after it at the latest."""
+        bad, long = ([sentence for _, sentence in sorted(kind)] for kind in (self._bad, self._long))
+        if bad and self._config.on_bad_row == "error":
+            more = f" ({len(bad) - 1} more bad rows follow)" if len(bad) > 1 else ""
+            raise InputError(f'{bad[0]}{more}; correct it, or set data.on_bad_row = "skip"')
+        if long and self._config.on_long_row == "error":
+            more = f" ({len(long) - 1} more such rows follow)" if len(long) > 1 else ""
+            raise InputError(f'{long[0]}{more}; raise that, or set data.on_long_row to "cut_prompt" or "skip"')
+        if self._dropped and self._config.policy.mode == "error":
+            more = f" ({len(self._dropped) - 1} more rows break the policy)" if len(self._dropped) > 1 else ""
+            raise InputError(f'{self._first_dropped()}{more}; correct it, or set data.policy.mode = "exclude"')
+
+    def _first_dropped(self) -> str:
+        return "".join(f"{place}: breaks data.policy.{rule}, {RULES[rule]}" for place, rule in self._dropped[:1])
+
+    def close(self, key: str, template: ChatTemplate, folder: Path | None, stored_key: str) -> Dataset:
+        report = make_report(self._config.policy, self._num_samples, self._num_rows, self._dropped)
+        bad, long = ([sentence for _, sentence in sorted(kind)] for kind in (self._bad, self._long))
+        if not self._num_rows:
+            names = ", ".join(file.path for file in self._files)
+            why = [f"{report.summary()}; {self._first_dropped()}"] if self._dropped else []
+            why += [f"{len(bad)} bad rows: {_most_frequent(bad)}"] if bad else []
+            why += [f"{len(long)} rows too long: {_most_frequent(long)}"] if long else []
+            raise InputError("; ".join([f"{key}: no usable row in {names}", *why]))
+        meta = {
+            "key": stored_key,
+            "day": template.day.isoformat(),
+            "names": [file.path for file in self._files],
+            "bad_rows": bad,
+            "long_rows": long,
+            "policy": asdict(report),
+            "num_conversations": self._num_conversations,
+            "num_tokens": self._num_tokens,
+            "num_answer_tokens": self._writer.num_answer_tokens,
+            "longest": self._writer.longest,
+            "fingerprint": self._writer.fingerprint,
+        }
+        self._writer.close(meta)
+        return _dataset(meta, self._writer.arrays() if folder is None else map_arrays(folder))
+
+
+def _present(fields: Fields) -> Fields:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def fixed_batches(
+    key: str,
+    patterns: Sequence[str],
+    tokenizer: Any,
+    config: DataConfig,
+    rows_per_batch: int,
+    one_length: bool = False,
+    folder: Path | None = None,
+) -> list[Batch]:
+    """The rows of some files in their order; no batches if no file is named. one_length: all padded to the longest."""
+    if not patterns:
+        return []
+    dataset = load_dataset(key, patterns, tokenizer, config, folder)
+    if dataset.policy.dropped:  # policy.json is about the rows of training
+        first = dataset.policy.dropped[0]
+        print(f"{key}: {dataset.policy.summary()}, the first is {first['file']}:{first['line']}")
+    return split(dataset.rows, rows_per_batch, dataset.longest if one_length else 0)

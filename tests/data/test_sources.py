@@ -1,0 +1,240 @@
+"""Files of every usual kind and form, and what each refused one is told."""
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from so8t.config import DataConfig, InputError, PolicyConfig, SourceConfig, load_config, to_toml
+from so8t.data import BadRow, Dataset, load_dataset, read_conversation
+
+TOKENIZER: Any = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "so8t" / "demo")
+ROWS = [{"instruction": f"Say {name}.", "input": None, "output": name} for name in ("one", "猫", "three")]
+
+
+def load(*names: object, key: str = "data.train_data", **keys: Any) -> Dataset:
+    config = DataConfig(**{"policy": PolicyConfig(provenance=False)} | keys)
+    return load_dataset(key, [str(name) for name in names], TOKENIZER, config)
+
+
+def texts(dataset: Dataset) -> list[str]:
+    return [TOKENIZER.decode(row.input_ids[row.is_answer]).removesuffix("<|end|>") for row in dataset.rows]
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+def array(rows: list[dict[str, Any]]) -> bytes:
+    return b"\xef\xbb\xbf\n" + json.dumps(rows, ensure_ascii=False, indent=1).encode()
+
+
+def table(rows: list[dict[str, Any]]) -> bytes:
+    return "\n".join(
+        ["instruction,input,output", *(f'"{row["instruction"]}",,{row["output"]}' for row in rows)]
+    ).encode()
+
+
+KINDS: list[tuple[str, Callable[[Any], bytes], list[int]]] = [
+    ("a.jsonl", lines, [1, 2, 3]),
+    ("a.json", array, [3, 8, 13]),
+    ("a.csv", table, [2, 3, 4]),
+    ("a.tsv", lambda rows: table(rows).replace(b",", b"\t"), [2, 3, 4]),
+]
+
+
+@pytest.mark.parametrize(("name", "write", "places"), KINDS)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_every_kind_of_file_is_read_and_its_rows_are_named_by_line(
+    tmp_path: Path, name: str, write: Callable[[Any], bytes], places: list[int], is_packed: bool
+) -> None:
+    path = tmp_path / (name + ".gz" * is_packed)
+    path.write_bytes(gzip.compress(write(ROWS)) if is_packed else write(ROWS))
+    dataset = load(path)
+    assert texts(dataset) == ["one", "猫", "three"]
+    assert list(dataset.places) == [f"{path}:{line}" for line in places]
+
+
+def test_parquet_is_read_by_pyarrow(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "instruction": None}
+    rows = [chat, {"messages": None, "instruction": "c", "output": "d"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=None), tmp_path / "a.parquet")
+    assert texts(load(tmp_path / "a.parquet", on_bad_row="skip"))[0] == "b"
+
+
+def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1....PAR1")
+    with pytest.raises(InputError, match=r"a\.parquet is a Parquet file, which pyarrow reads: pip install pyarrow$"):
+        load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.zip", b"PK\x03\x04...", "a zip archive or an office document"),
+        ("a.arrow", b"ARROW1\0\0", "an Arrow file; write it as Parquet"),
+        ("a.jsonl", "\ufeff{}".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        ("wiki.txt", b"Just a text.\n", 'no file of rows; .* a text as an object with the field "text"'),
+        ("a.gz", gzip.compress(lines(ROWS))[:40], "no whole gzip file"),
+        ("a.csv", "instruction,output\nあ,い".encode("cp932"), "not UTF-8 text"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_name(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"^data\.train_data: {re.escape(str(tmp_path / name))} .*{reason}"):
+        load(tmp_path / name)
+
+
+def test_a_folder_and_a_dataset_of_the_hub_are_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a folder; name the files in it, as .*\*\.jsonl does$"):
+        load(tmp_path)
+    with pytest.raises(
+        InputError, match=r"no file tatsu-lab/alpaca; .*hf download tatsu-lab/alpaca --repo-type dataset"
+    ):
+        load("tatsu-lab/alpaca")
+
+
+# ---- forms
+
+
+def turns(row: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in read_conversation(row).messages]
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "a", "input": " ", "output": 21}, [("user", "a"), ("assistant", "21")]),
+        ({"instruction": "a", "input": 7, "output": "b"}, [("user", "a\n\n7"), ("assistant", "b")]),
+        (
+            {"instruction": "c", "output": "d", "system": "French", "history": [["a", "b"]]},
+            [("system", "French"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+            [("system", "s"), ("user", "a"), ("assistant", "b")],
+        ),
+        ({"prompt": "a", "completion": "b"}, [("user", "a"), ("assistant", "b")]),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [("user", "a"), ("assistant", "b")]),
+        ({"messages": None, "query": None, "instruction": "a", "output": "b"}, [("user", "a"), ("assistant", "b")]),
+        ({"messages": [{"role": "system", "content": ""}, *CHAT]}, [("user", "a"), ("assistant", "b")]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, "!"]}, CHAT[1]]},
+            [("user", "a!"), ("assistant", "b")],
+        ),
+        ({"text": "a", "label": 3}, [("assistant", "a")]),
+        ({"instruction": "a", "output": "b", "text": "Below is an instruction"}, [("user", "a"), ("assistant", "b")]),
+    ],
+)  # fmt: skip
+def test_every_usual_form_becomes_messages(row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+    assert turns(row) == expected
+
+
+def answer_of(**fields: Any) -> dict[str, Any]:
+    return {"messages": [CHAT[0], {"role": "assistant", "content": "b"} | fields]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"instruction": "a", "context": "c", "response": "b"},
+            '"instruction", "context", "response"; rename "response"',
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            'with these fields: "question", "answer"; rename "question" to "instruction"',
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these are preferences"),
+        ({"a": 1}, 'with these fields: "a"; known are "messages"'),
+        ({"system": "s", "chat": "USER: a"}, 'write the turns of "chat" as "messages"'),
+        (answer_of(weight=0.5), r'message 2 has the "weight" 0\.5'),
+        (answer_of(weight=0), "nothing to learn"),
+        ({"messages": [CHAT[0] | {"train": True}, CHAT[1]]}, "only answers of the assistant are learned"),
+        (answer_of(citations=["c"]), 'message 2 of "messages": the field "citations" is not known'),
+        (answer_of(content=[{"type": "image_url"}]), "a part of the type 'image_url'"),
+        ({"messages": CHAT, "images": ["x.png"]}, 'the field "images" cannot be trained on'),
+        ({"messages": [{"role": "system", "content": "s"}, *CHAT], "system": "t"}, "beside a message of the system"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "\"from\" is 'narrator'"),
+        ({"instruction": "a", "output": "b", "history": "c"}, '"history" is not a list of pairs'),
+        ({"messages": CHAT, "tools": "weather"}, '"tools" is not a list of objects'),
+        (answer_of(content=None, tool_calls=[{"id": "1"}]), "no function with a name"),
+    ],
+)
+def test_what_would_change_the_meaning_is_refused_by_name(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow, match=reason):
+        read_conversation(row)
+
+
+def test_a_text_is_learned_as_it_stands_up_to_the_end_of_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "Once upon a time."}]))
+    [row] = load(tmp_path / "a.jsonl").rows
+    assert TOKENIZER.decode(row.input_ids) == "Once upon a time.<|endoftext|>"
+    assert row.is_answer.all()
+
+
+def test_reasons_of_skipped_rows_stand_in_the_summary_with_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([ROWS[0], {"a": 1}, {"a": 2}, {"instruction": "a"}]))
+    summary = load(tmp_path / "a.jsonl", on_bad_row="skip").summary()
+    assert re.search(r'3 bad rows skipped: 2 x no format is known .*; 1 x the field "output" is missing', summary)
+    (tmp_path / "b.jsonl").write_bytes(lines([{"a": 1}, {"a": 2}]))
+    with pytest.raises(InputError, match=r"no usable row in .*b\.jsonl; 2 bad rows: 2 x no format is known"):
+        load(tmp_path / "b.jsonl", on_bad_row="skip")
+
+
+# ---- provenance by file
+
+
+def test_one_table_of_the_config_stands_for_all_rows_of_a_file(tmp_path: Path) -> None:
+    rows = [ROWS[0], ROWS[1] | {"source": "press"}, ROWS[2] | {"license": None}]
+    (tmp_path / "own.jsonl").write_bytes(lines(rows))
+    (tmp_path / "web.jsonl").write_bytes(lines(ROWS[:1]))
+    own = SourceConfig(str(tmp_path / "own.jsonl"), source="own", license="CC0-1.0", weight=2)
+    web = SourceConfig(str(tmp_path / "w*.jsonl"), "web", "CC0-1.0", "https://example.com", "allowed")
+    policy = PolicyConfig(trusted_sources=("press",), trusted_weight=3)
+    dataset = load(tmp_path / "own.jsonl", sources=(own, web), policy=policy)
+    assert [row.times_an_epoch for row in dataset.rows] == [2, 6, 2, 1]  # web.jsonl is trained on, too
+    with pytest.raises(InputError, match=r"write \[\[data\.sources\]\] with path, source and license"):
+        load(tmp_path / "own.jsonl", policy=policy)
+    evaluated = load(tmp_path / "own.jsonl", key="data.eval_data", sources=(own, web), policy=policy)
+    assert len(evaluated.rows) == 3
+
+
+def test_sources_and_arguments_of_the_template_are_written_and_read_as_toml(tmp_path: Path) -> None:
+    text = """
+[model]
+base_model = "m"
+[data]
+chat_template_kwargs = { enable_thinking = false, "odd key" = ["a", 1.5, { b = true }] }
+[[data.sources]]
+path = "a.jsonl"
+source = "own"
+[[data.sources]]
+path = "b.jsonl"
+weight = 2
+[training]
+output_dir = "o"
+"""
+    (tmp_path / "c.toml").write_text(text, "utf-8")
+    config = load_config(tmp_path / "c.toml")
+    assert config.data.sources == (SourceConfig("a.jsonl", source="own"), SourceConfig("b.jsonl", weight=2))
+    (tmp_path / "d.toml").write_text(to_toml(config), "utf-8")
+    assert load_config(tmp_path / "d.toml") == config
+    for wrong in ('sources = [{source = "a"}]', 'sources = [{path = "a", weigth = 2}]', "chat_template_kwargs = 3"):
+        (tmp_path / "e.toml").write_text(f"[data]\n{wrong}", "utf-8")
+        with pytest.raises(
+            InputError, match=r"data\.(sources must be a list \(each item a table with path|chat_template)"
+        ):
+            load_config(tmp_path / "e.toml")
