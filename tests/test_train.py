@@ -113,6 +113,11 @@ def series(folder: Path, *names: str) -> list[tuple[Any, ...]]:
     return [tuple(record[name] for name in names) for record in read_metrics(folder / "metrics.jsonl")]
 
 
+def unwrapped(output: str) -> str:
+    """What was printed, whatever the width it was wrapped to."""
+    return " ".join(output.split())
+
+
 def checkpoint_of(folder: Path) -> Path:
     return sorted((folder / "checkpoints").iterdir())[-1]
 
@@ -175,7 +180,7 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     assert records[-1]["loss"] < records[0]["loss"]
     output = capsys.readouterr().out
     for words in ("10 rows", "trainable: ", "LoRA", "gates", "metrics.jsonl", "step_000009", "4 files saved"):
-        assert words in output
+        assert words in unwrapped(output)
     lines = [line for line in output.splitlines() if " " in line.strip()]  # a path stays whole, however long
     assert max(map(len, lines)) <= COLUMNS
 
@@ -496,7 +501,7 @@ def test_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     run("run", exit_code=2)
     assert "rows.jsonl:11: " in capsys.readouterr().err
     run("run", "data.on_bad_row=skip", "training.max_steps=1")
-    assert "1 bad rows skipped" in capsys.readouterr().out
+    assert "1 bad rows skipped" in unwrapped(capsys.readouterr().out)
 
 
 def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
@@ -509,7 +514,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
         file.write('{"instruction": "Who?", "output": "Wren."}\n')
     folder = run("run", "training.max_steps=2")
     assert series(folder) == series(expected)
-    output = capsys.readouterr().out
+    output = unwrapped(capsys.readouterr().out)
     assert "data: 10 rows, " in output
     assert "data.policy left out 2 rows (provenance 1, email 1); 3 steps an epoch" in output
     report = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
