@@ -65,7 +65,7 @@ def atomic_write(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `path`, replacing an older one, only when complete and on the disk."""
-    temporary = _temporary_name(path)
+    temporary, older = _temporary_name(path), None
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -78,6 +78,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _when_free(lambda: temporary.rename(path))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if older is not None and not path.exists():
+            older.rename(path)
         raise
     _fsync_folder(path.parent)
     if older is not None:
