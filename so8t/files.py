@@ -42,8 +42,8 @@ class _PassingThrough(io.FileIO):
 def atomic_write(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes; it gets its name only when it is complete and on the disk.
 
-    If the block raises, the temporary file is removed and an older file at `path` stays as it was. `mode` less the
-    umask is that of the file from its first byte on: 0o600 for a secret, which on Windows only its owner may open.
+    If the block raises, the temporary file is removed and an older file at `path` stays as it was. The file has `mode`,
+    less the umask, from its first byte on. 0o600 is for secrets; on Windows too, only the owner may open them.
     """
     temporary = _temporary_name(path)
     try:

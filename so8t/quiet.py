@@ -1,6 +1,6 @@
-"""What other libraries say and no user can act on is kept out of the output of every command; the rest stays.
+"""Keeps messages of other libraries that no user can act on out of every command's output; other warnings stay.
 
-so8t/__init__.py calls `keep_chatter_out`, because bitsandbytes speaks while it is imported.
+so8t/__init__.py calls `keep_chatter_out`, because bitsandbytes logs while it is imported.
 """
 
 import logging

@@ -31,9 +31,8 @@ class OutOfMemory(Exception):
 class MemoryLedger:
     """Tensor bytes between two marks: from the accelerator's allocator at every step, on a CPU counted in a few.
 
-    Counting slows a step down. On a CPU it is done in the first two steps, in the first two that save logits and in the
-    first that evaluates. As a context manager the ledger turns an out-of-memory
-    error into OutOfMemory.
+    Counting slows a step down: on a CPU only the first two steps, the first two that save logits and the first that
+    evaluates are counted. As a context manager the ledger turns an out-of-memory error into OutOfMemory.
     """
 
     def __init__(self, plan: Plan, device: torch.device, output_dir: Path, is_main: bool) -> None:
