@@ -78,7 +78,7 @@ def _two_logits(prob: float) -> tuple[float, float]:
 def export_safetensors(paths: Sequence[Path], out: Path) -> str:
     """Every file as it is, under its own name."""
     with atomic_folder(out) as folder:
-        for path in tqdm(paths, desc="writing", unit="file", leave=False, delay=2):
+        for path in tqdm(paths, desc="writing", unit="file", leave=False, delay=2, disable=None):
             contents = read_file(path).contents
             tensors = {name: value.contiguous() for name, value in contents.items() if isinstance(value, Tensor)}
             metadata = {name: str(value) for name, value in contents.items() if not isinstance(value, Tensor)}
@@ -112,7 +112,7 @@ def export_kd(paths: Sequence[Path], out: Path) -> str:
         rows.setdefault(path, []).append(row)
     masses = []
     with atomic_write(out) as file:
-        for path in tqdm(rows, desc="writing", unit="file", leave=False, delay=2):
+        for path in tqdm(rows, desc="writing", unit="file", leave=False, delay=2, disable=None):
             record = read_file(path)
             for row in rows[path]:
                 line, mass = _kd_row(record, row)

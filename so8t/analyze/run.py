@@ -49,7 +49,7 @@ def analyze(run: Path) -> Analysis:
         with _if_still_there():
             steps.append(score_step(record))
             paths.append(record.path)
-    pairs = tqdm(_pairs(paths), desc="comparing steps", unit="pair", leave=False, delay=2)
+    pairs = tqdm(_pairs(paths), desc="comparing steps", unit="pair", leave=False, delay=2, disable=None)
     for earlier, later in pairs:
         with _if_still_there():
             comparisons.append(compare(token_changes(read_file(earlier), read_file(later))))
@@ -75,7 +75,9 @@ def records_of(folder: Path) -> Iterator[LogitsRecord]:
     """The records of a folder, with a progress bar; InputError if there is none."""
     found = False
     total = sum(1 for _ in folder.glob("*.pt"))
-    for record in tqdm(read_logits(folder), total=total, desc="reading files", unit="file", leave=False, delay=2):
+    for record in tqdm(
+        read_logits(folder), total=total, desc="reading files", unit="file", leave=False, delay=2, disable=None
+    ):
         found = True
         yield record
     if not found:
