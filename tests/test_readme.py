@@ -79,7 +79,9 @@ def test_python_runs(page: Path, code: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [code for page in PAGES for code in blocks_of(page, "toml")])
 def test_toml_is_a_config(code: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text(f"{Path('config.toml').read_text(encoding='utf-8')}\n{code}", encoding="utf-8")
+    lines = Path("config.toml").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith("sources = ")]  # the pages give it as a table
+    path.write_text("\n".join([*kept, code]), encoding="utf-8")
     load_config(path)
 
 

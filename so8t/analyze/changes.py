@@ -1,9 +1,9 @@
-"""How the predictions changed between two steps, at the rows that both of them hold.
+"""How the predictions changed between two steps, for the rows that both of them hold.
 
 The divergence is KL(earlier || later) = sum over the vocabulary of p log(p / q), p the earlier step's distribution and
 q the later one's. Two "full" files give it exactly, of the logits as stored. "topk" and "stats" know some tokens one by
 one and the mass of all others together. With these as one cell the sum can only become smaller (the data-processing
-inequality), so it is a lower bound. There is no upper one: among the unknown tokens q may be as small as it likes.
+inequality), so it is a lower bound. There is no upper bound: among the unknown tokens q may be arbitrarily small.
 Everything else is exact in every form.
 """
 
@@ -73,7 +73,7 @@ Key = tuple[int, bytes]
 
 
 def row_keys(record: LogitsRecord) -> list[Key]:
-    """What is equal for equal rows: the sample_id, and a hash of tokens and labels, as a file of data may change."""
+    """A key that equal rows share: the sample_id and, as a data file may change, a hash of tokens and labels."""
     lengths = (record.sections != SECTIONS.index("padding")).sum(dim=1).tolist()
     contents = torch.stack((record.input_ids, record.labels), dim=1)
     rows = zip(record.sample_ids.tolist(), contents, lengths, strict=True)
@@ -83,7 +83,7 @@ def row_keys(record: LogitsRecord) -> list[Key]:
 def token_changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
     """Compare two files of one kind token by token; without a row that both hold, all tensors are empty.
 
-    Raises InputError if they are of models with other vocabularies.
+    Raises InputError if their models have different vocabularies.
     """
     sizes = [record.contents["vocab_size"] for record in (earlier, later)]
     if sizes[0] != sizes[1]:
@@ -100,7 +100,7 @@ def token_changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
     grid[later.target_positions.unbind(1)] = torch.arange(len(later.target_positions))
     theirs = grid[later_rows, t]
     earlier_nll, later_nll = -earlier.at_targets("label_logprob", ours), -later.at_targets("label_logprob", theirs)
-    is_nan = earlier_nll.isnan() | later_nll.isnan()  # of such a position "topk" and "stats" know no token
+    is_nan = earlier_nll.isnan() | later_nll.isnan()  # "topk" and "stats" know no token of such a position
     kl_low, kl_high = (bound.masked_fill(is_nan, math.nan) for bound in _divergence(earlier, ours, later, theirs))
     return Changes(
         earlier.kind,
@@ -118,7 +118,7 @@ def token_changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
 
 
 def compare(changes: Changes) -> Comparison:
-    """Sum the changes up, NaN if there are none. Percentiles interpolate linearly, as in numpy."""
+    """Summarize the changes, NaN if there are none. Percentiles interpolate linearly, as in numpy."""
     low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
     p50, p95, p99 = (Bounds(_percentile(low, q), _percentile(high, q)) for q in (50, 95, 99))
     prob_change = changes.prob_change.double()
@@ -175,13 +175,13 @@ def _lower_bound(earlier: LogitsRecord, ours: Tensor, later: LogitsRecord, their
         return (least - FLOAT32_SLACK).clamp(0, 1), (most + FLOAT32_SLACK).clamp(0, 1)
 
     (p_least, p_most), (_, q_most) = rest(p_low, p_high), rest(q_low, q_high)
-    p = torch.clamp(q_most / math.e, p_least, p_most)  # where p log(p / q) is least
+    p = torch.clamp(q_most / math.e, p_least, p_most)  # where p log(p / q) is smallest
     bound: Tensor = cells.sum(dim=-1) + torch.special.xlogy(p, p / q_most)
     return bound.clamp_min(0)
 
 
 def _known_ids(record: LogitsRecord, which: Tensor) -> Tensor:
-    """[n, k]: the label and the tokens that "topk" or "stats" stores beside it, -1 in the place of one named before."""
+    """[n, k]: the label and the tokens that "topk" or "stats" stores beside it, -1 for one that is there already."""
     label = record.target_ids[which, None]
     if record.form == "topk":
         others = record.at_targets("topk_ids", which).long()

@@ -1,8 +1,8 @@
 """Training dynamics: what became of each row over the steps that hold it.
 
 Swayamdipta et al., EMNLP 2020 (confidence, variability, correctness), and Toneva et al., ICLR 2019 (forgetting), take
-an example to be one prediction. A row is many, one a target token: here its numbers are means, and its events sums,
-over them.
+an example to be one prediction. A row is many, one for each target token: here its numbers are means over them, and
+its events are sums.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ class SampleDynamics:
     confidence: float  # mean of label_prob
     variability: float  # standard deviation of label_prob, over N as in Swayamdipta et al.
     correctness: float  # mean of accuracy
-    forgetting_events: int  # times that a label was the likeliest token at one of the steps and at the next was not
+    forgetting_events: int  # how often a label was the likeliest token at one step and no longer at the next
     never_correct: int  # tokens whose label was the likeliest at none of the steps
 
 

@@ -37,7 +37,7 @@ def export_cartography(paths: Sequence[Path], out: Path) -> str:
 
     An "epoch" is a step of the probe, if there is one, or else an epoch of training. As cartography needs every example
     in every file, other rows are left out. Its confidence and variability are those of `training_dynamics`; its
-    correctness counts the epochs with a probability above one half, which two logits cannot tell from right.
+    correctness counts the epochs with a probability above one half, because two logits cannot say more.
     """
     samples = training_dynamics(map(read_file, paths))
     kind = "probe" if any(sample.kind == "probe" for sample in samples) else "logits"
@@ -92,7 +92,7 @@ def export_safetensors(paths: Sequence[Path], out: Path) -> str:
 def export_kd(paths: Sequence[Path], out: Path) -> str:
     """Every row once, as the newest file that holds it predicts: tokens, labels, and the teacher's top-k a position.
 
-    `target_token_ids[t]`, `target_logprobs[t]` and `target_mask[t]` tell of input token t + 1, and the mask is 1 where
+    `target_token_ids[t]`, `target_logprobs[t]` and `target_mask[t]` belong to input token t + 1; the mask is 1 where
     that is a label and the teacher's numbers are finite. The log-probabilities are normalised over the k tokens, as
     axolotl's loss expects (temperature 1); the returned sentence says how much of the teacher's mass these tokens hold.
     Rows of the probe are left out, so that no student trains on what is held out.
@@ -128,7 +128,7 @@ def export_kd(paths: Sequence[Path], out: Path) -> str:
 
 
 def _kd_row(record: LogitsRecord, row: int) -> tuple[dict[str, Any], Tensor]:
-    """One line, and [labels of the row] how much of the teacher's mass it holds."""
+    """One line, and how much of the teacher's mass it holds: [labels of the row]."""
     length = int((record.sections[row] != SECTIONS.index("padding")).sum())
     is_finite = ~record.at_targets("label_logprob").isnan()
     which = ((record.target_positions[:, 0] == row) & is_finite).nonzero().squeeze(1)

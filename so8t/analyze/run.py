@@ -19,7 +19,7 @@ log = logging.getLogger("so8t")
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that the saved logits of a run tell."""
+    """Everything that the saved logits of a run show."""
 
     steps: list[StepScores]  # one a file, oldest step first
     comparisons: list[Comparison]  # of every step with the last ones before it that hold some of its rows
@@ -41,7 +41,7 @@ def logits_folder(run: Path) -> Path:
 def analyze(run: Path) -> Analysis:
     """Score, compare and follow the rows of all files, a chunk of one or two of them in memory at once.
 
-    A file that a running training deletes meanwhile is passed over from there on, with a warning. Raises InputError if
+    A file that a running training deletes meanwhile is skipped from then on, with a warning. Raises InputError if
     there is no such run, or none of its files are saved logits.
     """
     paths, steps, comparisons = [], [], []

@@ -1,8 +1,9 @@
-"""What a file of saved logits says of its step: means over the target tokens, how far its confidence can be trusted.
+"""What a file of saved logits says about its step: means over the target tokens, and how well it is calibrated.
 
 Negative log-likelihood, entropy, rank and likeliest token are exact in every form. The margin needs the second
 likeliest token, which "stats" lacks and "topk" rounds to float16; the calibration needs the confidence, which "topk"
-rounds where it is wrong. There a number comes as bounds that hold for sure. "full" answers from the logits as stored.
+rounds where it is wrong. There a number comes as bounds that are certain to hold. "full" answers from the logits as
+stored.
 """
 
 import math
@@ -20,7 +21,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Bounds:
-    """A number that lies from `low` to `high`: exact if the two are equal; inf = nothing is known on that side."""
+    """A number between `low` and `high`: exact if the two are equal; inf = no bound on that side is known."""
 
     low: float
     high: float
@@ -65,7 +66,7 @@ class StepScores:
     epoch: int
     kind: str  # "logits" = a batch that was trained on, "probe" = the fixed rows of save_logits_probe
     form: str  # "full", "topk" or "stats"
-    verified: bool  # what the file stores gave the loss that training saw, and has not changed since
+    verified: bool  # what the file stores gave the loss that training computed, and has not changed since
     damaged: tuple[str, ...] | None  # tensors that have changed since; None = not known, the file has no checksums
     total: Scores
     sections: dict[str, Scores]  # by thinking.SECTIONS, those that have target tokens

@@ -25,7 +25,7 @@ def to_text(analysis: Analysis) -> str:
         if comparisons:
             blocks += [f"{title}: changes between steps, at the rows that both hold", _changes_table(comparisons)]
         seen_again = [one for one in samples if len(one.steps) > 1]
-        seen_again.sort(key=lambda one: (not math.isnan(one.confidence), one.confidence))  # NaN has no place of its own
+        seen_again.sort(key=lambda one: (not math.isnan(one.confidence), one.confidence))  # NaN cannot be sorted
         if samples:
             seen = f"training dynamics of the {len(seen_again)} of {len(samples)} rows that were seen at several steps"
             least = f", the {SHOWN_ROWS} least confident" if len(seen_again) > SHOWN_ROWS else ""
@@ -36,7 +36,7 @@ def to_text(analysis: Analysis) -> str:
 
 
 def comparison_to_text(one: Comparison) -> str:
-    """Two steps beside each other, with what the numbers rest on in the first line."""
+    """Two steps beside each other; the first line says how many tokens and rows they share."""
     numbers: list[tuple[str, object]] = [
         (f"perplexity at step {one.earlier_step}", _number(one.earlier_perplexity)),
         (f"perplexity at step {one.later_step}", _number(one.later_perplexity)),
@@ -61,7 +61,7 @@ def comparison_to_text(one: Comparison) -> str:
 
 
 def _doubt(step: StepScores) -> str:
-    """Why the numbers of a step are not to be trusted; "" if they are."""
+    """Why the numbers of a step cannot be trusted; "" if they can."""
     if step.damaged:
         return f"step {step.step} is damaged: {', '.join(step.damaged)} of its file changed after it was written"
     if not step.verified:
@@ -106,7 +106,7 @@ def _number(value: float) -> str:
 def _shown(bounds: Bounds) -> str:
     if bounds.low == bounds.high or math.isnan(bounds.low):
         return _number(bounds.low)
-    low = _number(math.floor(bounds.low * 10_000) / 10_000)  # outwards, to stay bounds
+    low = _number(math.floor(bounds.low * 10_000) / 10_000)  # rounded outwards, so that they stay bounds
     return f">={low}" if math.isinf(bounds.high) else f"{low}..{_number(math.ceil(bounds.high * 10_000) / 10_000)}"
 
 

@@ -181,7 +181,9 @@ def _build(
     building = _Building(files, Writer(folder), config)
     encoder = Encoder(tokenizer, template, config)
     pending: tuple[Any, Pending] | None = None
-    with tqdm(total=count_lines(files), desc=f"{key}: tokenizing", unit=" lines", leave=False, delay=2) as bar:
+    with tqdm(
+        total=count_lines(files), desc=f"{key}: tokenizing", unit=" lines", leave=False, delay=2, disable=None
+    ) as bar:
         for chunk in _chunks(building.read(key)):
             started = chunk, encoder.start([conversation for _, _, conversation in chunk])
             if pending is not None:  # this chunk is tokenized while the one before it is labelled

@@ -11,8 +11,8 @@ import numpy as np
 from so8t.analyze import Analysis, SampleDynamics, StepScores
 from so8t.config import PetConfig
 
-MAX_POINTS = 1000  # of a curve; a longer one is drawn as the means of so many stretches
-DIGITS = 5  # that are kept of a value
+MAX_POINTS = 1000  # points of a curve; a longer one is drawn as this many means
+DIGITS = 5  # digits that are kept of a value
 
 Point = tuple[float, float | None]  # None, which stands for inf and NaN, leaves a gap
 
@@ -42,7 +42,7 @@ class Chart:
 
 
 def training_charts(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> list[Chart]:
-    """The curves of metrics.jsonl over the steps; a chart whose keys an older version did not write is left out."""
+    """The curves of metrics.jsonl over the steps; charts whose keys an older version did not write are left out."""
     gib = [record | {"gib": record["peak_memory_bytes"] / 2**30} for record in metrics if "peak_memory_bytes" in record]
     charts = [
         Chart(

@@ -133,7 +133,7 @@ def _subtitle(config: Config) -> str:
 
 
 def _about(run: Run) -> list[tuple[str, str]]:
-    """What the run was, as far as its run.json says so: title and value."""
+    """What the run was, according to its run.json: title and value."""
     last, total = run.metrics[-1]["step"], run.about.get("total_steps") or run.config.training.max_steps
     state = f"step {last}"
     if total:
@@ -178,7 +178,7 @@ def _is_on_accelerator(run: Run) -> bool:
 
 
 def _gap(run: Run, memory: dict[str, Any] | None) -> str:
-    """Why the process took more than the tensors of a step; "" on an accelerator, whose allocator holds only those."""
+    """Why the process took more memory than the tensors of a step; "" on an accelerator, which holds only those."""
     tensors = ((memory or {}).get("peak") or {}).get("measured_bytes")
     peaks = [record["peak_memory_bytes"] for record in run.metrics if record.get("peak_memory_bytes") is not None]
     if not (tensors and peaks) or _is_on_accelerator(run):
@@ -211,7 +211,7 @@ def _same_rows(tokens: dict[str, Any]) -> list[tuple[str, int, int, float, float
 
 
 def _comparable(analysis: Analysis) -> Analysis:
-    """What is drawn: the probe's rows over the steps, as they are always the same, else what each step trained on.
+    """What is drawn: the probe's rows over the steps, as they are always the same, else each step's own.
 
     The rows of the data map are those trained on, if any of them was saved twice.
     """

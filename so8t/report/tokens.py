@@ -22,7 +22,7 @@ ALTERNATIVES = 5  # likeliest tokens shown for a target
 MAX_STEPS = 20  # saved steps on the slider, evenly spread
 MAX_PREDICTIONS = 100_000  # targets times saves; at 70 to 90 bytes each the page stays below 10 MB
 TOKENS_A_PREDICTION = 10  # of a row's text, prompt included, take as much room as one of them
-SCALE_QUANTILE = 0.95  # what lies beyond has the scale's last colour
+SCALE_QUANTILE = 0.95  # values beyond it have the scale's last colour
 LEAST_SCALE = 0.05  # nats; less is noise
 UNDECODABLE = "\ufffd"
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -88,7 +88,7 @@ def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
         texts = record.tokens(tokenizer)
         for index, (key, targets) in enumerate(_targets_of_rows(record)):
             if targets.start == targets.stop:
-                continue  # without a target there is nothing to colour
+                continue  # a row without targets has nothing to colour
             row = rows.get((record.kind, key))
             if row is None:
                 length = int((record.sections[index] != SECTIONS.index("padding")).sum())
@@ -192,7 +192,7 @@ def _scale(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _end(values: list[int]) -> float:
-    """The first of .. 0.1, 0.2, 0.5, 1, 2, 5 .. that nearly all are below: small ones would look all the same."""
+    """The first of .. 0.1, 0.2, 0.5, 1, 2, 5 .. that nearly all are below, so that small ones differ in colour."""
     ordered = sorted(values)
     needed = max(ordered[int(SCALE_QUANTILE * (len(ordered) - 1))] / 1000, LEAST_SCALE) if ordered else 1
     power: float = 10.0 ** math.floor(math.log10(needed))

@@ -99,7 +99,7 @@ Asking = TypeVar("Asking", ThinkRequest, chat.ChatRequest)
 
 
 def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
-    """The web application; with a token, what asks the model asks for it.
+    """The web application; if there is a token, requests to the model must carry it.
 
     A request whose Host is none of `allowed_hosts` is refused: without that, any web page could give its own name this
     machine's address and read the answers.
@@ -125,7 +125,7 @@ def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] =
             )
 
     async def answer(request: Request, shape: type[Asking]) -> tuple[Asking, Answer]:
-        """Read what is asked and wait for the answer; every way in which there is none is an HTTPException."""
+        """Read the request and wait for the answer; raises HTTPException if there is none, whatever the reason."""
         deadline = time.monotonic() + 0.9 * thinker.request_seconds  # the rest is for what the model does not watch
         try:
             async with asyncio.timeout(thinker.request_seconds):
@@ -186,7 +186,7 @@ def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] =
     async def health() -> Health:
         """Say that the server is up and could answer, and with which model."""
         nonlocal last
-        async with checked:  # whoever asks a thousand times writes to the disk once a second
+        async with checked:  # however often it is asked, it writes to the disk once a second at most
             if time.monotonic() - last[0] >= HEALTH_SECONDS:
                 last = time.monotonic(), await run_in_threadpool(_problem_of, thinker)
         if last[1]:
@@ -247,7 +247,7 @@ async def unless_gone(request: Request, answer: Awaitable[Answer]) -> Answer:
 
 
 async def read_body(request: Request) -> bytes:
-    # any other type a web page may send to a loopback port without asking
+    # with any other type, a web page may send to a loopback port without a preflight request
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send the body with the header Content-Type: application/json")
     body = b""

@@ -1,13 +1,13 @@
 """The audit trail of `so8t.serve`: when, who, decided how, by which model; nothing of what was said.
 
 One SQLite table, a row a request, on the disk before the answer is sent. Texts stand there as keyed hashes
-(HMAC-SHA-256), so that only who holds the key file can tell which row a text belongs to, or make a row. Every row's
+(HMAC-SHA-256), so that only someone who has the key file can find the row of a text, or make a row. Every row's
 hash covers the hash of the row before it, and the only row of `head` seals the last one: `verify` finds every row that
-was edited, removed, moved, or cut off at the end. What no file can show is that all of it was replaced by an older copy
-of itself: compare the last row's hash with one noted elsewhere, such as in the server's log.
+was edited, removed, moved, or cut off at the end. What no file can show is that it was replaced as a whole by an
+older copy of itself: compare the last row's hash with one noted elsewhere, such as in the server's log.
 
 A row counts as written only if the path still names the file that was opened: one that was deleted, moved away or
-exchanged takes no rows, and no new one is begun beside the key of an old one, until a person has seen to it.
+exchanged takes no rows, and no new one is begun beside the key of an old one, until a person has looked into it.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ class AuditTrail:
             # isolation_level None: transactions begin and end only where it is written below
             address = f"{self._path.as_uri()}?mode={'ro' if read_only else 'rwc'}"
             self._database = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
-            self._database.execute("SELECT count(*) FROM sqlite_schema")  # no SQLite file, or no place for its lock
+            self._database.execute("SELECT count(*) FROM sqlite_schema")  # not an SQLite file, or no lock
             if not read_only:
                 self._database.execute("PRAGMA journal_mode = WAL")
                 self._database.execute("PRAGMA synchronous = FULL")
@@ -202,7 +202,7 @@ class AuditTrail:
                 self._database.execute("BEGIN")  # one state, also while a server writes
                 select = f"SELECT {', '.join(COLUMNS)} FROM requests ORDER BY number"
                 for *values, row_hash in self._database.execute(select):
-                    if not isinstance(values[0], int):  # of a table that was made anew
+                    if not isinstance(values[0], int):  # of a table that was created again
                         problems.append("there is a row whose number is no number")
                         continue
                     if values[0] > number + 1:

@@ -1,4 +1,4 @@
-"""The shape of OpenAI's chat completions: what of it is taken, and an answer in it."""
+"""OpenAI's chat completions: the fields that are understood, and answers in that shape."""
 
 import json
 import time
@@ -29,7 +29,7 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    # what clients send back of an answer has more fields, all null
+    # an answer that a client sends back has more fields, all null
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "user", "assistant"]

@@ -35,7 +35,7 @@ logger = logging.getLogger("so8t.serve")
 
 def bind(host: str, port: int, has_token: bool) -> socket.socket:
     """A listening socket; InputError if the host is not this machine's own while there is no token."""
-    if not 0 <= port < 65536:  # getaddrinfo would take what is left of it
+    if not 0 <= port < 65536:  # getaddrinfo would take it modulo 65536
         raise InputError(f"--port {port} is no port; choose one from 0 to 65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -78,11 +78,11 @@ def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Seq
     token = read_token()
     with bind(host, port, bool(token)) as listener:
         audit = AuditTrail(audit_file)
-        from so8t.serve.generate import load_generator  # takes seconds, what can be refused has been by now
+        from so8t.serve.generate import load_generator  # takes seconds; whatever can be refused has been refused by now
 
         generator = load_generator(path)
         name = f"[{host}]" if ":" in host else host
-        # a page that gives its name this machine's address has no token
+        # a web page that points its name at this machine has no token
         allowed_hosts = ["*"] if token and not allowed_hosts else [*LOOPBACK_NAMES, name, *allowed_hosts]
         try_out(generator)
         app = make_app(Thinker(generator, generator.model_hash, audit), token, allowed_hosts)
@@ -104,9 +104,9 @@ def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Seq
 
 
 def try_out(generator: "Generator") -> None:
-    """Ask the model one question, so that what can never answer is told before the first user comes.
+    """Ask the model one question, so that a model that can never answer is reported before the first user comes.
 
-    Raises InputError if it fails; only warns if the answer is not fit to leave, for that may be this question's fault.
+    Raises InputError if it fails; only warns if the answer is not fit to leave, because the question may be to blame.
     """
     from so8t.serve.thinker import Question, Written, where
 

@@ -37,7 +37,7 @@ from so8t.serve.thinker import Question, Written
 from so8t.thinking import neutralise
 
 END = "</final>"
-LOWEST_TEMPERATURE = 1e-6  # divided by less, the logits are no numbers any more
+LOWEST_TEMPERATURE = 1e-6  # divided by less, the logits overflow
 
 
 class Generator:
@@ -207,7 +207,7 @@ def load_generator(path: Path) -> Generator:
     """
     checkpoints = checkpoint_folders(path)
     if not checkpoints and any((path / name).is_file() for name in (STATE_FILE, GATES_FILE)):
-        checkpoints = [path]  # its config.json alone would load without the gates
+        checkpoints = [path]  # it would load by its config.json, but without the gates
     if checkpoints:
         folder = checkpoints[-1]
         config = load_config(folder / CONFIG_FILE)

@@ -1,7 +1,7 @@
-"""uvicorn's HTTP/1.1 with what it lacks: a deadline for a request to arrive, and a bound on open connections.
+"""uvicorn's HTTP/1.1, plus a deadline for a request to arrive and a bound on open connections.
 
-Neither uvicorn nor hypercorn has a deadline that a byte now and then does not put off, and no bound of theirs counts
-connections before their headers are complete.
+The timeouts of uvicorn and hypercorn start again with every byte, and their bounds do not count connections whose
+headers are incomplete.
 """
 
 import asyncio

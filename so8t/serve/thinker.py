@@ -1,7 +1,7 @@
-"""The queue before the model, and the one place where thinking exists.
+"""The queue before the model, and the only place where thinking exists.
 
-What the model writes exists in `Thinker` only, on the one thread that generates. It comes out of there as what
-`thinking.release` lets go, after its row is in the audit trail, or not at all. Requests wait in a queue with a bound;
+What the model writes stays inside `Thinker`, on the one thread that generates. Only what `thinking.release` allows
+leaves it, and only after its row is in the audit trail. Requests wait in a queue with a bound;
 those that wait are generated together, each with its own temperature, length and deadline.
 """
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("so8t.serve")
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What is asked of the model. `deadline` is on the monotonic clock; whoever sets `gone` waits no longer."""
+    """What is asked of the model. `deadline` is on the monotonic clock; `gone` is set when nobody waits any more."""
 
     messages: Sequence[dict[str, str]]
     max_new_tokens: int
@@ -130,7 +130,7 @@ class Thinker:
         if not self._places.acquire(blocking=False):
             raise Busy("too many requests are waiting")
         asked = _Asked(question)
-        asked.answer.add_done_callback(lambda _: self._places.release())  # also of one that was cancelled
+        asked.answer.add_done_callback(lambda _: self._places.release())  # also runs when the answer is cancelled
         self._queue.put(asked)
         try:
             return await asyncio.wrap_future(asked.answer)
@@ -146,7 +146,7 @@ class Thinker:
     def _work(self) -> None:
         waiting: deque[_Asked | None] = deque()
         while True:
-            while not waiting or not self._queue.empty():  # nobody else takes anything out
+            while not waiting or not self._queue.empty():  # only this thread takes anything out
                 waiting.append(self._queue.get())
             if waiting[0] is None:
                 return
@@ -203,7 +203,7 @@ class Thinker:
                 self._fail(left[0], error)
                 return
             logger.error("%d requests together failed with %s; each is tried alone", len(batch), where(error))
-            for asked in left:  # the fault of one, or too much memory for all, is not the others' fault
+            for asked in left:  # one bad request, or too little memory for all, should not cost the others theirs
                 self._answer([asked])
 
     def _fail(self, asked: _Asked, error: Exception) -> None:
