@@ -40,9 +40,9 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> int:
-    """Run `command` and return its exit code: 2 for wrong input (InputError), 1 for an OSError or one of `failures`.
+    """Run `command` and return its exit code: 2 if the user's input cannot be used, 1 if the work failed.
 
-    Both print one sentence on stderr.
+    InputError means the former, OSError and `failures` the latter. Both print their message on stderr, no traceback.
     """
     print_anything()
     try:
@@ -58,12 +58,12 @@ def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> in
 
 
 def say(text: str) -> None:
-    """Print at once, so that a log keeps its order, and in lines that fit 100 columns."""
+    """Print without buffering, so that a log keeps its order, in lines of at most 100 columns."""
     print(wrapped(text), flush=True)
 
 
 def print_anything() -> None:
-    """From here on, a character that the console or pipe cannot encode (cp932 has no é) is printed as its escape."""
+    """From here on, characters that the output's encoding lacks (cp932 has no é) are printed as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None under pythonw, of another type in a notebook
             stream.reconfigure(errors="backslashreplace")

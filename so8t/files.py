@@ -42,8 +42,8 @@ class _PassingThrough(io.FileIO):
 def atomic_write(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes; it gets its name only when it is complete and on the disk.
 
-    If the block raises, the temporary file is removed and an older file at `path` stays as it was. `mode` less the
-    umask is that of the file from its first byte on: 0o600 for a secret, which on Windows only its owner may open.
+    If the block raises, the temporary file is removed and an older file at `path` stays as it was. The file has `mode`,
+    less the umask, from its first byte on. 0o600 is for secrets; on Windows too, only the owner may open them.
     """
     temporary = _temporary_name(path)
     try:
@@ -65,7 +65,7 @@ def atomic_write(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `path`, replacing an older one, only when complete and on the disk."""
-    temporary = _temporary_name(path)
+    temporary, older = _temporary_name(path), None
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -78,6 +78,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _when_free(lambda: temporary.rename(path))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if older is not None and not path.exists():
+            older.rename(path)
         raise
     _fsync_folder(path.parent)
     if older is not None:

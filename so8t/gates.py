@@ -141,6 +141,11 @@ def gates_of(model: nn.Module) -> dict[int, SO8Gate]:
     return gates
 
 
+def state_without_gates(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model has without its gates."""
+    return {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
+
+
 def orthogonality_error(model: nn.Module) -> Tensor:
     """The largest |R R^T - I| over all gates of `model` (0-dim, no wait for the GPU); 0 if there are none."""
     gates = gates_of(model)

@@ -18,10 +18,16 @@ class Tap(Protocol):
         """head_weight: [vocabulary, hidden_size]"""
 
     def add(self, positions: Tensor, logits: Tensor) -> None:
-        """positions: [n] in batch x seq, ascending, on the host; logits: [n, vocabulary], overwritten afterwards."""
+        """positions: [n] in batch x seq, ascending, on the host; logits: [n, vocabulary] on the device of the head.
+
+        The logits are overwritten afterwards.
+        """
 
     def finish(self, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
-        """hidden: [batch, seq, hidden_size]; ce: 0-dim, the sum. Positions that were not added have no target."""
+        """hidden: [batch, seq, hidden_size]; ce: 0-dim, the sum; all on the device of the head.
+
+        Positions that were not added have no target.
+        """
 
 
 def head_dtype(head_weight: Tensor) -> torch.dtype:

@@ -24,7 +24,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig
 from so8t.data import Batch, derive_seed, stop_token_ids
-from so8t.gates import attach_gates, gates_of, load_gates, save_gates
+from so8t.gates import attach_gates, gates_of, load_gates, save_gates, state_without_gates
 from so8t.quiet import hide_bars
 
 GATES_FILE = "so8t_gates.safetensors"
@@ -117,7 +117,7 @@ def adapt(
         # An 8-bit layer keeps its own input where non-reentrant checkpointing cannot drop it (1.06 MiB a token on
         # Phi-3.5), so that an 8-bit base takes the reentrant form; the gradients are equal to the bit.
         model.activation_checkpointing_enable({"use_reentrant": spec.quantization.load_in_8bit})
-    if checkpointed_layers:  # the first ones, because the backward pass is done with the last ones first
+    if checkpointed_layers:  # the first ones, because the backward pass frees the last ones early anyway
         for layer in checkpointable_layers(model)[checkpointed_layers:]:
             layer.gradient_checkpointing = False
     return adapted
@@ -270,7 +270,10 @@ def causal_lm(model: Model) -> PreTrainedModel:
 
 
 def hidden_states(model: Model, batch: Batch) -> Tensor:
-    """The last hidden state [batch, seq, hidden_size] after the final norm: all that losses and logits are made of."""
+    """The last hidden state after the final norm, from which losses and logits are computed.
+
+    batch: on the host. Returns [batch, seq, hidden_size] on the device of the model.
+    """
     base = causal_lm(model)
     mask = batch.attention_mask
     hidden: Tensor = base.base_model(
@@ -318,8 +321,7 @@ def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
         causal_lm(model).generation_config.save_pretrained(folder)  # it has the tokens at which an answer ends
     else:
-        without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
-        model.save_pretrained(folder, state_dict=without_gates)
+        model.save_pretrained(folder, state_dict=state_without_gates(model))
     if gates_of(model):
         save_gates(model, folder / GATES_FILE)
     tokenizer.save_pretrained(folder)

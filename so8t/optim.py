@@ -38,12 +38,14 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=config.learning_rate)
     else:
         if trainable[0].device.type == "cpu":
-            cli.say("optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU pages them nowhere")
+            cli.say(
+                "optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU has nowhere to page them to"
+            )
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         elif lends_host_memory():
             cli.say(
-                "optim: paged_adamw_8bit pages nothing on Windows and WSL, where the driver cannot move managed memory "
-                "on demand: its states need room on the GPU like those of adamw_8bit"
+                "optim: paged_adamw_8bit pages nothing on Windows and WSL, whose driver cannot move managed memory on "
+                "demand: its states need room on the GPU like those of adamw_8bit"
             )
         optimizer = bitsandbytes.optim.PagedAdamW8bit(groups, lr=config.learning_rate)
     return optimizer

@@ -1,4 +1,4 @@
-"""Keeps lines of other libraries that no user can act on out of every command's output; real warnings stay.
+"""Keeps messages of other libraries that no user can act on out of every command's output; other warnings stay.
 
 so8t/__init__.py calls `keep_chatter_out`, because bitsandbytes logs while it is imported.
 """

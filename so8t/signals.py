@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM end the run after the current step; on Windows, Ctrl-Break and closing the console do so too.
+"""Ctrl-C and SIGTERM end the run after the current step; on Windows, so do Ctrl-Break and closing the console.
 
-When its console goes (closed, logged off, shut down), Windows tells a process and kills it about five seconds later. If
-the step and its checkpoint take longer they are lost, and the run resumes from the checkpoint before, as after a power
-cut.
+When the console is closed, or the user logs off or shuts down, Windows gives a process about five seconds and then ends
+it. A step and its checkpoint that take longer are lost, and the run resumes from the checkpoint before it, as after a
+power cut.
 """
 
 import signal
@@ -20,7 +20,7 @@ if sys.platform == "win32":
 
 
 class StopSignals:
-    """While open, notes the first such signal in `received` (0 = none yet); a second one acts as usual."""
+    """While open, `received` is the number of the first such signal, 0 until then. A second one acts as usual."""
 
     received: int = 0
 
@@ -43,10 +43,10 @@ class StopSignals:
         self._restore()
 
     def _note_console(self, event: int) -> bool:
-        """Called by Windows in a thread of its own; False hands the event on to Python, which makes it a signal.
+        """Called by Windows in a thread of its own; False passes the event on to Python, which turns it into a signal.
 
-        When the console closes, the process ends as soon as this returns. So it waits, which gives the step the few
-        seconds that there are; Python alone would answer with SIGBREAK and return at once.
+        When the console is closed, Windows ends the process as soon as this function returns. So it sleeps, and the
+        training step has the remaining seconds. Python's own handler would raise SIGBREAK and return at once.
         """
         if event not in CONSOLE_ENDS:
             return False

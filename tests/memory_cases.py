@@ -1,7 +1,9 @@
 """What the tests and benchmarks of memory share: a step of a real model, and a counter of its tensors' bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from so8t.data import Batch
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.memory import BatchShape, StepSpec
 from so8t.memory.live_bytes import LiveBytes
+from so8t.memory.trace import Trace, trace_step
 from so8t.model import Model, load_model_config, trainable_parameters
 
 
@@ -29,6 +32,21 @@ def step_spec(
     probe_tokens = sum(shape.tokens for shape in probe)
     logits = plan_logits(config, model_config.vocab_size, micro_batch.tokens, probe_tokens)
     return StepSpec(config, model_config, device_type, train.forward, logits, micro_batch, probe)
+
+
+@contextmanager
+def traced_once(kind: Callable[[StepSpec, int | None], tuple[Any, ...]]) -> Iterator[None]:
+    """Trace one step of each kind for all plans: a trace takes a second, more than all else that a short run does."""
+    known: dict[str, Trace] = {}
+
+    def trace(spec: StepSpec, layers: int | None) -> Trace:
+        key = repr(kind(spec, layers))
+        if key not in known:
+            known[key] = trace_step(spec, layers)
+        return known[key]
+
+    with patch("so8t.memory.plan.trace_step", trace):
+        yield
 
 
 def take_step(

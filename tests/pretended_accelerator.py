@@ -342,6 +342,11 @@ def run(module: str, arguments: list[str], device: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     _libraries = install()
+    from memory_cases import traced_once  # imports train.py, when there is the device
+
     commands = json.loads(Path(sys.argv[1]).read_bytes())
-    outcomes = {command.pop("name"): run(**command) for command in commands}
+    with traced_once(
+        lambda spec, layers: (spec.config.model_spec, spec.device_type, spec.micro_batch, spec.probe, layers)
+    ):
+        outcomes = {command.pop("name"): run(**command) for command in commands}
     Path(sys.argv[2]).write_text(json.dumps(outcomes), encoding="utf-8")

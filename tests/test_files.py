@@ -247,6 +247,25 @@ def test_an_older_folder_stays_and_nothing_else_when_the_block_raises(
     assert (path / "a").read_bytes() == b"old"
 
 
+def test_an_older_folder_comes_back_when_the_new_one_cannot_get_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old")
+    rename = Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if source.name == f"step_000001{TEMPORARY_SUFFIX}":  # as Windows does while somebody has a file of it open
+            raise PermissionError("in use")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError, match="in use"):
+        write_folder(path, a=b"new")
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert (path / "a").read_bytes() == b"old"
+
+
 def test_a_full_disk_in_the_middle_of_a_folder_leaves_the_older_one(tmp_path: Path) -> None:
     path = tmp_path / "step_000001"
     write_folder(path, a=b"old")

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +18,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from memory_cases import traced_once
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,6 @@ from so8t.config import DataConfig, load_config
 from so8t.data import TrainingBatches, load_dataset
 from so8t.logits import read_logits
 from so8t.memory import StepSpec
-from so8t.memory.trace import Trace, trace_step
 from so8t.metrics import Metrics, read_metrics
 from so8t.text import COLUMNS
 
@@ -63,21 +63,14 @@ STEPS = 9
 Run = Callable[..., Path]
 
 
+def kind_of(spec: StepSpec, layers: int | None) -> tuple[Any, ...]:
+    """What a plan says is looked at in tests/memory, so here one trace for each kind of model will do."""
+    return spec.config.model, spec.config.quantization, spec.config.qlora.enabled, bool(spec.probe)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Trace a step for the memory plan once, wherever its runs have their folders: that is more than half of a run."""
-    known: dict[str, Trace] = {}
-
-    def trace(spec: StepSpec, layers: int | None) -> Trace:
-        training = replace(spec.config.training, output_dir="-", resume="auto", save_logits_probe=())
-        data = replace(spec.config.data, train_data=("-",), eval_data=("-",) if spec.config.data.eval_data else ())
-        config = replace(spec.config, data=data, training=training)
-        key = repr((config, spec.device_type, spec.micro_batch, spec.probe, layers))
-        if key not in known:
-            known[key] = trace_step(spec, layers)
-        return known[key]
-
-    with patch("so8t.memory.plan.trace_step", trace):
+def _traced_once() -> Iterator[None]:
+    with traced_once(kind_of):
         yield
 
 
@@ -118,6 +111,11 @@ def series(folder: Path, *names: str) -> list[tuple[Any, ...]]:
     """These metrics of every step; by default all that a run determines."""
     names = names or ("step", "epoch", "loss", "ce", "pet", "pet_weight", "lr", "grad_norm", "num_targets")
     return [tuple(record[name] for name in names) for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def unwrapped(output: str) -> str:
+    """What was printed, whatever the width it was wrapped to."""
+    return " ".join(output.split())
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -182,7 +180,7 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     assert records[-1]["loss"] < records[0]["loss"]
     output = capsys.readouterr().out
     for words in ("10 rows", "trainable: ", "LoRA", "gates", "metrics.jsonl", "step_000009", "4 files saved"):
-        assert words in output
+        assert words in unwrapped(output)
     lines = [line for line in output.splitlines() if " " in line.strip()]  # a path stays whole, however long
     assert max(map(len, lines)) <= COLUMNS
 
@@ -503,7 +501,7 @@ def test_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     run("run", exit_code=2)
     assert "rows.jsonl:11: " in capsys.readouterr().err
     run("run", "data.on_bad_row=skip", "training.max_steps=1")
-    assert "1 bad rows skipped" in capsys.readouterr().out
+    assert "1 bad rows skipped" in unwrapped(capsys.readouterr().out)
 
 
 def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
@@ -516,7 +514,7 @@ def test_rows_that_break_the_policy_are_left_out_and_listed_or_stop_the_run(
         file.write('{"instruction": "Who?", "output": "Wren."}\n')
     folder = run("run", "training.max_steps=2")
     assert series(folder) == series(expected)
-    output = capsys.readouterr().out
+    output = unwrapped(capsys.readouterr().out)
     assert "data: 10 rows, " in output
     assert "data.policy left out 2 rows (provenance 1, email 1); 3 steps an epoch" in output
     report = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
@@ -607,8 +605,8 @@ def test_the_loop_stays_readable() -> None:
     assert text.count("# sync") == 1
     (loop,) = (node for node in nodes if isinstance(node, ast.For) and ast.unparse(node.target) == "step")
     assert max(node.col_offset for node in ast.walk(loop) if isinstance(node, ast.stmt)) <= loop.col_offset + 8
-    watchers = r"^ +.*\b(memory|logits_saver|probe|validation|metrics|checkpoints)\.\w+\("
-    assert len(re.findall(watchers, ast.unparse(loop), re.MULTILINE)) <= 12
+    watchers = r"\b(memory|logits_saver|probe|validation|metrics|checkpoints)\.\w+\("
+    assert len(re.findall(watchers, ast.unparse(loop))) <= 13
 
 
 def test_the_loss_formula_stands_once_in_train_py() -> None:

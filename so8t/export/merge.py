@@ -27,7 +27,7 @@ from so8t.data import Batch
 from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute, ends_in_stop
 from so8t.export.model_card import model_card
 from so8t.files import atomic_folder, atomic_write
-from so8t.gates import SO8Gate, bake, gates_of, largest_angle
+from so8t.gates import SO8Gate, bake, gates_of, largest_angle, state_without_gates
 from so8t.metrics import read_metrics
 from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer, set_stops
 from so8t.policy import PolicyReport, read_report
@@ -217,9 +217,8 @@ def merge(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
-    without_gates = {name: tensor for name, tensor in model.state_dict().items() if "so8_gate" not in name}
     set_stops(model, tokenizer)
-    model.save_pretrained(folder, state_dict=without_gates, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, state_dict=state_without_gates(model), max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
 
 

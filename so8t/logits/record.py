@@ -85,7 +85,7 @@ def file_contents(
     computed_in: torch.dtype,
     **given: Any,
 ) -> dict[str, Any]:
-    """The dict of the table, of micro-batches that have one length and are stacked.
+    """The dict of the table, for micro-batches of one length, which are stacked. All tensors are on the host.
 
     ce_sums: [] each, a batch's cross-entropy summed over its targets; values: [positions, ...] each, the tensors of the
     layout; given: further keys, stored as they are.

@@ -125,7 +125,10 @@ class Scorer:
 
     @torch.no_grad()
     def add(self, positions: Tensor, logits: Tensor) -> None:
-        """Score logits [n, vocabulary] at positions [n], on the host and ascending. They may then be overwritten."""
+        """Score logits [n, vocabulary], on the device, at ascending positions [n], on the host.
+
+        The logits may be overwritten afterwards.
+        """
         self._missing[positions] = False
         targets = self._targets[positions].to(self._device, non_blocking=True)
         for source, index in _runs(self._index[positions]):
@@ -139,8 +142,8 @@ class Scorer:
     def add_missing(self, hidden: Tensor, head_weight: Tensor, computed_in: torch.dtype) -> None:
         """Score the stored positions that were not added, then start the copy of all results to the host.
 
-        hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size]; the logits are those of `F.linear` in
-        the dtype `computed_in`.
+        hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size], both on the device; the logits are
+        those of `F.linear` in the dtype `computed_in`.
         """
         hidden, weight = hidden.flatten(0, 1), head_weight.to(computed_in)
         missing = self._missing.nonzero().squeeze(1)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,11 @@ def try_point(point: int, duration: float, unbroken: dict[int, dict[str, Any]]) 
     return kills
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as name:
         started = time.perf_counter()
@@ -127,8 +128,8 @@ def main() -> None:
                 os._exit(code)
         workers.append(child)
     failures = [worker for worker in workers if os.waitpid(worker, 0)[1] != 0]
-    sys.exit(1 if failures else 0)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

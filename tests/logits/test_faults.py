@@ -254,7 +254,7 @@ def test_flush_returns_when_the_files_so_far_are_written(tmp_path: Path) -> None
 
 
 def test_a_file_that_somebody_reads_costs_a_warning_and_goes_with_a_later_rotation(
-    tmp_path: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture, is_windows_files: bool
+    request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_windows_files: bool
 ) -> None:
     if not is_windows_files:
         pytest.skip("pytest --windows-files: elsewhere a file that is read can be deleted")
@@ -270,7 +270,7 @@ def test_a_file_that_somebody_reads_costs_a_warning_and_goes_with_a_later_rotati
             for reader in readers:
                 reader.close()
 
-    assert train_losses(saver, before_step=before_step) == undisturbed
+    assert train_losses(saver, before_step=before_step) == request.getfixturevalue("undisturbed")
     assert saved_steps(tmp_path / "logits") == [7, 8]
     assert saver.counters.failed == 0
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

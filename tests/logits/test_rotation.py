@@ -1,6 +1,5 @@
 """Which files of saved logits stay: the newest, those kept for ever, and those of the run that is resumed."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,8 +126,11 @@ def test_rotation_of_probe_files_is_from_that_of_the_training_files(tmp_path: Pa
     assert saved_steps(tmp_path / "logits", "probe") == [2, 3]
 
 
-def test_kill_at_any_instant_tears_no_file_and_leaves_what_an_unbroken_run_leaves() -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "kill_logits.py"
-    result = subprocess.run([sys.executable, script, "--points", "4"], capture_output=True, encoding="utf-8")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "4 runs" in result.stdout
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+def test_kill_at_any_instant_tears_no_file_and_leaves_what_an_unbroken_run_leaves(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from kill_logits import main
+
+    assert main(["--points", "2"]) == 0, capfd.readouterr()
+    assert "2 runs" in capfd.readouterr().out

@@ -2,13 +2,14 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from memory_cases import step_spec, take_step
+from memory_cases import step_spec, take_step, traced_once
 from model_cases import CPU, PHI3_LINEAR
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
@@ -18,12 +19,13 @@ from so8t import driver
 from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, Row, collate
 from so8t.logits import LogitsSaver, plan_logits
-from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, plan_memory
+from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, plan_memory
+from so8t.memory import plan as plan_module
 from so8t.memory.command import main
 from so8t.memory.ledger import is_out_of_memory
 from so8t.memory.live_bytes import LiveBytes
 from so8t.memory.plan import CONTEXT_BYTES, Plan, device_memory
-from so8t.memory.trace import SAVING, Trace, held_bytes, trace_step
+from so8t.memory.trace import SAVING, Trace, held_bytes
 from so8t.model import load_model
 from so8t.optim import make_amp, make_optimizer
 from so8t.text import GIB
@@ -53,6 +55,19 @@ PHI35 = Phi3Config(
     pad_token_id=32000,
 )
 RTX3060 = Path("configs/train_borea_phi35_so8t_thinking_rtx3060.toml")
+
+
+def step_of(spec: StepSpec, layers: int | None) -> tuple[Any, ...]:
+    """All that a trace depends on: neither the folders nor how much memory there is."""
+    training = replace(spec.config.training, output_dir="", memory_budget_gib=0.0)
+    config = replace(spec.config, training=training)
+    return config, spec.model_config, spec.device_type, spec.logits.layout, spec.micro_batch, spec.probe, layers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    with traced_once(step_of):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +116,11 @@ def make_batch(shape: BatchShape) -> Batch:
 
 
 def trace(config: Config, shape: BatchShape, layers: int, device_type: str = "cpu") -> Trace:
-    return trace_step(step_spec(config, shape, device_type), layers)
+    return plan_module.trace_step(step_spec(config, shape, device_type), layers)  # see traced_once
 
 
 def real_peak(config: Config, shape: BatchShape, checkpointed_layers: int, folder: Path) -> int:
-    """Bytes at the height of the third step, by the events of torch's allocator."""
+    """Bytes at the height of the second step, by the events of torch's allocator."""
     training, batch = config.training, make_batch(shape)
     model = load_model(config.model_spec, CPU, seed=0, checkpointed_layers=checkpointed_layers)
     optimizer = make_optimizer(model, training)
@@ -116,11 +131,10 @@ def real_peak(config: Config, shape: BatchShape, checkpointed_layers: int, folde
         take_step(model, [batch] * training.gradient_accumulation_steps, optimizer, saver, number, autocast)
         saver.flush()
 
-    for number in (1, 2):
-        step(number)
+    step(1)  # makes the optimizer's states
     resting = sum(held_bytes(model, optimizer.state.values()).values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(3)
+        step(2)
     saver.close()
     now = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -137,17 +151,17 @@ SAVES = ("training.save_logits=true", "training.save_logits_steps=1")
 COMBINATIONS: list[tuple[str, BatchShape, int, tuple[str, ...]]] = [
     ("phi3", BatchShape(1, 512, False), LAYERS, (FOUR_BIT,)),
     ("phi3", BatchShape(1, 512, False), 0, (FOUR_BIT,)),
-    ("phi3", BatchShape(1, 1024, False), LAYERS, (FOUR_BIT, *SAVES)),
+    ("phi3", BatchShape(1, 640, False), LAYERS, (FOUR_BIT, *SAVES)),
     ("phi3", BatchShape(2, 256, True), LAYERS, (FOUR_BIT, "quantization.bnb_4bit_use_double_quant=false")),
     ("phi3", BatchShape(1, 512, False), LAYERS, (EIGHT_BIT,)),
     ("phi3", BatchShape(1, 512, False), 1, (EIGHT_BIT, *SAVES)),
     ("phi3", BatchShape(4, 128, False), 0, ("training.gradient_accumulation_steps=2",)),
-    ("phi3", BatchShape(1, 768, False), 1, ("training.optim='adamw'", "qlora.r=64", "qlora.lora_dropout=0.1")),
+    ("phi3", BatchShape(1, 384, False), 1, ("training.optim='adamw'", "qlora.r=64", "qlora.lora_dropout=0.1")),
     ("llama, tied", BatchShape(1, 512, False), LAYERS, (FOUR_BIT, "qlora.r=8")),
     ("llama, tied", BatchShape(1, 512, False), 0, (FOUR_BIT, *SAVES, "training.save_logits_form='topk'")),
-    ("llama, tied", BatchShape(2, 384, True), LAYERS, (EIGHT_BIT, "training.gradient_accumulation_steps=3")),
-    ("llama, tied", BatchShape(1, 1024, False), 1, SAVES),
-    ("llama, tied", BatchShape(2, 1024, False), LAYERS, ("qlora.enabled=false", "so8t.enabled=false", *SAVES)),
+    ("llama, tied", BatchShape(2, 192, True), LAYERS, (EIGHT_BIT, "training.gradient_accumulation_steps=2")),
+    ("llama, tied", BatchShape(1, 640, False), 1, SAVES),
+    ("llama, tied", BatchShape(2, 320, False), LAYERS, ("qlora.enabled=false", "so8t.enabled=false", *SAVES)),
     ("llama, tied", BatchShape(1, 256, False), 0, (FOUR_BIT, "training.bf16=true", "model.dtype='bfloat16'")),
     ("phi3", BatchShape(1, 256, False), LAYERS, (EIGHT_BIT, "training.bf16=true", "model.dtype='bfloat16'")),
 ]
@@ -284,15 +298,19 @@ def test_a_row_beyond_the_models_positions_is_refused_at_once(capsys: pytest.Cap
 
 def test_what_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("so8t.memory.command.SLOW_SECONDS", 0.01)
-    assert main(["config.toml"]) == 0
+    assert main(["config.toml", "so8t.layer_indices=[0]", "training.save_logits=false"]) == 0  # traced nowhere else
     assert "tracing a step of 8 x 256 tokens .." in capsys.readouterr().err
+
+
+def large_plan(folder: Path, models: dict[str, Path], capacity: int | None) -> Plan:
+    config = make_config(folder, models["llama, tied"], "training.optim='adamw'", *SAVES)
+    return plan(config, BatchShape(2, 512, True), capacity=capacity)
 
 
 def test_what_does_not_fit_is_refused_with_the_options_that_help_best_first(
     tmp_path: Path, models: dict[str, Path]
 ) -> None:
-    config = make_config(tmp_path, models["llama, tied"], "training.optim='adamw'", *SAVES)
-    too_large = plan(config, BatchShape(2, 512, True), capacity=2**20)
+    too_large = large_plan(tmp_path, models, capacity=2**20)
     with pytest.raises(InputError, match=r"take .* MiB, and the device has 1\.0 MiB") as raised:
         too_large.check()
     savings = re.findall(r"^  (\S+) = \S+ +([\d.]+) MiB  saved$", str(raised.value), re.MULTILINE)
@@ -300,9 +318,9 @@ def test_what_does_not_fit_is_refused_with_the_options_that_help_best_first(
     assert sizes == sorted(sizes, reverse=True)
     assert {name for name, _ in savings} >= {"data.max_seq_length", "training.optim"}
     one_row = next(size for name, size in savings if name == "training.per_device_train_batch_size")
-    smaller = plan(config, BatchShape(1, 512, False))
-    assert float(one_row) == pytest.approx((too_large.trace.peak - smaller.trace.peak) / 2**20, abs=0.1)
     spec = too_large.spec
+    smaller = plan(spec.config, BatchShape(1, 512, False))
+    assert float(one_row) == pytest.approx((too_large.trace.peak - smaller.trace.peak) / 2**20, abs=0.1)
     ignored = replace(spec.config, training=replace(spec.config.training, ignore_memory_plan=True))
     replace(too_large, spec=replace(spec, config=ignored)).check()
 
@@ -319,12 +337,16 @@ def test_wrong_key_and_missing_model_are_one_sentence(tmp_path: Path, capsys: py
 # ---- what a run measures
 
 
-def test_run_leaves_predicted_beside_measured(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_run_leaves_predicted_beside_measured(tmp_path: Path) -> None:
+    rows = Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_bytes(b"".join(rows[:4]))
     overrides = [
         f"training.output_dir={tmp_path}/run",
-        "training.max_steps=4",
+        "training.max_steps=3",
         "training.eval_steps=3",
-        'data.eval_data="so8t/demo/sample.jsonl"',
+        f"data.eval_data={tmp_path / 'few.jsonl'}",
+        "training.per_device_train_batch_size=4",
+        "training.gradient_accumulation_steps=2",
         "training.save_logits_steps=2",
         "training.gradient_checkpointing=1",
     ]
@@ -371,9 +393,8 @@ def test_memory_that_the_driver_lends_is_told_once(
 def test_out_of_memory_names_the_phase_the_options_and_the_last_checkpoint(
     tmp_path: Path, models: dict[str, Path]
 ) -> None:
-    config = make_config(tmp_path, models["phi3"])
     (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
-    ledger = MemoryLedger(plan(config, BatchShape(1, 512, False)), CPU, tmp_path, is_main=True)
+    ledger = MemoryLedger(large_plan(tmp_path, models, capacity=None), CPU, tmp_path, is_main=True)
     ledger.after_step(4, [])
     ledger.mark("forward")
     with pytest.raises(OutOfMemory) as raised, ledger:
