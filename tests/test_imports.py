@@ -60,9 +60,8 @@ def test_there_are_no_circles() -> None:
     below: dict[str, set[str]] = {}
     for path in FILES:
         targets = {[*module.split("."), name][1] for module, name in imports_of(path) if module != "train"}
-        own = (
-            str(path) if path.stem in ("command", "__main__") else part_of(path)
-        )  # a command stands above all packages
+        is_command = path.stem in ("command", "__main__")  # which stand above all packages
+        own = str(path) if is_command else part_of(path)
         below.setdefault(own, set()).update(targets - {part_of(path)})
     while below:
         lowest = [part for part, targets in below.items() if not targets & below.keys()]
