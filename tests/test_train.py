@@ -564,7 +564,8 @@ def test_resuming_with_other_rows_in_the_same_file_is_refused(
 def test_default_job_learns_in_its_first_steps(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     short = ("training.max_steps=8", "training.warmup_ratio=0.0", "training.save_logits_steps=8")
-    assert train.main(["config.toml", f"training.output_dir={folder}", *short]) == 0
+    half = "training.per_device_train_batch_size=4"
+    assert train.main(["config.toml", f"training.output_dir={folder}", *short, half]) == 0
     losses = [loss for (loss,) in series(folder, "loss")]
     assert losses[-1] < losses[0] - 1
     (record,) = read_logits(folder / "logits")

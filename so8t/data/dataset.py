@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 from tqdm import tqdm
 
-from so8t import parallel
+from so8t import cli, parallel
 from so8t.config import DataConfig, InputError
 from so8t.data.batches import Batch, split
 from so8t.data.messages import Conversation, read_conversation
@@ -107,7 +107,7 @@ def load_dataset(
     stored = folder / key.rpartition(".")[2]
     template = ChatTemplate(tokenizer, _first_day(folder))
     if template.added_stop:
-        print(
+        cli.say(
             f"model.base_model: answers end with {template.added_stop}, at which its generation_config.json does not "
             "stop; that of the trained model will"
         )
@@ -332,5 +332,5 @@ def fixed_batches(
     dataset = load_dataset(key, patterns, tokenizer, config, folder)
     if dataset.policy.dropped:  # policy.json is about the rows of training
         first = dataset.policy.dropped[0]
-        print(f"{key}: {dataset.policy.summary()}, the first is {first['file']}:{first['line']}")
+        cli.say(f"{key}: {dataset.policy.summary()}, the first is {first['file']}:{first['line']}")
     return split(dataset.rows, rows_per_batch, dataset.longest if one_length else 0)
