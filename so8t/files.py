@@ -65,7 +65,8 @@ def atomic_write(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `path`, replacing an older one, only when complete and on the disk."""
-    temporary, older = _temporary_name(path), None
+    temporary = _temporary_name(path)
+    older: Path | None = None
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
