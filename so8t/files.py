@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 TEMPORARY_SUFFIX = ".so8t-tmp"
 PIECE_BYTES = 8 * 2**20
 PATIENCE = 2.0  # seconds
+WINDOWS = sys.platform == "win32"
 # access denied, sharing violation, lock violation, folder not empty (its files are about to go), file is mapped
 IN_USE = frozenset({5, 32, 33, 145, 1224})
 
@@ -98,7 +99,10 @@ def append_line(path: Path, line: str) -> None:
 
     Two processes may do so at once, except on Windows.
     """
-    data = line.encode() + b"\n"
+    _when_free(lambda: _append(path, line.encode() + b"\n"))
+
+
+def _append(path: Path, data: bytes) -> None:
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         if file.write(data) < len(data):  # as on a disk that is almost full
@@ -133,7 +137,9 @@ def _when_free(call: Callable[[], object]) -> None:
             call()
             return
         except OSError as error:
-            if getattr(error, "winerror", None) not in IN_USE or time.monotonic() > deadline:
+            # open() has the C library's number only
+            is_in_use = getattr(error, "winerror", None) in IN_USE or (WINDOWS and error.errno == errno.EACCES)
+            if not is_in_use or time.monotonic() > deadline:
                 raise
         time.sleep(0.02)
 

@@ -1,3 +1,4 @@
+import errno
 import mmap
 import os
 import stat
@@ -421,6 +422,22 @@ def test_a_line_goes_to_the_end_in_utf_8_and_is_there_at_once(tmp_path: Path) ->
     assert path.read_bytes() == b'{"step": 1}\n'
     append_line(path, "二")
     assert path.read_bytes() == b'{"step": 1}\n' + "二\n".encode()
+
+
+def test_a_log_that_another_program_locks_for_a_moment_is_appended_to_when_it_lets_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, refusals = Path.open, iter([1, 2, 3])
+
+    def refuse_at_first(path: Path, *arguments: Any, **keys: Any) -> Any:
+        if next(refusals, None):
+            raise PermissionError(errno.EACCES, "Permission denied")  # as open() does on Windows, without winerror
+        return opened(path, *arguments, **keys)
+
+    monkeypatch.setattr("so8t.files.WINDOWS", True)
+    monkeypatch.setattr(Path, "open", refuse_at_first)
+    append_line(tmp_path / "log.jsonl", "{}")
+    assert (tmp_path / "log.jsonl").read_bytes() == b"{}\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows appends in two steps: a log there has one writer")

@@ -95,7 +95,7 @@ def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, mon
         ("a.arrow", b"ARROW1\0\0", "an Arrow file; write it as Parquet"),
         ("a.jsonl", "\ufeff{}".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         ("wiki.txt", b"Just a text.\n", 'no file of rows; .* a text as an object with the field "text"'),
-        ("a.gz", gzip.compress(lines(ROWS))[:40], "no whole gzip file"),
+        ("a.gz", gzip.compress(lines(ROWS), mtime=0)[:40], "no whole gzip file"),
         ("a.csv", "instruction,output\nあ,い".encode("cp932"), "not UTF-8 text"),
     ],
 )
