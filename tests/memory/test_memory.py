@@ -402,7 +402,7 @@ def test_out_of_memory_names_the_phase_the_options_and_the_last_checkpoint(
     with pytest.raises(OutOfMemory) as raised, ledger:
         torch.empty(2**60)
     message = str(raised.value)
-    assert 'out of memory in step 5, after the mark "forward"' in message
+    assert f'out of memory in step 5, after the mark "{SAVING}"' in message
     assert "step_000004" in message
     assert "peak of all tensors" in message
     assert "data.max_seq_length = 256" in message
