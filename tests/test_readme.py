@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from so8t import cli
-from so8t.config import load_config
+from so8t.config import PolicyConfig, load_config
+from so8t.data import read_conversation
+from so8t.policy import broken_rule
 
 README = Path("README.md")
 PAGES = [README, Path("CHANGELOG.md"), *sorted(Path("docs").glob("*.md"))]
@@ -97,10 +100,11 @@ def test_commands_are_understood(page: Path, line: str, monkeypatch: pytest.Monk
         assert main(arguments[2:] or [OLD_RUN.as_posix()]) == 0
 
 
-def test_commands_on_a_finished_run_do_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from so8t.analyze.command import main as analyze
-    from so8t.report.command import main as report
-
-    run = shutil.copytree(OLD_RUN, tmp_path / "run").as_posix()
-    assert analyze([run, "--verify"]) == analyze([run, "--compare", "2", "4"]) == report([run]) == 0
-    assert "open it in a browser" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "line", [line for page in PAGES for code in blocks_of(page, "json") for line in code.splitlines()]
+)
+def test_rows_may_be_trained_on(line: str) -> None:
+    row = json.loads(line)
+    conversation = read_conversation(row)
+    assert conversation.is_trained[-1]
+    assert broken_rule(row, conversation.messages, PolicyConfig()) is None

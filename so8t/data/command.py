@@ -1,4 +1,4 @@
-"""Rows as the model will see them, before anything is trained: what it is given dim, what it learns bright.
+"""Rows as the model will see them, before anything is trained: the prompt is dim, what is learned is bright.
 
     python -m so8t.data config.toml
     python -m so8t.data config.toml --rows 10 --html rows.html

@@ -212,9 +212,10 @@ def _read_csv(key: str, name: str, file: BinaryIO, delimiter: str) -> Iterator[t
 def _unpack(row: Fields) -> Fields:
     """A table of texts holds lists as JSON."""
     for name in _JSON_IN_TEXT:
-        if str(row.get(name, "")).startswith("[{"):
+        text = row.get(name)
+        if isinstance(text, str) and text.startswith("[{"):
             try:
-                row[name] = json.loads(row[name])
+                row[name] = json.loads(text)
             except ValueError:
                 continue
     return row

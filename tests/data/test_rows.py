@@ -178,6 +178,15 @@ def test_a_chat_has_targets_in_every_turn_of_the_assistant() -> None:
     assert answers(encode(CHAT)) == ["Hello.<|end|>", "Four.<|end|>"]
 
 
+def test_with_the_last_answer_alone_the_earlier_ones_are_context(tmp_path: Path) -> None:
+    unweighted = json.loads(json.dumps(CHAT))
+    unweighted["messages"][-1]["weight"] = 0
+    dataset = load(write(tmp_path / "rows.jsonl", [CHAT, unweighted, PLAIN]), train_on_answers="last")
+    assert [answers(row) for row in dataset.rows] == [["Four.<|end|>"], ["Hello.<|end|>"], ["Cat.<|end|>"]]
+    assert torch.equal(dataset.rows[0].input_ids, encode(CHAT).input_ids)
+    assert "Four." not in text_of(dataset.rows[1].input_ids)  # which nothing is learned from
+
+
 def test_an_instruction_is_the_prompt_with_its_input_below_and_the_output_the_answer() -> None:
     assert read_conversation(PLAIN).messages[0] == {"role": "user", "content": "Translate.\n\n猫"}
     assert answers(encode(PLAIN)) == ["Cat.<|end|>"]

@@ -60,13 +60,24 @@ def test_every_kind_of_file_is_read_and_its_rows_are_named_by_line(
     assert list(dataset.places) == [f"{path}:{line}" for line in places]
 
 
-def test_parquet_is_read_by_pyarrow(tmp_path: Path) -> None:
+def test_parquet_is_read_by_pyarrow_and_its_rows_are_named_by_number(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "instruction": None}
-    rows = [chat, {"messages": None, "instruction": "c", "output": "d"}]
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=None), tmp_path / "a.parquet")
-    assert texts(load(tmp_path / "a.parquet", on_bad_row="skip"))[0] == "b"
+    chat = [{"role": "user", "content": "a", "weight": None}, {"role": "assistant", "content": "b", "weight": 1}]
+    rows = [
+        {"messages": chat, "prompt": None, "completion": None},
+        {"messages": None, "prompt": "c", "completion": None},
+        {"messages": None, "prompt": "c", "completion": "d"},
+        {"messages": None, "prompt": json.dumps(chat[:1]), "completion": json.dumps(chat[1:])},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    dataset = load(tmp_path / "a.parquet", on_bad_row="skip")
+    assert texts(dataset) == ["b", "d", "b"]
+    [bad] = dataset.bad_rows
+    assert bad.startswith(f'{tmp_path / "a.parquet"}:2: no format is known with these fields: "prompt";')
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"cut\.parquet cannot be read as Parquet \("):
+        load(tmp_path / "cut.parquet")
 
 
 def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

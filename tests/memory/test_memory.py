@@ -28,7 +28,7 @@ from so8t.memory.plan import CONTEXT_BYTES, Plan, device_memory
 from so8t.memory.trace import SAVING, Trace, held_bytes
 from so8t.model import load_model
 from so8t.optim import make_amp, make_optimizer
-from so8t.text import GIB
+from so8t.text import COLUMNS, GIB
 
 PLAN: Any = importlib.import_module("so8t.memory.plan")
 LAYERS = 2
@@ -275,6 +275,7 @@ def test_command_prints_the_plan_and_what_would_fit(
     table = capsys.readouterr().out
     assert "peak of all tensors" in table
     assert "it does not fit; what would make the peak smaller:" in table
+    assert max(map(len, table.splitlines())) <= COLUMNS
     for name in models["llama, tied"].glob("*.gone"):
         name.rename(name.with_suffix(".safetensors"))
 
