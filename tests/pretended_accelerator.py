@@ -69,9 +69,9 @@ class Memory:
 
 
 def _same_memory(tensor: Tensor, device: int) -> Tensor:
-    capsule = torch._C._to_dlpack(tensor)  # type: ignore[attr-defined]
+    capsule = torch._C._to_dlpack(tensor)
     ctypes.c_int32.from_address(_pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)).value = device
-    return torch._C._from_dlpack(capsule)  # type: ignore[attr-defined, no-any-return]
+    return torch._C._from_dlpack(capsule)
 
 
 def _to_device(tensor: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Stream(torch.Stream):
     def __init__(self, device: Any = None) -> None:
         self.copies: list[_Copy] = []
 
-    def __enter__(self) -> "Stream":  # type: ignore[override]
+    def __enter__(self) -> "Stream":
         Stream.current = self
         return self
 

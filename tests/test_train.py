@@ -359,7 +359,8 @@ def run_processes(function: Callable[..., None], calls: Sequence[tuple[Any, ...]
     """Call it in a process for each of these arguments, all at the same time; returns their exit codes."""
     # a fork need not import torch anew, which takes seconds, but neither Windows nor CUDA can do it
     method = "spawn" if sys.platform == "win32" or torch.cuda.is_available() else "fork"
-    processes = [multiprocessing.get_context(method).Process(target=function, args=call) for call in calls]
+    context: Any = multiprocessing.get_context(method)
+    processes = [context.Process(target=function, args=call) for call in calls]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,5 +1,6 @@
 """The ledger's numbers against the real allocator, and what it says about them."""
 
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, Row, collate
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, plan_memory
-from so8t.memory import plan as plan_module
 from so8t.memory.command import main
 from so8t.memory.ledger import is_out_of_memory
 from so8t.memory.live_bytes import LiveBytes
@@ -30,6 +30,7 @@ from so8t.model import load_model
 from so8t.optim import make_amp, make_optimizer
 from so8t.text import COLUMNS, GIB
 
+PLAN: Any = importlib.import_module("so8t.memory.plan")
 LAYERS = 2
 SIZES: dict[str, Any] = {
     "vocab_size": 3000,
@@ -116,7 +117,8 @@ def make_batch(shape: BatchShape) -> Batch:
 
 
 def trace(config: Config, shape: BatchShape, layers: int, device_type: str = "cpu") -> Trace:
-    return plan_module.trace_step(step_spec(config, shape, device_type), layers)  # see traced_once
+    traced: Trace = PLAN.trace_step(step_spec(config, shape, device_type), layers)  # see traced_once
+    return traced
 
 
 def real_peak(config: Config, shape: BatchShape, checkpointed_layers: int, folder: Path) -> int:
@@ -339,8 +341,8 @@ def test_wrong_key_and_missing_model_are_one_sentence(tmp_path: Path, capsys: py
 
 
 def test_run_leaves_predicted_beside_measured(tmp_path: Path) -> None:
-    rows = Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "few.jsonl").write_bytes(b"".join(rows[:4]))
+    sample = Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_bytes(b"".join(sample[:4]))
     overrides = [
         f"training.output_dir={tmp_path}/run",
         "training.max_steps=3",
@@ -401,7 +403,7 @@ def test_out_of_memory_names_the_phase_the_options_and_the_last_checkpoint(
     with pytest.raises(OutOfMemory) as raised, ledger:
         torch.empty(2**60)
     message = str(raised.value)
-    assert 'out of memory in step 5, after the mark "forward"' in message
+    assert f'out of memory in step 5, after the mark "{SAVING}"' in message
     assert "step_000004" in message
     assert "peak of all tensors" in message
     assert "data.max_seq_length = 256" in message
