@@ -420,14 +420,16 @@ def test_finished_run_has_nothing_left_to_do(four_steps: Path, capsys: pytest.Ca
 
 
 def run_rank(rank: int, port: int, printed: Path, arguments: list[str]) -> None:
-    """For a process of its own: the job as torchrun starts it."""
+    """For a process of its own: the job as torchrun starts it. Only the first rank may make the rows' tokens."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()})
+    if rank > 0:
+        patch("so8t.data.dataset._build", side_effect=AssertionError("tokens are made twice")).start()
     with printed.open("w", encoding="utf-8") as sys.stdout:
         sys.exit(train.main(arguments))
 
 
-def test_two_processes_train_like_one(base: Path, run: Run, tmp_path: Path) -> None:
+def test_two_processes_train_like_one_on_rows_that_one_of_them_makes(base: Path, run: Run, tmp_path: Path) -> None:
     options = ["qlora.lora_dropout=0.0", 'training.optim="adamw"', "training.num_train_epochs=1"]
     expected = run("one", *options, "training.gradient_accumulation_steps=2")
     config = write_config(base, tmp_path / "rows.jsonl", tmp_path / "two")
