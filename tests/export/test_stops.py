@@ -42,7 +42,7 @@ def test_where_the_template_ends_no_answer_the_end_of_text_does_and_the_template
         "data.chat_template_kwargs={style = 'Brief.'}",
         "data.policy.provenance=false",
         f"training.output_dir={tmp_path / 'run'}",
-        "training.max_steps=12",
+        "training.max_steps=30",
         "training.per_device_train_batch_size=1",
         "training.gradient_accumulation_steps=1",
         "training.optim=adamw",
@@ -55,7 +55,7 @@ def test_where_the_template_ends_no_answer_the_end_of_text_does_and_the_template
     saved: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
     asked = [{"role": "user", "content": "Who?"}]
     assert saved.apply_chat_template(asked, tokenize=False).startswith("Brief.\n### user")
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_000012"
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000030"
     assert load_config(checkpoint / "config.toml").data.chat_template_kwargs == {"style": "Brief."}
 
 
