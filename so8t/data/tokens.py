@@ -13,7 +13,7 @@ from so8t.data.template import Answer, ChatTemplate, Text
 from so8t.thinking import SECTIONS, parse
 
 PROMPT, ANSWER = SECTIONS.index("prompt"), SECTIONS.index("answer")
-CACHED_TAILS = 100_000
+CACHED_TAILS = 10_000  # where no added token stands before an answer they are whole prompts
 
 
 class Tokens(NamedTuple):
