@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # on tensors this small, threads that wait for one another on a busy machine cost a hundred times the work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a shell lets what it starts in the background ignore Ctrl-C, and so would the processes that the tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

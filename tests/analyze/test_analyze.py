@@ -676,12 +676,11 @@ def default_runs_logits(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any
     return run
 
 
-def test_the_examples_of_the_readme_run_on_what_the_default_run_leaves(
+def test_the_examples_of_the_docs_run_on_what_the_default_run_leaves(
     default_runs_logits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    examples = re.findall(
-        r"^python -m so8t\.analyze (runs/default.*?)(?: +#.*)?$", Path("README.md").read_text(encoding="utf-8"), re.M
-    )
+    page = Path("docs/analyze.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^python -m so8t\.analyze (runs/default.*?)(?: +#.*)?$", page, re.M)
     assert any("--compare" in example for example in examples)
     assert any("--export" in example for example in examples)
     for example in examples:
