@@ -62,8 +62,14 @@ def commands(folder: Path, base: Path) -> list[dict[str, Any]]:
     def other(name: str, module: str, *arguments: str) -> dict[str, Any]:
         return {"name": name, "device": "sim", "module": module, "arguments": arguments}
 
+    default = train("default")  # the shipped job to its end, on fewer rows and for two epochs
+    default["arguments"] = [
+        *("config.toml", f"training.output_dir={folder / 'default'}"),
+        *(f"data.train_data={folder / 'rows.jsonl'}", "training.num_train_epochs=2"),
+    ]
     first = str(folder / "full")
     return [
+        default,
         train("full", probe, "training.save_total_limit=0"),
         train("on the cpu", probe, device="cpu"),
         train("resumed", f"training.resume={folder / 'full' / 'checkpoints' / 'step_000001'}"),
@@ -78,10 +84,10 @@ def commands(folder: Path, base: Path) -> list[dict[str, Any]]:
     ]
 
 
-PRECISIONS = ("full", "topk", "stats", "4-bit", "8-bit")
+JOBS = ("default", "full", "topk", "stats", "4-bit", "8-bit")
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("name", JOBS)
 def test_job_of_padded_rows_runs_on_the_device(outcomes: Outcomes, name: str) -> None:
     records = read_metrics(outcomes.ended(name) / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2]
