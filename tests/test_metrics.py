@@ -82,10 +82,11 @@ def test_without_a_terminal_there_is_a_line_every_logging_steps(
     assert [line.split(":")[0] for line in shown.splitlines()] == ["step 3 of 8", "step 6 of 8", "step 8 of 8"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="it has no pseudo-terminals")
 def test_in_a_terminal_there_is_one_bar_and_warnings_stand_above_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if sys.platform == "win32":
+        pytest.skip("it has no pseudo-terminals")
     import termios
 
     main, side = os.openpty()

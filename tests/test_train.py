@@ -302,7 +302,9 @@ def test_probe_file_of_a_step_belongs_to_the_checkpoint_of_that_step(run: Run, b
 # ---- stopping and resuming
 
 
-SIGNALS = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SIGNALS = [signal.SIGTERM]
+if sys.platform != "win32":
+    SIGNALS += [signal.SIGKILL, signal.SIGINT]
 STOPPED_AT = 5  # between the checkpoints of steps 4 and 6
 
 
