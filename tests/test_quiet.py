@@ -1,5 +1,6 @@
 """Nobody is told what no user can act on, and everybody what a library warns of in earnest."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,8 @@ def told(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str
         *("training.save_logits=true", "training.save_logits_steps=1"),
     ]
     command = [sys.executable, "-c", COMMANDS, f"{folder}/run", f"{folder}/out", *job]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNDEFAULTENCODING"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     commands, _, in_earnest = done.stderr.partition("IN EARNEST")
     return commands, in_earnest
