@@ -34,9 +34,14 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_config(parser)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that takes a job: its file, and the keys to change."""
     parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
-    return parser
 
 
 def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> int:

@@ -125,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m so8t.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
+    cli.add_config(parser)
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default: 3)")
     parser.add_argument("--html", type=Path, help="write a page instead")
     options = parser.parse_intermixed_args(arguments)

@@ -37,6 +37,10 @@ class LogitsPlan:
         tokens = self.max_tokens + self.probe_tokens
         return BUFFERS * tokens * position_bytes(self.layout) if self.training.save_logits else 0
 
+    def is_due(self, step: int) -> bool:
+        """Say whether the logits of `step`, counted from 1, are saved."""
+        return self.training.save_logits and step % self.training.save_logits_steps == 0
+
     def file_bytes(self, tokens: int) -> int:
         return tokens * (position_bytes(self.layout) + TOKEN_BYTES) + FILE_OVERHEAD
 

@@ -64,7 +64,7 @@ class LogitsSaver:
         return sum(self._buffer_bytes.values())
 
     def is_due(self, step: int) -> bool:
-        return self.enabled and step % self._plan.training.save_logits_steps == 0
+        return self.enabled and self._plan.is_due(step)
 
     def tap(self, step: int, epoch: int, batch: Batch) -> "LogitsTap | None":
         """A tap for ce_sum that takes the logits of this micro-batch; None if `step` is not due."""

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from so8t import cli
 from so8t.config import InputError, load_config
@@ -25,8 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m so8t.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="a TOML file, such as config.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to change, values in TOML")
+    cli.add_config(parser)
     parser.add_argument("--gpu-memory-gib", type=_gib, help="plan for a GPU with so much memory, not for this machine")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options = parser.parse_intermixed_args(arguments)

@@ -154,8 +154,7 @@ class MemoryLedger:
         )
 
     def _saves_logits(self, step: int) -> bool:
-        training = self._plan.spec.config.training
-        return training.save_logits and step > 0 and step % training.save_logits_steps == 0
+        return step > 0 and self._plan.spec.logits.is_due(step)
 
     def _count(self, on: bool) -> None:
         """Start or stop counting on a CPU; an accelerator's allocator counts by itself."""
