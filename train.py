@@ -38,7 +38,7 @@ from so8t.metrics import Metrics, write_run_file
 from so8t.model import (
     Model,
     describe,
-    head_weight,
+    head,
     hidden_states,
     load_model,
     load_model_config,
@@ -74,7 +74,7 @@ def forward(
     """
     with autocast:
         hidden = hidden_states(model, batch)
-        ce = ce_sum(hidden, head_weight(model), batch.targets, tap) / num_targets
+        ce = ce_sum(hidden, head(model), batch.targets, tap) / num_targets
         with torch.set_grad_enabled(pet_weight > 0):  # 0 times the gradient of an infinite PET would be NaN
             pet = pet_sum(hidden, batch.attention_mask, huber_delta) / num_pet_terms
         loss = ce + pet_weight * pet if pet_weight else ce

@@ -12,7 +12,7 @@ from so8t.data import Batch
 from so8t.gates import orthogonality_error
 from so8t.logits import LogitsSaver
 from so8t.losses import Tap, ce_sum
-from so8t.model import Model, head_weight, hidden_states
+from so8t.model import Model, head, hidden_states
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def score(
         for batch in batches:
             with autocast:
                 hidden = hidden_states(model, batch)
-                ce = ce_sum(hidden, head_weight(model), batch.targets, tap(batch) if tap else None)
+                ce = ce_sum(hidden, head(model), batch.targets, tap(batch) if tap else None)
             yield batch, hidden, ce
     finally:
         model.train()

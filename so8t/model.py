@@ -1,12 +1,12 @@
 """The model: base weights (4-bit, 8-bit or as they are), LoRA, gates, what is trainable, saving and loading."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import bitsandbytes
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig
 from so8t.data import Batch, derive_seed, stop_token_ids
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates, state_without_gates
+from so8t.losses import Head
 from so8t.quiet import hide_bars
 
 GATES_FILE = "so8t_gates.safetensors"
@@ -137,6 +138,7 @@ def build_on_meta(config: ModelConfig, quantization: QuantizationConfig, model_c
     options = _quantization_options(quantization, dtype)
     if options is not None:
         replace_with_bnb_linear(model, get_keys_to_not_convert(model), options)
+        _keep_layout(model)
         # peft asks for these two
         model.is_loaded_in_4bit = quantization.load_in_4bit  # type: ignore[assignment]
         model.is_loaded_in_8bit = quantization.load_in_8bit  # type: ignore[assignment]
@@ -169,14 +171,22 @@ def _load_base(
                 raise OSError(f"its config.json wants other shapes than its files have of {', '.join(mismatched)}")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(_not_a_model(checkpoint or config.base_model, error)) from error
-    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    for layer in layers:
-        # on a CPU with AVX512-BF16, one forward in eval mode repacks the weight into a layout without gradients
-        layer.support_avx512bf16_for_cpu = False
+    layers = _keep_layout(model)
     if device.type == "cpu":
         for layer in {layer.in_features: layer for layer in layers}.values():
             _check_dequantization(layer.weight)
     return model
+
+
+def _keep_layout(model: nn.Module) -> list[bitsandbytes.nn.Linear4bit]:
+    """The 4-bit layers, kept as they are: on a CPU with AVX512-BF16 a forward in eval mode would repack their weights.
+
+    The other layout has no gradients.
+    """
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return layers
 
 
 def _check_dequantization(weight: bitsandbytes.nn.Params4bit) -> None:
@@ -228,20 +238,22 @@ def _quantization_options(quantization: QuantizationConfig, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """Refuse heads that do more than multiply (bias, scale, soft cap): the loss uses the head's weight only."""
+    """Refuse a head that makes other logits than `head(model)`, such as one with a bias: the loss would be wrong."""
     input_ids = torch.arange(8, device=model.device)[None]
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    head, weight = model.get_output_embeddings(), head_weight(model)
+    module, ours = model.get_output_embeddings(), head(model)
     # the logits of random weights are too small for a cap to show
-    enlarging = head.register_forward_hook(lambda module, args, output: 1024 * output)
-    logits = model(input_ids=input_ids, use_cache=False).logits
+    enlarging = module.register_forward_hook(lambda module, args, output: 1024 * output)
+    logits = model(input_ids=input_ids, use_cache=False).logits.float()
     enlarging.remove()
-    expected = 1024 * F.linear(hidden.to(weight.dtype), weight)
-    has_bias = getattr(head, "bias", None) is not None  # a bias of zeros would not show either
-    if has_bias or not torch.allclose(expected.float(), logits.float(), rtol=1e-3, atol=1e-4):
+    expected = replace(ours, scale=1024 * ours.scale).logits(hidden[0])
+    has_bias = getattr(module, "bias", None) is not None  # a bias of zeros would not show either
+    # the model scales and caps in its own dtype
+    rounding = max(1e-3, 4 * torch.finfo(ours.weight.dtype).eps)
+    if has_bias or not torch.allclose(expected, logits[0], rtol=rounding, atol=1e-4):
         raise InputError(
-            f"model.base_model: the head of {name} is not a plain matrix (it has a bias, a scale or a cap on its "
-            "logits); the chunked loss would be wrong for it, so use another model"
+            f"model.base_model: the head of {name} makes other logits than a matrix with a scale or a soft cap does "
+            "(it may have a bias); the loss would be wrong for it, so use another model"
         )
 
 
@@ -284,10 +296,13 @@ def hidden_states(model: Model, batch: Batch) -> Tensor:
     return hidden
 
 
-def head_weight(model: Model) -> Tensor:
-    """[vocabulary, hidden_size]: logits = hidden @ head_weight.T"""
-    weight: Tensor = causal_lm(model).get_output_embeddings().weight
-    return weight
+def head(model: Model) -> Head:
+    """What makes logits of the last hidden state."""
+    config = causal_lm(model).config.get_text_config()
+    # Cohere multiplies by the first, Granite and MiniCPM 3 divide by the second
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    soft_cap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return Head(causal_lm(model).get_output_embeddings().weight, scale, soft_cap)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from so8t.data import Batch
 from so8t.logits import LogitsRecord, read_logits
-from so8t.losses import NO_TARGET, ce_sum
+from so8t.losses import NO_TARGET, Head, ce_sum
 from so8t.thinking import SECTIONS
 
 VOCAB = 40
@@ -56,9 +56,9 @@ def save_steps(
     vocab = next(iter(steps.values()))[1].shape[-1]
     saver = make_saver(run, vocab=vocab, max_files=0, **keys)
     for step, (batch, logits) in steps.items():
-        head_weight = torch.eye(logits.shape[-1])  # with which the hidden states are the logits
+        head = Head(torch.eye(logits.shape[-1]))  # with which the hidden states are the logits
         tap = saver.new_tap(step, (epochs or {}).get(step, 0), batch, kind)
-        ce_sum(logits, head_weight, batch.targets, tap)
+        ce_sum(logits, head, batch.targets, tap)
         saver.after_step(step)
     saver.close()
     return list(read_logits(run / "logits"))

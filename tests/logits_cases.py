@@ -13,7 +13,7 @@ from so8t.config import TrainingConfig
 from so8t.data import Batch
 from so8t.logits import LogitsPlan, LogitsSaver
 from so8t.logits.writer import Kind, write_file
-from so8t.losses import NO_TARGET, ce_sum
+from so8t.losses import NO_TARGET, Head, ce_sum
 
 VOCAB, HIDDEN = 97, 16
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def ce(self) -> Tensor:
-        return ce_sum(self.hidden, self.head_weight, self.batch.targets)
+        return ce_sum(self.hidden, Head(self.head_weight), self.batch.targets)
 
 
 def make_case(
@@ -92,7 +92,7 @@ def disabled(output_dir: Path) -> LogitsSaver:
 def capture(saver: LogitsSaver, step: int, case: Case, kind: Kind | None = None) -> None:
     """Compute the loss with a tap; with a `kind`, whether or not the step is due."""
     tap = saver.tap(step, 0, case.batch) if kind is None else saver.new_tap(step, 0, case.batch, kind)
-    ce_sum(case.hidden, case.head_weight, case.batch.targets, tap)
+    ce_sum(case.hidden, Head(case.head_weight), case.batch.targets, tap)
 
 
 def save_one(output_dir: Path, case: Case, **options: Any) -> dict[str, Any]:

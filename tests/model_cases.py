@@ -13,7 +13,7 @@ import train
 from so8t.config import ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
 from so8t.data import Batch, Row, collate
 from so8t.losses import NO_TARGET
-from so8t.model import Model, head_weight, hidden_states, load_model
+from so8t.model import Model, head, hidden_states, load_model
 from so8t.thinking import SECTIONS
 
 # rows of 4-bit layers are multiples of 64, because bitsandbytes 0.50 reads others wrongly on CPUs with AVX512-BF16
@@ -119,7 +119,7 @@ def randomize_lora(model: Model) -> None:
 
 def logits_of(model: Model, batch: Batch) -> Tensor:
     with torch.no_grad():
-        return F.linear(hidden_states(model, batch), head_weight(model))
+        return F.linear(hidden_states(model, batch), head(model).weight)
 
 
 def gradients(

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +10,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from so8t import losses
 from so8t.data import Row, collate
-from so8t.losses import CHUNK_ROWS, NO_TARGET, ce_sum, head_dtype, pet_sum
+from so8t.losses import NO_TARGET, Head, ce_sum, head_dtype, pet_sum
+from so8t.memory.live_bytes import LiveBytes
 
-HIDDEN, VOCAB = 16, 101
+HIDDEN, VOCAB, CHUNK_ROWS = 16, 101, 128
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of CHUNK_ROWS in float32, so that the cases here have several."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", CHUNK_ROWS * VOCAB * 4)
+
+
+def our_ce(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    return ce_sum(hidden, Head(head_weight), targets)
 
 
 def random_case(
@@ -66,7 +77,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(reference: Loss, shape
     for masked in (0.0, 0.4):
         hidden, head_weight, targets = random_case(*shape, masked=masked)
         targets[0, 0] = 3  # never all masked
-        ours = with_gradients(ce_sum, hidden, head_weight, targets)
+        ours = with_gradients(our_ce, hidden, head_weight, targets)
         theirs = with_gradients(reference, hidden, head_weight, targets)
         assert ours[0].dtype == torch.float32
         assert ours[0].shape == ()
@@ -79,7 +90,7 @@ def test_float32_is_as_exact_as_float64_allows_to_see() -> None:
     logits = F.linear(hidden.double(), head_weight.double())
     exact = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     exact_gradients = torch.autograd.grad(exact, (hidden, head_weight))
-    loss, *gradients = with_gradients(ce_sum, hidden, head_weight, targets)
+    loss, *gradients = with_gradients(our_ce, hidden, head_weight, targets)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
     for our, their in zip(gradients, exact_gradients, strict=True):
         assert torch.allclose(our, their, rtol=0, atol=1e-5)
@@ -87,7 +98,7 @@ def test_float32_is_as_exact_as_float64_allows_to_see() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     hidden, head_weight, targets = random_case(2, 9)
-    ours = with_gradients(ce_sum, hidden * 1e4, head_weight, targets)
+    ours = with_gradients(our_ce, hidden * 1e4, head_weight, targets)
     theirs = with_gradients(plain_ce, hidden * 1e4, head_weight, targets)
     assert all(torch.isfinite(tensor).all() for tensor in ours)
     assert all(torch.allclose(our, their, rtol=1e-5) for our, their in zip(ours, theirs, strict=True))
@@ -95,7 +106,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_in_bfloat16_the_loss_is_computed_in_float32_and_gradients_are_right_within_rounding() -> None:
     hidden, head_weight, targets = random_case(3, 200, dtype=torch.bfloat16)
-    loss, *gradients = with_gradients(ce_sum, hidden, head_weight, targets)
+    loss, *gradients = with_gradients(our_ce, hidden, head_weight, targets)
     plain_loss, *plain_gradients = with_gradients(plain_ce, hidden, head_weight, targets)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)
@@ -109,16 +120,16 @@ def test_dividing_by_the_number_of_targets_does_not_rescale_a_bfloat16_gradient(
     hidden, head_weight, targets = random_case(2, 300, dtype=torch.bfloat16)
     num_targets = 2**10 - 3  # in bfloat16 its inverse is 0.3 % off
     assert abs(torch.tensor(1 / num_targets).bfloat16().item() * num_targets - 1) > 0.002
-    (whole,) = torch.autograd.grad(ce_sum(hidden, head_weight, targets), hidden)
-    (divided,) = torch.autograd.grad(ce_sum(hidden, head_weight, targets) / num_targets, hidden)
+    (whole,) = torch.autograd.grad(our_ce(hidden, head_weight, targets), hidden)
+    (divided,) = torch.autograd.grad(our_ce(hidden, head_weight, targets) / num_targets, hidden)
     ratio = divided.float().abs().sum() / whole.float().abs().sum() * num_targets
     assert ratio.item() == pytest.approx(1, abs=2e-4)
 
 
 def test_a_factor_scales_loss_and_gradient() -> None:
     hidden, head_weight, targets = random_case(2, 40)
-    whole = torch.autograd.grad(ce_sum(hidden, head_weight, targets), (hidden, head_weight))
-    scaled = torch.autograd.grad(ce_sum(hidden, head_weight, targets) * 1024 / 7, (hidden, head_weight))
+    whole = torch.autograd.grad(our_ce(hidden, head_weight, targets), (hidden, head_weight))
+    scaled = torch.autograd.grad(our_ce(hidden, head_weight, targets) * 1024 / 7, (hidden, head_weight))
     for before, after in zip(whole, scaled, strict=True):
         assert torch.allclose(after, before * 1024 / 7, rtol=1e-6)
 
@@ -126,10 +137,34 @@ def test_a_factor_scales_loss_and_gradient() -> None:
 def test_float16_gradients_survive_before_the_gradient_scaler_multiplies_them() -> None:
     # of a mean over 4096 tokens most would be below float16's smallest number
     hidden, head_weight, targets = random_case(1, 64, dtype=torch.float16, masked=0.0)
-    (gradient,) = torch.autograd.grad(ce_sum(hidden, head_weight, targets) / 4096 * 65536, hidden)
+    (gradient,) = torch.autograd.grad(our_ce(hidden, head_weight, targets) / 4096 * 65536, hidden)
     exact_hidden, exact_head = (tensor.detach().float().requires_grad_() for tensor in (hidden, head_weight))
     _, exact_gradient, _ = with_gradients(plain_ce, exact_hidden, exact_head, targets)
     assert (gradient.float() / 16 - exact_gradient).abs().max() < 2**-9 * exact_gradient.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("scale", "soft_cap"), [(0.25, 0.0), (1.0, 3.0), (2.0, 5.0)])
+def test_a_head_that_scales_and_caps_has_the_loss_and_gradients_of_its_formula(
+    scale: float, soft_cap: float, dtype: torch.dtype
+) -> None:
+    hidden, weight, targets = random_case(2, 150, dtype=dtype)
+
+    def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return ce_sum(hidden, Head(weight, scale, soft_cap), targets)
+
+    def formula(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = scale * F.linear(hidden.double(), weight.double())
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    loss, *gradients = with_gradients(ours, hidden, weight, targets)
+    exact, *exact_gradients = with_gradients(formula, hidden, weight, targets)
+    eps = max(torch.finfo(dtype).eps, 1e-6)
+    assert loss.item() == pytest.approx(exact.item(), rel=eps)
+    for our, their in zip(gradients, exact_gradients, strict=True):
+        assert (our - their).abs().max() <= 4 * eps * their.abs().max()
 
 
 # ---- cross-entropy: what is not a target
@@ -137,7 +172,7 @@ def test_float16_gradients_survive_before_the_gradient_scaler_multiplies_them() 
 
 def test_a_micro_batch_without_targets_is_zero_and_harmless() -> None:
     hidden, head_weight, targets = random_case(2, 9, masked=1.0)
-    loss = ce_sum(hidden, head_weight, targets)
+    loss = our_ce(hidden, head_weight, targets)
     gradients = torch.autograd.grad(loss / 5, (hidden, head_weight))
     assert loss.item() == 0
     assert [gradient.shape for gradient in gradients] == [hidden.shape, head_weight.shape]
@@ -147,13 +182,13 @@ def test_a_micro_batch_without_targets_is_zero_and_harmless() -> None:
 @pytest.mark.parametrize("value", [0.0, 1e30, float("inf"), float("nan")])
 def test_hidden_of_a_masked_position_reaches_neither_loss_nor_gradient(value: float) -> None:
     hidden, head_weight, targets = random_case(2, 200)
-    expected = with_gradients(ce_sum, hidden, head_weight, targets)
+    expected = with_gradients(our_ce, hidden, head_weight, targets)
     masked = targets == NO_TARGET
     assert masked.any()
     assert (expected[1][masked] == 0).all()
     assert (expected[1][~masked] != 0).any(dim=-1).all()
     spoilt = hidden.detach().masked_fill(masked[..., None], value).requires_grad_()
-    for before, after in zip(expected, with_gradients(ce_sum, spoilt, head_weight, targets), strict=True):
+    for before, after in zip(expected, with_gradients(our_ce, spoilt, head_weight, targets), strict=True):
         assert torch.equal(before, after)
 
 
@@ -162,15 +197,15 @@ def test_four_micro_batches_of_unequal_answers_are_one_batch_of_four_which_means
     for row, answer_length in enumerate((2, 10, 45, 0)):
         targets[row, : 50 - answer_length] = NO_TARGET
     num_targets = 2 + 10 + 45
-    whole = with_gradients(lambda *case: ce_sum(*case) / num_targets, hidden, head_weight, targets)
+    whole = with_gradients(lambda *case: our_ce(*case) / num_targets, hidden, head_weight, targets)
 
     def in_four(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-        losses = [ce_sum(hidden[[row]], head_weight, targets[[row]]) / num_targets for row in range(4)]
+        losses = [our_ce(hidden[[row]], head_weight, targets[[row]]) / num_targets for row in range(4)]
         return torch.stack(losses).sum()
 
     def mean_of_means(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
         counts = (targets != NO_TARGET).sum(1).clamp_min(1)
-        losses = [ce_sum(hidden[[row]], head_weight, targets[[row]]) / counts[row] for row in range(4)]
+        losses = [our_ce(hidden[[row]], head_weight, targets[[row]]) / counts[row] for row in range(4)]
         return torch.stack(losses).mean()
 
     for one, four in zip(whole, with_gradients(in_four, hidden, head_weight, targets), strict=True):
@@ -205,12 +240,25 @@ def recorded(run: Callable[..., object], *case: Tensor) -> Recorder:
     return recorder
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_whole_logits_never_exist(dtype: torch.dtype) -> None:
-    case = random_case(2, 500, vocab=512, dtype=dtype, masked=0.0)
-    assert recorded(partial(with_gradients, ce_sum), *case).largest == CHUNK_ROWS * 512
-    # the recorder would see them
-    assert recorded(partial(with_gradients, plain_ce), *case).largest == 1000 * 512
+def test_of_the_logits_no_more_than_a_chunk_of_bytes_is_alive(
+    dtype: torch.dtype, soft_cap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk_bytes = 2**18
+    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
+    hidden, weight, targets = random_case(2, 500, vocab=512, dtype=dtype, masked=0.0)
+    head = Head(weight.detach(), soft_cap=soft_cap)
+    live = LiveBytes()
+    live.hold([hidden, weight, targets])
+    inputs = live.now
+    with live:
+        ce_sum(hidden, head, targets)
+    copies = 3 * hidden.nbytes + 24 * targets.numel()  # the rows that have a target, their gradient, places, labels
+    assert chunk_bytes / 2 < live.peak - inputs < chunk_bytes + copies
+    with live:
+        plain_ce(hidden, head.weight, targets)
+    assert live.peak - inputs > 2 * (chunk_bytes + copies)  # the whole logits would show
 
 
 def test_between_forward_and_backward_no_logits_wait() -> None:
@@ -222,36 +270,36 @@ def test_between_forward_and_backward_no_logits_wait() -> None:
 
     hidden, head_weight, targets = random_case(2, 500, vocab=512, masked=0.0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ce_sum(hidden, head_weight, targets)
+        our_ce(hidden, head_weight, targets)
     assert sorted(tensor.numel() for tensor in kept if tensor.is_floating_point()) == [512 * HIDDEN, 1000 * HIDDEN]
 
 
 def multiplications(*case: Tensor) -> int:
-    return recorded(ce_sum, *case).operations.count("mm")
+    return recorded(our_ce, *case).operations.count("mm")
 
 
 def test_what_is_frozen_costs_no_work_and_leaves_the_other_gradient_as_it_is() -> None:
     hidden, head_weight, targets = random_case(2, 50)
-    _, hidden_gradient, head_gradient = with_gradients(ce_sum, hidden, head_weight, targets)
+    _, hidden_gradient, head_gradient = with_gradients(our_ce, hidden, head_weight, targets)
     with torch.no_grad():
         assert multiplications(hidden, head_weight, targets) == 1
-        assert "exp_" not in recorded(ce_sum, hidden, head_weight, targets).operations
-    assert "exp_" in recorded(ce_sum, hidden, head_weight, targets).operations
+        assert "scatter_add_" not in recorded(our_ce, hidden, head_weight, targets).operations
+    assert "scatter_add_" in recorded(our_ce, hidden, head_weight, targets).operations
     assert multiplications(hidden, head_weight, targets) == 3
     assert multiplications(hidden, head_weight.detach(), targets) == 2
     assert multiplications(hidden.detach(), head_weight, targets) == 2
-    (alone,) = torch.autograd.grad(ce_sum(hidden, head_weight.detach(), targets), hidden)
+    (alone,) = torch.autograd.grad(our_ce(hidden, head_weight.detach(), targets), hidden)
     assert torch.equal(alone, hidden_gradient)
-    (alone,) = torch.autograd.grad(ce_sum(hidden.detach(), head_weight, targets), head_weight)
+    (alone,) = torch.autograd.grad(our_ce(hidden.detach(), head_weight, targets), head_weight)
     assert torch.equal(alone, head_gradient)
 
 
 def test_there_is_no_graph_under_no_grad() -> None:
     hidden, head_weight, targets = random_case(2, 200)
     with torch.no_grad():
-        loss = ce_sum(hidden, head_weight, targets)
+        loss = our_ce(hidden, head_weight, targets)
     assert not loss.requires_grad
-    assert torch.equal(loss, ce_sum(hidden, head_weight, targets).detach())
+    assert torch.equal(loss, our_ce(hidden, head_weight, targets).detach())
 
 
 AUTOCASTS = [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float16)]
@@ -265,7 +313,7 @@ def test_the_head_multiplies_in_the_dtype_of_a_linear_layer(
     hidden, head_weight, targets = random_case(2, 200, dtype=dtype)
     with torch.autocast("cpu", cast, enabled=enabled):
         assert head_dtype(head_weight) == F.linear(hidden, head_weight).dtype
-        ours = with_gradients(ce_sum, hidden, head_weight, targets)
+        ours = with_gradients(our_ce, hidden, head_weight, targets)
         theirs = with_gradients(plain_ce, hidden, head_weight, targets)
     assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-6)
     assert [gradient.dtype for gradient in ours[1:]] == [dtype, dtype]
@@ -275,9 +323,9 @@ def test_the_head_multiplies_in_the_dtype_of_a_linear_layer(
 
 def test_autocast_rounds_the_logits_but_never_the_sum() -> None:
     hidden, head_weight, targets = random_case(2, 200)
-    exact = ce_sum(hidden, head_weight, targets)
+    exact = our_ce(hidden, head_weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = ce_sum(hidden, head_weight, targets)
+        rounded = our_ce(hidden, head_weight, targets)
     assert rounded.dtype == torch.float32
     assert rounded != exact
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-3)

@@ -55,15 +55,16 @@ from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, Quantiz
 from so8t.data import Batch, collate, split
 from so8t.evaluate import score
 from so8t.gates import gates_of
-from so8t.losses import NO_TARGET, ce_sum
+from so8t.losses import NO_TARGET, Head, ce_sum
 from so8t.model import (
     GATES_FILE,
     Model,
+    build_on_meta,
     causal_lm,
     checkpointable_layers,
     dequantized_rows,
     describe,
-    head_weight,
+    head,
     hidden_states,
     load_model,
     load_model_config,
@@ -83,7 +84,7 @@ BITS = [0, 4, 8]
 
 
 def our_loss(model: Model, batch: Batch) -> Tensor:
-    return ce_sum(hidden_states(model, batch), head_weight(model), batch.targets) / batch.num_targets
+    return ce_sum(hidden_states(model, batch), head(model), batch.targets) / batch.num_targets
 
 
 def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -182,7 +183,7 @@ def test_a_micro_batch_without_targets_changes_nothing(base_models: dict[str, Pa
     assert empty.num_targets == 0
     with_it = gradients(model, [empty, useful, empty], pet_weight=0)
     assert_equal(with_it, gradients(model, [useful], pet_weight=0))
-    assert ce_sum(hidden_states(model, empty), head_weight(model), empty.targets) == 0
+    assert ce_sum(hidden_states(model, empty), head(model), empty.targets) == 0
 
 
 def test_what_a_prompt_token_should_have_predicted_does_not_matter(base_models: dict[str, Path]) -> None:
@@ -201,7 +202,7 @@ def test_what_a_prompt_token_should_have_predicted_does_not_matter(base_models: 
 def test_hidden_states_of_positions_without_a_target_get_no_gradient(base_models: dict[str, Path]) -> None:
     model, batch = load(base_models["phi3"]), BATCHES["padded"]
     hidden = hidden_states(model, batch)
-    (gradient,) = torch.autograd.grad(ce_sum(hidden, head_weight(model), batch.targets), hidden)
+    (gradient,) = torch.autograd.grad(ce_sum(hidden, head(model), batch.targets), hidden)
     assert torch.equal(gradient.abs().sum(dim=-1) > 0, batch.targets != NO_TARGET)
 
 
@@ -319,10 +320,12 @@ def test_four_bit_layers_never_repack_their_weights_for_evaluation(
     # as on a CPU with AVX512-BF16, where alone the test above could fail
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     assert bnb.nn.Linear4bit(8, 8).support_avx512bf16_for_cpu
-    model = load(base_models["phi3"], bits=4)
-    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    assert len(layers) == LAYERS * len(PHI3_LINEAR)
-    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * len(layers)
+    config = ModelConfig(str(base_models["phi3"]))
+    planned = build_on_meta(config, QuantizationConfig(load_in_4bit=True), load_model_config(config))
+    for model in (load(base_models["phi3"], bits=4), planned):
+        layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+        assert len(layers) == LAYERS * len(PHI3_LINEAR)
+        assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * len(layers)
 
 
 def four_bit_weight(rows: int, length: int, quant_type: str, double: bool) -> Any:
@@ -406,9 +409,9 @@ def test_only_lora_and_gates_are_float32_and_only_they_are_trained(
 @pytest.mark.parametrize("bits", BITS)
 def test_head_is_neither_quantized_nor_adapted(base_models: dict[str, Path], bits: int) -> None:
     model = load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR)
-    head = causal_lm(model).get_output_embeddings()
-    assert type(head) is torch.nn.Linear
-    assert torch.equal(head_weight(model), load_plain(base_models["phi3"]).lm_head.weight)
+    module = causal_lm(model).get_output_embeddings()
+    assert type(module) is torch.nn.Linear
+    assert torch.equal(head(model).weight, load_plain(base_models["phi3"]).lm_head.weight)
 
 
 def test_full_training_trains_every_weight_and_the_gates(base_models: dict[str, Path]) -> None:
@@ -496,7 +499,7 @@ def test_from_scratch_takes_the_config_and_none_of_the_weights(base_models: dict
     assert {n: p.shape for n, p in scratch.named_parameters() if "so8_gate" not in n} == {
         n: p.shape for n, p in plain.named_parameters()
     }
-    assert not torch.equal(head_weight(scratch), plain.lm_head.weight)
+    assert not torch.equal(head(scratch).weight, plain.lm_head.weight)
 
 
 # ---- what is refused
@@ -523,19 +526,30 @@ def test_target_modules_may_be_a_longer_part_of_the_name(base_models: dict[str, 
 
 
 HEADS = {
-    "scaled up": GraniteConfig(**SIZES, logits_scaling=8.0),
-    "scaled down": CohereConfig(**SIZES),
-    "capped": Gemma2Config(**SIZES | {"initializer_range": 0.02}, head_dim=8, final_logit_softcapping=30.0),
-    "with a bias of zeros": PhiConfig(**SIZES | {"num_key_value_heads": 4}),
+    "scaled down": GraniteConfig(**SIZES, logits_scaling=8.0),
+    "scaled up": CohereConfig(**SIZES, logit_scale=3.0),
+    "capped": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5),
 }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
-def test_head_that_does_more_than_multiply_is_refused(tmp_path: Path, config: Any) -> None:
+def test_a_head_that_scales_or_caps_has_the_loss_of_transformers(tmp_path: Path, config: Any, dtype: str) -> None:
     config.save_pretrained(tmp_path)
     keys = {"from_scratch": True, "attn_implementation": "eager"}
-    with pytest.raises(InputError, match=r"^model\.base_model: the head of .* is not a plain matrix"):
-        load(tmp_path, model=keys, qlora=FULL, so8t={"enabled": False})
+    model = load(tmp_path, dtype=dtype, model=keys, qlora=FULL, so8t={"enabled": False})
+    batch = make_batch((5, 3), (2, 7))
+    rounding = max(1e-6, torch.finfo(head(model).weight.dtype).eps)
+    expected = pytest.approx(loss_of_hugging_face(model, batch).item(), rel=rounding)
+    assert our_loss(model, batch).item() == expected
+    plain = ce_sum(hidden_states(model, batch), Head(head(model).weight), batch.targets) / batch.num_targets
+    assert plain.item() != expected  # without scale and cap
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
+    PhiConfig(**SIZES | {"num_key_value_heads": 4}).save_pretrained(tmp_path)  # a bias of zeros
+    with pytest.raises(InputError, match=r"^model\.base_model: the head of .* makes other logits"):
+        load(tmp_path, model={"from_scratch": True}, qlora=FULL, so8t={"enabled": False})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -738,11 +752,11 @@ def test_tied_head_is_saved_once_and_stays_tied(tmp_path: Path, base_models: dic
     trained = load(base_models["llama, tied"], qlora=FULL)
     save_model(trained, tokenizer, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert [name for name, tensor in stored.items() if tensor.shape == head_weight(trained).shape] == [
+    assert [name for name, tensor in stored.items() if tensor.shape == head(trained).weight.shape] == [
         "model.embed_tokens.weight"
     ]
     loaded = load(base_models["llama, tied"], qlora=FULL, checkpoint=tmp_path)
-    assert head_weight(loaded) is causal_lm(loaded).get_input_embeddings().weight
+    assert head(loaded).weight is causal_lm(loaded).get_input_embeddings().weight
 
 
 def test_trained_weights_are_read_from_the_checkpoint_not_from_the_base(

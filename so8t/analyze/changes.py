@@ -18,11 +18,9 @@ from torch import Tensor
 
 from so8t.analyze.scores import Bounds, float16_bounds
 from so8t.config import InputError
-from so8t.logits import LogitsRecord
-from so8t.losses import CHUNK_ROWS
+from so8t.logits import ROWS_AT_ONCE, LogitsRecord
 from so8t.thinking import SECTIONS
 
-KL_ROWS = CHUNK_ROWS // 4  # rows of two distributions held in float32 at once
 FLOAT32_SLACK = 1e-5  # by how much a sum of probabilities in float32 may be off, with logits up to about 100
 
 
@@ -144,8 +142,8 @@ def compare(changes: Changes) -> Comparison:
 def _divergence(earlier: LogitsRecord, ours: Tensor, later: LogitsRecord, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """[N] the lowest and the highest that KL(earlier || later) may be."""
     low, high = torch.empty(len(ours)), torch.full((len(ours),), math.inf)
-    for start in range(0, len(ours), KL_ROWS):
-        part = slice(start, start + KL_ROWS)
+    for start in range(0, len(ours), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
         if earlier.form == later.form == "full":
             low[part] = high[part] = _exact(earlier, ours[part], later, theirs[part])
         else:

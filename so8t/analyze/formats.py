@@ -24,8 +24,7 @@ from so8t.analyze.changes import row_keys
 from so8t.analyze.dynamics import training_dynamics
 from so8t.config import InputError
 from so8t.files import atomic_folder, atomic_write
-from so8t.logits import LogitsRecord, read_file
-from so8t.losses import CHUNK_ROWS
+from so8t.logits import ROWS_AT_ONCE, LogitsRecord, read_file
 from so8t.thinking import SECTIONS
 
 KD_TOP_K = 64  # tokens a position, from files that hold them all
@@ -135,7 +134,7 @@ def _kd_row(record: LogitsRecord, row: int) -> tuple[dict[str, Any], Tensor]:
     if record.form == "full":
         k = min(KD_TOP_K, record.contents["vocab_size"])
         chunks = (
-            record.at_targets("logits", part).float().log_softmax(dim=-1) for part in torch.split(which, CHUNK_ROWS)
+            record.at_targets("logits", part).float().log_softmax(dim=-1) for part in torch.split(which, ROWS_AT_ONCE)
         )
         values, ids = (torch.cat(parts) for parts in zip(*(chunk.topk(k) for chunk in chunks), strict=True))
     else:

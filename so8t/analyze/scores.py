@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from so8t.logits import LogitsRecord
-from so8t.losses import CHUNK_ROWS
+from so8t.logits import ROWS_AT_ONCE, LogitsRecord
 from so8t.thinking import SECTIONS
 
 BINS = 15
@@ -169,8 +168,8 @@ def _likeliest_other(
     rows = is_top1.nonzero().squeeze(1)
     if record.form == "full":
         logsumexp = record.at_targets("logsumexp")
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = rows[start : start + CHUNK_ROWS]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            chunk = rows[start : start + ROWS_AT_ONCE]
             others = record.at_targets("logits", chunk).float()
             others.scatter_(1, record.target_ids[chunk, None], -math.inf)
             low[chunk] = high[chunk] = (others.amax(dim=1) - logsumexp[chunk]).exp()

@@ -1,19 +1,18 @@
 """Checks an exported model against the live one: both run on the same rows, in float32."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from so8t.config import DataConfig
 from so8t.data import Batch, load_dataset, split
 from so8t.evaluate import score
-from so8t.losses import CHUNK_ROWS, NO_TARGET
-from so8t.model import Model, causal_lm, head_weight
+from so8t.losses import NO_TARGET, Head
+from so8t.model import Model, causal_lm, head
 
 CHECK_ROWS = 16
 
@@ -25,10 +24,10 @@ TOLERANCES = {"bf16": 0.02, "fp16": 0.004, "fp32": 1e-4}
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's outputs for some rows, in float32. The logits, hidden @ head_weight.T, are too large to keep."""
+    """A model's outputs for some rows, in float32. The logits are too large to keep."""
 
     hidden: list[Tensor]  # a row each, [seq, hidden_size]
-    head_weight: Tensor  # [vocabulary, hidden_size]
+    head: Head
     nll: float  # mean over the targets
 
 
@@ -62,8 +61,8 @@ def compute(model: Model, batches: Sequence[Batch]) -> Outputs:
     multiply_in_float32(causal_lm(model))
     scores = list(score(model, batches, torch.autocast(causal_lm(model).device.type, enabled=False)))
     nll = torch.stack([ce for _, _, ce in scores]).sum().item() / sum(batch.num_targets for batch in batches)
-    # detached, because merging casts the parameter
-    return Outputs([hidden[0] for _, hidden, _ in scores], head_weight(model).detach(), nll)
+    weight = head(model).weight.detach()  # merging casts the parameter
+    return Outputs([hidden[0] for _, hidden, _ in scores], replace(head(model), weight=weight), nll)
 
 
 def multiply_in_float32(model: PreTrainedModel) -> None:
@@ -93,8 +92,8 @@ def compare(one: Outputs, other: Outputs) -> Agreement:
     """Over every position of every row, a few at a time."""
     differences, sizes, same = [], [], []
     for rows in zip(one.hidden, other.hidden, strict=True):
-        for chunk, other_chunk in zip(*(torch.split(hidden, CHUNK_ROWS) for hidden in rows), strict=True):
-            logits, other_logits = F.linear(chunk, one.head_weight), F.linear(other_chunk, other.head_weight)
+        for chunk, other_chunk in zip(*(hidden.split(one.head.chunk_rows) for hidden in rows), strict=True):
+            logits, other_logits = one.head.logits(chunk), other.head.logits(other_chunk)
             differences.append((logits - other_logits).abs().amax())
             sizes.append(logits.abs().amax())
             same.append(logits.argmax(dim=-1) == other_logits.argmax(dim=-1))

@@ -2,10 +2,12 @@
 
 from so8t.logits.plan import LogitsPlan, plan_logits
 from so8t.logits.reader import LogitsRecord, NotLogitsError, logits_paths, read_file, read_logits
+from so8t.logits.record import ROWS_AT_ONCE
 from so8t.logits.saver import LogitsSaver
 from so8t.logits.score import score_rows
 
 __all__ = [
+    "ROWS_AT_ONCE",
     "LogitsPlan",
     "LogitsRecord",
     "LogitsSaver",

@@ -43,7 +43,7 @@ from so8t.data import Batch
 from so8t.losses import NO_TARGET
 
 FORMAT_VERSION = 1
-CHECK_ROWS = 32  # rows of stored logits read back in float32 at once
+ROWS_AT_ONCE = 32  # of logits held in float32 wherever files are made, checked or read
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape of one position's value
@@ -137,7 +137,7 @@ def is_consistent(contents: dict[str, Any], computed_in: torch.dtype) -> bool:
     if "logits" in contents:
         logits = contents["logits"].flatten(0, -2)
         eps = max(eps, torch.finfo(logits.dtype).eps)
-        chunks = (rows[start : start + CHECK_ROWS] for start in range(0, len(rows), CHECK_ROWS))
+        chunks = (rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE))
         sums = (F.cross_entropy(logits[chunk].float(), targets[chunk], reduction="sum") for chunk in chunks)
         nll = sum(map(float, sums)) / len(rows)
     loss = float(contents["loss"])

@@ -1,7 +1,7 @@
 """LogitsSaver: the logits of every `save_logits_steps`-th step on disk, without slowing training down or stopping it.
 
     tap = saver.tap(step, epoch, batch)                    # None unless the step is due
-    ce = ce_sum(hidden, head_weight, batch.targets, tap)   # shows the tap its logits, a chunk at a time
+    ce = ce_sum(hidden, head, batch.targets, tap)          # shows the tap its logits, a chunk at a time
     saver.after_step(step)                                 # hands the file to the writer thread
 
 Two buffers for each kind of file bound the host memory: while both are busy the loop waits up to `save_logits_max_wait`
@@ -23,7 +23,7 @@ from so8t.logits.folder import LogitsFolder
 from so8t.logits.plan import LogitsPlan
 from so8t.logits.score import HostTransfer, Scorer
 from so8t.logits.writer import Kind, Record, SaverCounters, Writer, write_file
-from so8t.losses import NO_TARGET
+from so8t.losses import NO_TARGET, Head
 
 FLUSH_SECONDS = 30.0  # how long flush() and close() wait for the writer
 
@@ -141,11 +141,11 @@ class LogitsSaver:
         record.batches.append(batch)
         return record
 
-    def close_record(self, record: Record, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
+    def close_record(self, record: Record, hidden: Tensor, head: Head, ce: Tensor) -> None:
         """Score the positions that the loss did not need, and send the last numbers of the batch to the host."""
         if record.scorer is None or self._transfer is None:
             return
-        record.scorer.add_missing(hidden, head_weight, self._plan.computed_in)
+        record.scorer.add_missing(hidden, head.to(self._plan.computed_in))
         record.scorer = None
         record.ce_sums.append(self._transfer.scalar(ce))
         record.ready = self._transfer.finished()
@@ -187,19 +187,20 @@ class LogitsTap:
         self._saver, self._kind, self._step, self._epoch, self._batch = saver, kind, step, epoch, batch
         self._record: Record | None = None  # None = nothing is taken, or nothing more after a failure
 
-    def begin(self, head_weight: Tensor) -> None:
+    def begin(self, head: Head) -> None:
         with self._guard():
-            self._record = self._saver.open_record(self._kind, self._step, self._epoch, self._batch, head_weight.device)
+            device = head.weight.device
+            self._record = self._saver.open_record(self._kind, self._step, self._epoch, self._batch, device)
 
     def add(self, positions: Tensor, logits: Tensor) -> None:
         if self._record is not None and self._record.scorer is not None:
             with self._guard():
                 self._record.scorer.add(positions, logits)
 
-    def finish(self, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None:
+    def finish(self, hidden: Tensor, head: Head, ce: Tensor) -> None:
         if self._record is not None:
             with self._guard():
-                self._saver.close_record(self._record, hidden, head_weight, ce)
+                self._saver.close_record(self._record, hidden, head, ce)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

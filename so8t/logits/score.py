@@ -6,13 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from so8t.logits.record import Layout, position_bytes
-from so8t.losses import CHUNK_ROWS, NO_TARGET
-
-SCORE_ROWS = CHUNK_ROWS // 4  # rows held in float32 at once, as logits and as probabilities
+from so8t.logits.record import ROWS_AT_ONCE, Layout, position_bytes
+from so8t.losses import NO_TARGET, Head
 
 
 class HostBuffer:
@@ -139,19 +136,18 @@ class Scorer:
         self._transfer.hold()
 
     @torch.no_grad()
-    def add_missing(self, hidden: Tensor, head_weight: Tensor, computed_in: torch.dtype) -> None:
+    def add_missing(self, hidden: Tensor, head: Head) -> None:
         """Score the stored positions that were not added, then start the copy of all results to the host.
 
-        hidden: [batch, seq, hidden_size]; head_weight: [vocabulary, hidden_size], both on the device; the logits are
-        those of `F.linear` in the dtype `computed_in`.
+        hidden: [batch, seq, hidden_size], on the device of the head; its weight is in the dtype to multiply in.
         """
-        hidden, weight = hidden.flatten(0, 1), head_weight.to(computed_in)
+        hidden = hidden.flatten(0, 1)
         missing = self._missing.nonzero().squeeze(1)
-        for start in range(0, len(missing), CHUNK_ROWS):
-            positions = missing[start : start + CHUNK_ROWS]
+        for start in range(0, len(missing), head.chunk_rows):
+            positions = missing[start : start + head.chunk_rows]
             rows = hidden.index_select(0, positions.to(self._device, non_blocking=True))
             with torch.autocast(self._device.type, enabled=False):
-                self.add(positions, F.linear(rows.to(computed_in), weight))
+                self.add(positions, head.logits(rows))
         if self._device.type != "cpu":
             for name, result in self._results.items():
                 self._transfer.copy(self._host[name], result)
@@ -171,8 +167,8 @@ def _runs(index: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def score_rows(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> None:
     """Fill results [n, ...] from logits [n, vocabulary] and targets [n], -100 = none; all on one device."""
-    for start in range(0, len(logits), SCORE_ROWS):
-        rows = slice(start, start + SCORE_ROWS)
+    for start in range(0, len(logits), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
         _score_part(logits[rows], targets[rows], {name: result[rows] for name, result in results.items()})
 
 

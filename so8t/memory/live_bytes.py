@@ -87,6 +87,4 @@ def _scratch(func: Any, args: Any) -> list[Tensor]:
     if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:  # the product in int32, and in the kernel's float16
         dtypes = {torch.int32, torch.float16} - {args[0].dtype}
         return [args[0].new_empty((len(args[0]), len(args[2])), dtype=dtype) for dtype in dtypes]
-    if func is torch.ops.aten.logsumexp.default:  # the exponentials
-        return [torch.empty_like(args[0])]
     return []

@@ -19,7 +19,7 @@ from so8t.data import Batch
 from so8t.evaluate import score
 from so8t.gates import SO8Gate
 from so8t.logits import LogitsPlan, score_rows
-from so8t.losses import Tap
+from so8t.losses import Head, Tap
 from so8t.memory.fakes import BatchShape, fake_batch, fake_model, optimizer_states
 from so8t.memory.live_bytes import Phase
 from so8t.model import Model, causal_lm, checkpointable_layers, num_parameters, trainable_parameters
@@ -139,12 +139,12 @@ class _LayersTap:
     def __init__(self, mark: Mark) -> None:
         self._mark = mark
 
-    def begin(self, head_weight: Tensor) -> None:
+    def begin(self, head: Head) -> None:
         self._mark("layers")
 
     def add(self, positions: Tensor, logits: Tensor) -> None: ...
 
-    def finish(self, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None: ...
+    def finish(self, hidden: Tensor, head: Head, ce: Tensor) -> None: ...
 
 
 class _ScoringTap:
@@ -154,7 +154,7 @@ class _ScoringTap:
         self._layout = {name: value for name, value in plan.layout.items() if name != "logits"}
         self._chunks = 0
 
-    def begin(self, head_weight: Tensor) -> None: ...
+    def begin(self, head: Head) -> None: ...
 
     def add(self, positions: Tensor, logits: Tensor) -> None:
         self._chunks += 1
@@ -163,7 +163,7 @@ class _ScoringTap:
             results = {n: logits.new_empty((rows, *size), dtype=dtype) for n, (dtype, size) in self._layout.items()}
             score_rows(logits, positions, results)  # positions: as many numbers as there are targets
 
-    def finish(self, hidden: Tensor, head_weight: Tensor, ce: Tensor) -> None: ...
+    def finish(self, hidden: Tensor, head: Head, ce: Tensor) -> None: ...
 
 
 def held_tensors(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[str, list[Tensor]]:

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from so8t.analyze import Key, row_keys
-from so8t.logits import LogitsRecord, read_logits
-from so8t.losses import CHUNK_ROWS
+from so8t.logits import ROWS_AT_ONCE, LogitsRecord, read_logits
 from so8t.thinking import SECTIONS
 
 ALTERNATIVES = 5  # likeliest tokens shown for a target
@@ -165,7 +164,7 @@ def likeliest(record: LogitsRecord, targets: slice) -> tuple[Tensor, Tensor]:
     if record.form == "topk":
         ids, logprobs = (record.at_targets(name, targets) for name in ("topk_ids", "topk_logprobs"))
         return ids[:, :ALTERNATIVES], logprobs[:, :ALTERNATIVES]
-    chunks = (slice(t, min(t + CHUNK_ROWS, targets.stop)) for t in range(targets.start, targets.stop, CHUNK_ROWS))
+    chunks = (slice(t, min(t + ROWS_AT_ONCE, targets.stop)) for t in range(targets.start, targets.stop, ROWS_AT_ONCE))
     tops = [
         record.at_targets("logits", chunk).topk(min(ALTERNATIVES, record.contents["vocab_size"])) for chunk in chunks
     ]

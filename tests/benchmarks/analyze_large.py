@@ -26,7 +26,7 @@ from logits_cases import make_saver  # noqa: E402
 
 from so8t.analyze.run import analyze  # noqa: E402
 from so8t.logits import read_logits  # noqa: E402
-from so8t.losses import NO_TARGET, ce_sum  # noqa: E402
+from so8t.losses import NO_TARGET, Head, ce_sum  # noqa: E402
 
 VOCAB, ROWS, LENGTH, HIDDEN = 32064, 4, 2048, 64
 LIMIT_BYTES = 2**30
@@ -52,7 +52,7 @@ def generate(run: Path, size: int) -> None:
             batch.targets[:, : LENGTH // 3] = NO_TARGET
             wanted = head_weight[batch.targets.clamp_min(0)].float()  # towards the labels, more with every step
             hidden = (torch.randn(ROWS, LENGTH, HIDDEN) * 0.3 + wanted * 0.05 * step).bfloat16()
-            ce_sum(hidden, head_weight, batch.targets, saver.new_tap(step, 0, batch, kind))
+            ce_sum(hidden, Head(head_weight), batch.targets, saver.new_tap(step, 0, batch, kind))
         saver.after_step(step)
         saver.flush(600)
     saver.close()

@@ -30,9 +30,8 @@ from so8t.config import load_config  # noqa: E402
 from so8t.data import Row, collate  # noqa: E402
 from so8t.logits import LogitsSaver, plan_logits  # noqa: E402
 from so8t.logits.score import HostBuffer  # noqa: E402
-from so8t.losses import CHUNK_ROWS  # noqa: E402
 from so8t.metrics import read_metrics  # noqa: E402
-from so8t.model import head_weight, load_model  # noqa: E402
+from so8t.model import head, load_model  # noqa: E402
 
 CONFIG = """
 [model]
@@ -122,13 +121,13 @@ def measure_memory(config_path: Path, folder: Path) -> None:
     config = load_config(config_path)
     model = load_model(config.model_spec, torch.device("cpu"), seed=0, checkpointed_layers=None)
     no_autocast = torch.autocast("cpu", enabled=False)
-    chunk = CHUNK_ROWS * len(head_weight(model)) * 4
+    chunk = head(model).chunk_rows * len(head(model).weight) * 4
     for length in (512, 1024, 2048):
         batch = collate([half_answered(length)])
         peaks = []
         for saves in ("false", "true"):
             keys = [f"training.save_logits={saves}", "training.save_logits_steps=1"]
-            plan = plan_logits(load_config(config_path, keys), len(head_weight(model)), length)
+            plan = plan_logits(load_config(config_path, keys), len(head(model).weight), length)
             saver = LogitsSaver(plan, folder / f"memory_{length}")
             for step in (1, 2, 3):  # the first two allocate the host buffers, the third uses one again
                 buffers = [thing._bytes for thing in gc.get_objects() if isinstance(thing, HostBuffer)]

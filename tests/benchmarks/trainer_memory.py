@@ -26,7 +26,7 @@ from so8t.data import collate  # noqa: E402
 from so8t.logits import LogitsSaver, plan_logits  # noqa: E402
 from so8t.memory.live_bytes import LiveBytes  # noqa: E402
 from so8t.memory.trace import all_tensors, held_tensors  # noqa: E402
-from so8t.model import head_weight, load_model  # noqa: E402
+from so8t.model import head, load_model  # noqa: E402
 from so8t.optim import make_optimizer  # noqa: E402
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -74,7 +74,7 @@ def our_peak(model_folder: Path, folder: Path, length: int) -> tuple[int, int]:
     optimizer = make_optimizer(model, config.training)
     no_autocast = torch.autocast("cpu", enabled=False)
     saver, batch, live = (
-        LogitsSaver(plan_logits(config, len(head_weight(model)), length), folder),
+        LogitsSaver(plan_logits(config, len(head(model).weight), length), folder),
         collate([half_answered(length)]),
         LiveBytes(),
     )

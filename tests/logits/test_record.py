@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from so8t.logits import read_logits
 from so8t.logits.record import is_consistent, position_layout
 from so8t.logits.score import HostBuffer, HostTransfer, Scorer
-from so8t.losses import CHUNK_ROWS, NO_TARGET, ce_sum
+from so8t.losses import NO_TARGET, Head, ce_sum
 
 FORMS = ("full", "topk", "stats")
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -47,7 +47,7 @@ def test_saved_logits_are_those_of_hugging_face(tmp_path: Path, architecture: st
         expected = model(batch.input_ids, attention_mask=batch.attention_mask).logits
         hidden = model.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         saver = make_saver(tmp_path, computed_in=expected.dtype)
-        ce_sum(hidden, model.lm_head.weight, batch.targets, saver.tap(1, 0, batch))
+        ce_sum(hidden, Head(model.lm_head.weight), batch.targets, saver.tap(1, 0, batch))
         loss = model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     saver.after_step(1)
     saver.close()
@@ -190,7 +190,7 @@ def test_capture_neither_alters_hidden_nor_holds_a_graph_nor_draws_random_number
     case.head_weight.requires_grad_()
     before, state = hidden.detach().clone(), torch.get_rng_state()
     saver = make_saver(tmp_path)
-    ce_sum(hidden, case.head_weight, case.batch.targets, saver.tap(1, 0, case.batch))
+    ce_sum(hidden, Head(case.head_weight), case.batch.targets, saver.tap(1, 0, case.batch))
     alive = weakref.ref(hidden)
     assert torch.equal(hidden, before)
     assert torch.equal(torch.get_rng_state(), state)
@@ -241,8 +241,8 @@ def test_logits_that_do_not_give_the_loss_are_marked_and_warned_of_once(
         case = make_case(length=64, seed=step)
         tap = saver.tap(step, 0, case.batch)
         assert tap is not None
-        tap.begin(case.head_weight)
-        tap.finish(case.hidden.roll(1, dims=1), case.head_weight, case.ce)  # off by one
+        tap.begin(Head(case.head_weight))
+        tap.finish(case.hidden.roll(1, dims=1), Head(case.head_weight), case.ce)  # off by one
         saver.after_step(step)
     saver.close()
     assert [record.verified for record in saved_records(tmp_path)] == [False, False]
@@ -285,10 +285,13 @@ def test_evidence_of_a_non_finite_step_is_saved_without_alarm(tmp_path: Path, ca
 
 @pytest.mark.parametrize("keys", [{}, {"dtype": "fp16"}, {"form": "topk"}, {"form": "stats", "positions": "labels"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scoring_holds_about_one_chunk_however_long_the_rows(keys: dict[str, Any], dtype: torch.dtype) -> None:
+def test_scoring_holds_about_one_chunk_however_long_the_rows(
+    keys: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from memory_cases import PeakBytes  # which takes seconds to import
 
     vocab = 2000
+    monkeypatch.setattr("so8t.losses.CHUNK_BYTES", 128 * vocab * 4)
     layout = position_layout(settings(**keys), vocab, dtype)
     peaks = []
     for length in (512, 1024, 2048):
@@ -300,9 +303,9 @@ def test_scoring_holds_about_one_chunk_however_long_the_rows(keys: dict[str, Any
         host = buffer.tensors(0, length)
         with PeakBytes([hidden, head, targets, stored, *host.values()]) as mode:
             scorer = Scorer(targets, stored, host, hidden.device, HostTransfer(hidden.device))
-            scorer.add_missing(hidden, head, dtype)
+            scorer.add_missing(hidden, Head(head))
         peaks.append(mode.peak - 17 * length)  # two int64 and a bool a position, which stay on the host
-    one_chunk = CHUNK_ROWS * vocab * 4  # in float32
+    one_chunk = 128 * vocab * 4
     assert 0 < max(peaks) <= 1.3 * one_chunk
     assert max(peaks) - min(peaks) <= 0.01 * one_chunk
 

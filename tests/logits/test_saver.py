@@ -23,7 +23,7 @@ from torch import Tensor
 
 from so8t.config import InputError
 from so8t.logits import LogitsSaver, read_logits
-from so8t.losses import ce_sum
+from so8t.losses import Head, ce_sum
 
 # ---- when it saves
 
@@ -87,7 +87,7 @@ def test_what_the_loss_shows_is_not_multiplied_again_and_gives_the_same_file(
         return linear(rows, weight)
 
     monkeypatch.setattr(F, "linear", counted)
-    ce_sum(case.hidden, case.head_weight, case.batch.targets, saver.tap(1, 0, case.batch))
+    ce_sum(case.hidden, Head(case.head_weight), case.batch.targets, saver.tap(1, 0, case.batch))
     saver.after_step(1)
     saver.close()
     (path,) = (tmp_path / "observed" / "logits").iterdir()
