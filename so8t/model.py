@@ -62,6 +62,8 @@ def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
 def _not_a_model(source: str | Path, error: Exception) -> str:
     """Names what cannot be loaded: the checkpoint's folder or model.base_model, and which of its files."""
     reason = " ".join(str(error).split())
+    if "does not support an attention implementation" in reason:
+        return f'model.attn_implementation: {source} has no such attention in transformers; write "eager"'
     for path in sorted(Path(source).glob("*.safetensors")):
         try:
             safe_open(path, "pt")
@@ -109,7 +111,10 @@ def adapt(
         except (OSError, ValueError, SafetensorError) as error:  # peft takes a folder without an adapter for a hub id
             raise InputError(f"{checkpoint}: its adapter_model.safetensors cannot be read ({error})") from error
     elif spec.qlora.enabled:
-        adapted = get_peft_model(model, _lora_config(model, spec.qlora))
+        try:
+            adapted = get_peft_model(model, _lora_config(model, spec.qlora))
+        except ValueError as error:  # such as a layer of Mamba's that takes no adapter, or dropout on fused experts
+            raise InputError(f"qlora: peft cannot adapt {spec.model.base_model}: {error}") from error
     if spec.so8t.enabled:  # after LoRA, so that base layer and adapter both get the rotated input
         attach_gates(model, spec.so8t.layer_indices, spec.so8t.init_scale, derive_seed(seed, "gates"))
     if spec.so8t.enabled and checkpoint is not None:
@@ -129,11 +134,22 @@ def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def build_on_meta(config: ModelConfig, quantization: QuantizationConfig, model_config: Any) -> PreTrainedModel:
-    """The base model as `load_model` has it, but without memory: its tensors are on the meta device."""
+    """The base model as `load_model` has it, but without memory: its tensors are on the meta device.
+
+    Raises InputError, before any weight is read, if it cannot be trained here.
+    """
     dtype = getattr(torch, config.dtype)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, attn_implementation=config.attn_implementation, trust_remote_code=False
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, attn_implementation=config.attn_implementation, trust_remote_code=False
+            )
+    except (ValueError, ImportError) as error:
+        raise InputError(_not_a_model(config.base_model, error)) from error
+    if model.base_model is model or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise InputError(
+            f"model.base_model: {type(model).__name__} is not layers and a head of one matrix without a bias, from "
+            "which the loss is computed; use another model"
         )
     options = _quantization_options(quantization, dtype)
     if options is not None:
@@ -238,22 +254,21 @@ def _quantization_options(quantization: QuantizationConfig, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """Refuse a head that makes other logits than `head(model)`, such as one with a bias: the loss would be wrong."""
+    """Refuse a head that makes other logits than `head(model)`: the loss would be wrong."""
     input_ids = torch.arange(8, device=model.device)[None]
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    module, ours = model.get_output_embeddings(), head(model)
+    ours = head(model)
     # the logits of random weights are too small for a cap to show
-    enlarging = module.register_forward_hook(lambda module, args, output: 1024 * output)
+    enlarging = model.get_output_embeddings().register_forward_hook(lambda module, args, output: 1024 * output)
     logits = model(input_ids=input_ids, use_cache=False).logits.float()
     enlarging.remove()
     expected = replace(ours, scale=1024 * ours.scale).logits(hidden[0])
-    has_bias = getattr(module, "bias", None) is not None  # a bias of zeros would not show either
     # the model scales and caps in its own dtype
     rounding = max(1e-3, 4 * torch.finfo(ours.weight.dtype).eps)
-    if has_bias or not torch.allclose(expected, logits[0], rtol=rounding, atol=1e-4):
+    if not torch.allclose(expected, logits[0], rtol=rounding, atol=1e-4):
         raise InputError(
-            f"model.base_model: the head of {name} makes other logits than a matrix with a scale or a soft cap does "
-            "(it may have a bias); the loss would be wrong for it, so use another model"
+            f"model.base_model: the head of {name} makes other logits than a matrix with a scale or a soft cap does; "
+            "the loss would be wrong for it, so use another model"
         )
 
 

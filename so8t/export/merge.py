@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -178,7 +179,11 @@ def write_and_check(
 
 def live_spec(config: Config) -> ModelSpec:
     """The model of the run, with an attention that supports float32, unlike flash_attention_2."""
-    return replace(config.model_spec, model=replace(config.model, attn_implementation="sdpa"))
+    attention = config.model.attn_implementation
+    return replace(
+        config.model_spec,
+        model=replace(config.model, attn_implementation="sdpa" if attention == "flash_attention_2" else attention),
+    )
 
 
 def as_trained(config: Config, checkpoint: Path, device: torch.device, batches: Sequence[Batch]) -> Outputs:
@@ -200,6 +205,11 @@ def merge(model: Model, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(gate := getattr(attention, "so8_gate", None), SO8Gate)
     }
     for module in list(model.modules()):
+        if isinstance(module, ParamWrapper):  # LoRA on one parameter of a layer's fused experts
+            experts = module.get_param()
+            experts.data = experts.data.float()  # also the dtype of the delta
+            experts.data = (experts.data + module.get_delta_weight("default")).to(dtype)
+            continue
         is_lora = isinstance(module, LoraLayer)
         if not is_lora and module not in gates:
             continue

@@ -73,11 +73,20 @@ def _result_by_shape(func: Any, args: Any) -> Any:
     """The result of an operation whose shape depends on data, at its usual size; None for all others."""
     if func is torch.ops.aten.nonzero.default:  # every element, the most there can be
         return torch.arange(args[0].numel()).view(-1, 1).expand(-1, args[0].ndim)
+    if func is torch.ops.aten._grouped_mm.default:  # of experts; torch knows the shapes in bfloat16 only
+        return _grouped_product(args[0], args[1], args[2] if len(args) > 2 else None)
     if func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:  # no outliers
         return torch.empty_like(args[0], dtype=torch.int8), args[0].new_empty(len(args[0]), dtype=torch.float32), None
     if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
         return args[0].new_empty(len(args[0]), len(args[2])), None
     return None
+
+
+def _grouped_product(left: Tensor, right: Tensor, ends: Tensor | None) -> Tensor:
+    """left [tokens, k] @ right [groups, k, n], or for the gradient left [m, tokens] @ right [tokens, n] by group."""
+    if left.ndim == right.ndim == 2 and ends is not None:
+        return left.new_empty(len(ends), left.shape[0], right.shape[1])
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
 
 
 def _scratch(func: Any, args: Any) -> list[Tensor]:
