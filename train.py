@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from so8t import parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
 from so8t.config import Config, load_config
-from so8t.data import Batch, TrainingBatches, count, derive_seed, fixed_batches, load_dataset
+from so8t.data import Batch, TrainingBatches, count, cut, derive_seed, fixed_rows, load_dataset, split
 from so8t.evaluate import Probe, Validation, keep_evidence
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.losses import Tap, ce_sum, pet_sum
@@ -94,19 +94,18 @@ def train(config: Config, process: parallel.Process) -> int:
     tokenizer = load_tokenizer(config.model, model_config.vocab_size)
     folder = Path(training.output_dir) / "data"  # of the tokens
     dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder)
-    eval_batches = fixed_batches(
-        "data.eval_data", config.data.eval_data, tokenizer, config.data, rows_per_batch, folder=folder
-    )
+    eval_rows = fixed_rows("data.eval_data", config.data.eval_data, tokenizer, config.data, folder)
     probe_data = training.save_logits_probe if training.save_logits else ()
-    probe_batches = fixed_batches(
-        "training.save_logits_probe", probe_data, tokenizer, config.data, rows_per_batch, one_length=True, folder=folder
-    )
-    micro_batches_per_step = training.gradient_accumulation_steps * process.world_size
+    probe_rows = fixed_rows("training.save_logits_probe", probe_data, tokenizer, config.data, folder)
+    probe_batches = split(probe_rows, rows_per_batch, one_length=True)
+    fingerprint = dataset.fingerprint()
+    state = load_training_state(checkpoint, fingerprint)
+    micro_batches_per_step, resumed_tokens = training.gradient_accumulation_steps * process.world_size, None
+    if state is not None:  # another number of processes goes on with the same rows in every step
+        micro_batches_per_step, resumed_tokens = state["micro_batches_per_step"], state["micro_batch_tokens"]
     data = TrainingBatches(dataset.rows, rows_per_batch, micro_batches_per_step, seed)
     total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
     cli.say(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
-    fingerprint = dataset.fingerprint()
-    state = load_training_state(checkpoint, fingerprint, micro_batches_per_step)
     output_dir = make_output_dir(config, process.is_main)
     dataset.policy.write(output_dir, process.is_main)
     if process.is_main:
@@ -115,12 +114,15 @@ def train(config: Config, process: parallel.Process) -> int:
     probe_shapes = tuple(map(shape_of, probe_batches))
     probe_tokens = sum(shape.tokens for shape in probe_shapes)
     logits_plan = plan_logits(config, model_config.vocab_size, largest.tokens, probe_tokens)
-    cli.say(logits_plan.describe(total_steps, output_dir))
+    step_rows = -(-data.rows_per_step // process.world_size)
+    step_spec = StepSpec(config, model_config, device.type, forward, logits_plan, largest, step_rows, probe_shapes)
     free, capacity = device_memory(device)
-    step_spec = StepSpec(config, model_config, device.type, forward, logits_plan, largest, probe_shapes)
-    plan = plan_memory(step_spec, free, capacity)
+    plan = plan_memory(step_spec, free, capacity, resumed_tokens)
+    cli.say(plan.spec.logits.describe(total_steps, output_dir))
     cli.say(plan.table())
     plan.check()
+    tokens = plan.choice.micro_batch_tokens  # of a micro-batch, at most; 0 = by rows
+    eval_batches = cut(eval_rows, tokens) if tokens else split(eval_rows, rows_per_batch)
 
     with ExitStack() as stack:  # everything entered here is closed in reverse order, also after an error
         memory = stack.enter_context(MemoryLedger(plan, device, output_dir, process.is_main))
@@ -130,7 +132,7 @@ def train(config: Config, process: parallel.Process) -> int:
             config.model_spec,
             device,
             seed=seed,
-            checkpointed_layers=plan.checkpointed_layers,
+            checkpointed_layers=plan.choice.checkpointed_layers,
             checkpoint=checkpoint,
         )
         cli.say(describe(model))
@@ -145,10 +147,10 @@ def train(config: Config, process: parallel.Process) -> int:
             cli.say(f"resuming after step {state['step']} of {total_steps}, from {checkpoint}")
 
         # ---- the watchers only read what the step made; they change nothing in it
-        checkpoints = Checkpoints(config, total_steps, fingerprint, micro_batches_per_step, process.is_main)
+        checkpoints = Checkpoints(config, total_steps, fingerprint, micro_batches_per_step, tokens, process.is_main)
         signals = stack.enter_context(StopSignals())
         metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
-        logits_saver = stack.enter_context(closing(LogitsSaver(logits_plan, output_dir, process.is_main)))
+        logits_saver = stack.enter_context(closing(LogitsSaver(plan.spec.logits, output_dir, process.is_main)))
         probe = Probe(probe_batches, autocast, logits_saver)
         validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
         memory.start(model, optimizer, first_step, total_steps)
@@ -159,7 +161,7 @@ def train(config: Config, process: parallel.Process) -> int:
             set_learning_rate(optimizer, lr)
 
             # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
-            micro_batches = data.micro_batches(step)[process.rank :: process.world_size]
+            micro_batches = data.micro_batches(step, tokens, process.rank, process.world_size)
             num_targets, num_pet_terms, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
 
             # forward and backward; the sums stay on the device

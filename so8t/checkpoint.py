@@ -99,12 +99,10 @@ def find_checkpoint(config: Config) -> Path | None:
     return checkpoint
 
 
-def load_training_state(
-    checkpoint: Path | None, data_fingerprint: str, micro_batches_per_step: int
-) -> dict[str, Any] | None:
-    """What training_state.pt holds: step, optimizer, scaler.
+def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[str, Any] | None:
+    """What training_state.pt holds: step, optimizer, scaler, micro_batches_per_step of all ranks, micro_batch_tokens.
 
-    Raises InputError if the rows have changed, or the number of micro-batches a step (over all ranks).
+    Raises InputError if the rows have changed.
     """
     if checkpoint is None:
         return None
@@ -114,11 +112,7 @@ def load_training_state(
             f"data.train_data: the rows have changed since {checkpoint} was written; restore them to resume it, "
             "or choose another training.output_dir"
         )
-    if state["micro_batches_per_step"] != micro_batches_per_step:
-        raise InputError(
-            f"{checkpoint} was trained with {state['micro_batches_per_step']} micro-batches a step over all processes, "
-            f"not {micro_batches_per_step}; start as many processes as before, or choose another training.output_dir"
-        )
+    state.setdefault("micro_batch_tokens", 0)  # an older version cut a step by rows
     return state
 
 
@@ -134,12 +128,14 @@ class Checkpoints:
         total_steps: int,
         data_fingerprint: str,
         micro_batches_per_step: int,
+        micro_batch_tokens: int,
         is_main: bool,
     ) -> None:
         self._config = config
         self._total_steps = total_steps
         self._data_fingerprint = data_fingerprint
         self._micro_batches_per_step = micro_batches_per_step
+        self._micro_batch_tokens = micro_batch_tokens
         self._is_main = is_main
         self._output_dir = Path(config.training.output_dir)
 
@@ -165,6 +161,7 @@ class Checkpoints:
             "scaler": scaler.state_dict(),
             "data_fingerprint": self._data_fingerprint,
             "micro_batches_per_step": self._micro_batches_per_step,
+            "micro_batch_tokens": self._micro_batch_tokens,
         }
         try:
             with atomic_folder(folder) as temporary:

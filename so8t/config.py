@@ -173,8 +173,10 @@ class TrainingConfig:
     output_dir: Name = field(metadata={"free_on_resume": True})
     num_train_epochs: Positive = 3
     max_steps: Count = 0  # 0 = by epochs
-    per_device_train_batch_size: Positive = 1  # rows a micro-batch
-    gradient_accumulation_steps: Positive = 16  # micro-batches a step
+    per_device_train_batch_size: Positive = 1  # times the next one: rows a step on each device
+    gradient_accumulation_steps: Positive = 16
+    # padding included, at most; 0 = micro-batches of per_device_train_batch_size rows
+    micro_batch_tokens: Literal["auto"] | Count = _free("auto")
     learning_rate: Amount = 2e-4  # the schedule's peak
     weight_decay: Amount = 0.01
     warmup_ratio: Ratio = 0.1  # share of the run's steps

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # on tensors this small, threads that wait for one another on a busy machine cost a hundred times the work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# traces of the memory plan, shared by all workers and processes of a run of the tests, and by nothing else
+if "SO8T_TESTS_CACHE" not in os.environ:
+    os.environ["SO8T_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="so8t-cache")
 
 # a shell lets what it starts in the background ignore Ctrl-C, and so would the processes that the tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

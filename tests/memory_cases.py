@@ -31,7 +31,8 @@ def step_spec(
     model_config = model_config or load_model_config(config.model)
     probe_tokens = sum(shape.tokens for shape in probe)
     logits = plan_logits(config, model_config.vocab_size, micro_batch.tokens, probe_tokens)
-    return StepSpec(config, model_config, device_type, train.forward, logits, micro_batch, probe)
+    rows = micro_batch.rows * config.training.gradient_accumulation_steps
+    return StepSpec(config, model_config, device_type, train.forward, logits, micro_batch, rows, probe)
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def traced_once(kind: Callable[[StepSpec, int | None], tuple[Any, ...]]) -> Iter
             known[key] = trace_step(spec, layers)
         return known[key]
 
-    with patch("so8t.memory.plan.trace_step", trace):
+    with patch("so8t.memory.choice.traced", trace), patch("so8t.memory.plan.traced", trace):
         yield
 
 

@@ -1,13 +1,14 @@
 """Files of rows -> batches of tokens with the right labels."""
 
-from so8t.data.batches import Batch, TrainingBatches, collate, count, derive_seed, split
-from so8t.data.dataset import Dataset, fixed_batches, load_dataset
+from so8t.data.batches import PASS_TOKENS, Batch, TrainingBatches, collate, count, cut, derive_seed, split
+from so8t.data.dataset import Dataset, fixed_rows, load_dataset
 from so8t.data.messages import Conversation, Message, read_conversation
 from so8t.data.sources import BadRow, read_fields
 from so8t.data.store import Row
 from so8t.data.template import configure_template, stop_token_ids
 
 __all__ = [
+    "PASS_TOKENS",
     "BadRow",
     "Batch",
     "Conversation",
@@ -18,8 +19,9 @@ __all__ = [
     "collate",
     "configure_template",
     "count",
+    "cut",
     "derive_seed",
-    "fixed_batches",
+    "fixed_rows",
     "load_dataset",
     "read_conversation",
     "read_fields",

@@ -14,6 +14,8 @@ from so8t.data.store import Row, Rows
 from so8t.losses import NO_TARGET
 from so8t.thinking import SECTIONS
 
+PASS_TOKENS = 100  # their arithmetic takes as long as reading or unpacking all weights once: Phi-3.5 on an RTX 3060
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -62,9 +64,49 @@ def collate(rows: Sequence[Row], length: int = 0) -> Batch:
     return Batch(input_ids, attention_mask if is_padded else None, targets, sections, sample_ids)
 
 
-def split(rows: Sequence[Row], rows_per_batch: int, length: int = 0) -> list[Batch]:
-    """Rows in their order as batches of `rows_per_batch`, the last one smaller if need be."""
+def split(rows: Sequence[Row], rows_per_batch: int, one_length: bool = False) -> list[Batch]:
+    """Rows in their order as batches of `rows_per_batch`, the last one smaller if need be.
+
+    one_length: pad all batches to the longest of all rows.
+    """
+    length = max((len(row.input_ids) for row in rows), default=0) if one_length else 0
     return [collate(rows[start : start + rows_per_batch], length) for start in range(0, len(rows), rows_per_batch)]
+
+
+def cut(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
+    """Rows as batches of at most `max_tokens` with padding, where a longer row stands alone, that cost the least.
+
+    A batch costs its tokens with padding and PASS_TOKENS. Only neighbours in the order of length share one: the best
+    cut of the first n rows is the best one of fewer and a last batch of the rest.
+    """
+    rows = sorted(rows, key=lambda row: -len(row.input_ids))
+    costs, starts = [0], [0]  # of the best cut of the first n rows, and where its last batch begins
+    for end in range(1, len(rows) + 1):
+        choices = [(costs[end - 1] + len(rows[end - 1].input_ids) + PASS_TOKENS, end - 1)]
+        for start in range(end - 2, -1, -1):
+            tokens = (end - start) * len(rows[start].input_ids)
+            if tokens > max_tokens:
+                break
+            choices.append((costs[start] + tokens + PASS_TOKENS, start))
+        cost, start = min(choices)
+        costs.append(cost)
+        starts.append(start)
+    batches, end = [], len(rows)
+    while end:
+        batches.append(collate(rows[starts[end] : end]))
+        end = starts[end]
+    return batches[::-1]
+
+
+def share_out(rows: Sequence[Row], number: int) -> list[list[Row]]:
+    """The rows in so many parts of about as many tokens each: the longest row left goes to the part with the least."""
+    parts: list[list[Row]] = [[] for _ in range(number)]
+    tokens = [0] * number
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        least = tokens.index(min(tokens))
+        parts[least].append(row)
+        tokens[least] += len(row.input_ids)
+    return parts
 
 
 def count(batches: Sequence[Batch]) -> Tensor:
@@ -102,16 +144,28 @@ class TrainingBatches:
         return np.repeat(np.arange(len(self.rows)), times)
 
     @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_micro_batch * self.micro_batches_per_step
+
+    @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._epoch_rows) // (self.rows_per_micro_batch * self.micro_batches_per_step))
+        return -(-len(self._epoch_rows) // self.rows_per_step)
 
     def epoch(self, step: int) -> int:
         """The epoch, counted from 0, that `step`, counted from 1, belongs to."""
         return (step - 1) // self.steps_per_epoch
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def micro_batches(self, step: int, max_tokens: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
+        """This rank's part of the step. max_tokens: of a micro-batch, with padding; 0 = by rows_per_micro_batch.
+
+        How a step is cut decides its speed and memory only, because its sums are divided once, by the whole step's
+        counts. The order is random, so that the last micro-batch, which is saved, is not always one of short rows.
+        """
         order = _epoch_order(len(self._epoch_rows), self.seed, self.epoch(step))
-        rows_per_step = self.rows_per_micro_batch * self.micro_batches_per_step
-        start = (step - 1) % self.steps_per_epoch * rows_per_step
-        rows = [self.rows[int(place)] for place in self._epoch_rows[order[start : start + rows_per_step]]]
-        return split(rows, self.rows_per_micro_batch)
+        start = (step - 1) % self.steps_per_epoch * self.rows_per_step
+        rows = [self.rows[int(place)] for place in self._epoch_rows[order[start : start + self.rows_per_step]]]
+        if not max_tokens:
+            return split(rows, self.rows_per_micro_batch)[rank::world_size]
+        batches = cut(share_out(rows, world_size)[rank], max_tokens)
+        random.Random(derive_seed(self.seed, "micro-batches", step)).shuffle(batches)
+        return batches

@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from so8t import cli, parallel
 from so8t.config import DataConfig, InputError
-from so8t.data.batches import Batch, split
 from so8t.data.messages import Conversation, read_conversation
 from so8t.data.sources import BadRow, Fields, File, count_lines, find_files, read_file
-from so8t.data.store import META_FILE, Places, Rows, Writer, map_arrays, read_meta
+from so8t.data.store import META_FILE, Places, Row, Rows, Writer, map_arrays, read_meta
 from so8t.data.template import ChatTemplate, configure_template
 from so8t.data.tokens import Encoder, Pending, TooLong
 from so8t.files import atomic_folder
@@ -317,20 +316,14 @@ def _present(fields: Fields) -> Fields:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def fixed_batches(
-    key: str,
-    patterns: Sequence[str],
-    tokenizer: Any,
-    config: DataConfig,
-    rows_per_batch: int,
-    one_length: bool = False,
-    folder: Path | None = None,
-) -> list[Batch]:
-    """The rows of some files in their order; no batches if no file is named. one_length: all padded to the longest."""
+def fixed_rows(
+    key: str, patterns: Sequence[str], tokenizer: Any, config: DataConfig, folder: Path | None = None
+) -> Sequence[Row]:
+    """The rows of some files in their order; none if no file is named."""
     if not patterns:
         return []
     dataset = load_dataset(key, patterns, tokenizer, config, folder)
     if dataset.policy.dropped:  # policy.json is about the rows of training
         first = dataset.policy.dropped[0]
         cli.say(f"{key}: {dataset.policy.summary()}, the first is {first['file']}:{first['line']}")
-    return split(dataset.rows, rows_per_batch, dataset.longest if one_length else 0)
+    return dataset.rows

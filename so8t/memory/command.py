@@ -65,7 +65,8 @@ def _plan(options: argparse.Namespace) -> int:
     rows = config.training.per_device_train_batch_size
     shape = BatchShape(rows, config.data.max_seq_length, is_padded=rows > 1)
     logits = plan_logits(config, model_config.vocab_size, shape.tokens)
-    spec = StepSpec(config, model_config, device_type, forward, logits, shape)
+    step_rows = rows * config.training.gradient_accumulation_steps
+    spec = StepSpec(config, model_config, device_type, forward, logits, shape, step_rows)
     free = None if capacity is None else capacity - CONTEXT_BYTES
     with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):
         plan = plan_memory(spec, free, capacity)

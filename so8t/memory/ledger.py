@@ -15,9 +15,9 @@ from so8t.data import Batch
 from so8t.files import atomic_write
 from so8t.memory.fakes import BatchShape, shape_of
 from so8t.memory.live_bytes import LiveBytes, Phase
-from so8t.memory.plan import Plan, ledger_rows
+from so8t.memory.plan import Plan
 from so8t.memory.process import peak_process_bytes
-from so8t.memory.trace import SAVING, Trace, all_tensors, held_bytes, held_tensors
+from so8t.memory.trace import SAVING, Trace, all_tensors, held_bytes, held_tensors, ledger_rows
 from so8t.model import Model
 from so8t.text import GIB, size_of
 
@@ -112,7 +112,7 @@ class MemoryLedger:
         held = held_bytes(self._model, self._optimizer.state.values())
         measured = Trace(held, self._phases, plan.trace.num_parameters, plan.trace.num_layers)
         predicted = plan.trace if shape == plan.spec.micro_batch else plan.traced_for(shape)
-        rows = _side_by_side(ledger_rows(predicted, plan.accumulates), ledger_rows(measured, plan.accumulates))
+        rows = _side_by_side(*(ledger_rows(trace, plan.spec.accumulates) for trace in (predicted, measured)))
         phases = _side_by_side(_peaks(predicted), _peaks(measured))
         phases = [phase for phase in phases if phase["measured_bytes"] is not None]
         peak = {"predicted_bytes": predicted.peak, "measured_bytes": measured.peak}
@@ -123,7 +123,7 @@ class MemoryLedger:
             "moments": phases,
             "peak": peak,
             "micro_batch": vars(shape),
-            "checkpointed_layers": plan.checkpointed_layers,
+            "checkpointed_layers": plan.choice.checkpointed_layers,
             "reserved_bytes": self._reserved or None,
             "process_bytes_at_start": self._process_at_start,
         }

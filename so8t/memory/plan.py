@@ -2,15 +2,16 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from so8t import driver
 from so8t.config import Config, InputError
+from so8t.memory.cache import traced
+from so8t.memory.choice import Choice, choose
 from so8t.memory.fakes import BatchShape
-from so8t.memory.trace import SAVING, StepSpec, Trace, trace_step
+from so8t.memory.trace import StepSpec, Trace, ledger_rows
 from so8t.text import GIB, MIB, size_of
 
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
@@ -32,12 +33,17 @@ WHY = {
 class Plan:
     """What a run will need. All sizes are bytes."""
 
-    spec: StepSpec
     free: int | None  # bytes of the device when the run began; None = not known
     capacity: int | None  # of the device; None = not known
-    checkpointed_layers: int
-    reason: str  # why so many
-    trace: Trace
+    choice: Choice
+
+    @property
+    def spec(self) -> StepSpec:
+        return self.choice.spec
+
+    @property
+    def trace(self) -> Trace:
+        return self.choice.trace
 
     @property
     def fragmentation(self) -> int:
@@ -48,23 +54,23 @@ class Plan:
         """Bytes that this plan leaves on the device, after its assumptions."""
         return None if self.capacity is None else self.capacity - CONTEXT_BYTES - self.fragmentation - self.trace.peak
 
-    @property
-    def accumulates(self) -> bool:
-        return self.spec.config.training.gradient_accumulation_steps > 1
-
     def traced_for(self, shape: BatchShape) -> Trace:
         """The same step with other micro-batches, beside the same buffers."""
-        return trace_step(replace(self.spec, micro_batch=shape), self.checkpointed_layers)
+        return traced(replace(self.spec, micro_batch=shape), self.choice.checkpointed_layers)
 
     def table(self) -> str:
-        trace, lines = self.trace, []
+        trace, choice, lines = self.trace, self.choice, []
         shape, padded = self.spec.micro_batch, "padded " if self.spec.micro_batch.is_padded else ""
         lines.append(
             f"memory plan, traced: {trace.num_parameters:,} parameters, micro-batches of {shape.rows} {padded}x "
             f"{shape.length} tokens"
         )
-        lines.append(f"  {self.checkpointed_layers} of {trace.num_layers} layers checkpointed ({self.reason})")
-        lines += [_line(name, size, WHY.get(name, "")) for name, size in ledger_rows(trace, self.accumulates).items()]
+        if choice.micro_batch_tokens:
+            lines.append(f"  {choice.micro_batch_tokens} tokens a micro-batch at most ({choice.tokens_reason})")
+        layers = f"{choice.checkpointed_layers} of {trace.num_layers} layers checkpointed"
+        lines.append(f"  {layers} ({choice.layers_reason})")
+        rows = ledger_rows(trace, self.spec.accumulates)
+        lines += [_line(name, size, WHY.get(name, "")) for name, size in rows.items()]
         lines.append(_line("peak of all tensors", trace.peak, f"in the {peak_phase(trace)}"))
         if self.spec.device_type != "cpu":
             lines.append(_line("CUDA context", CONTEXT_BYTES, "assumed"))
@@ -83,11 +89,12 @@ class Plan:
         return {
             "num_parameters": self.trace.num_parameters,
             "micro_batch": vars(self.spec.micro_batch),
-            "checkpointed_layers": self.checkpointed_layers,
+            "micro_batch_tokens": self.choice.micro_batch_tokens,
+            "checkpointed_layers": self.choice.checkpointed_layers,
             "num_layers": self.trace.num_layers,
             "rows": [
                 {"name": name, "where": "device", "predicted_bytes": size, "measured_bytes": None}
-                for name, size in ledger_rows(self.trace, self.accumulates).items()
+                for name, size in ledger_rows(self.trace, self.spec.accumulates).items()
             ],
             "moments": {name: phase.peak for name, phase in self.trace.phases.items()},
             "peak_bytes": self.trace.peak,
@@ -110,8 +117,8 @@ class Plan:
         """Each option that makes the peak smaller, with the bytes it saves on its own, best first."""
         savings = {}
         for option, config, shape in _options(self.spec.config, self.spec.micro_batch):
-            layers = None if config.training.gradient_checkpointing is True else self.checkpointed_layers
-            savings[option] = self.trace.peak - trace_step(self.spec.changed(config, shape), layers).peak
+            layers = None if config.training.gradient_checkpointing is True else self.choice.checkpointed_layers
+            savings[option] = self.trace.peak - traced(self.spec.changed(config, shape), layers).peak
         best_first = sorted(savings, key=lambda option: -savings[option])
         return "\n".join(_line(option, savings[option], "saved") for option in best_first if savings[option] > 0)
 
@@ -124,7 +131,7 @@ class Plan:
 
         def peak(length: int) -> int:
             shape = BatchShape(1, length, is_padded=False)
-            return trace_step(spec.changed(spec.config, shape), None).peak
+            return traced(spec.changed(spec.config, shape), None).peak
 
         positions: int = spec.model_config.max_position_embeddings
         lengths: list[int] = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
@@ -132,35 +139,16 @@ class Plan:
         return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]
 
 
-def plan_memory(spec: StepSpec, free: int | None, capacity: int | None) -> Plan:
-    """Trace the step, and choose how many layers are checkpointed.
+def plan_memory(spec: StepSpec, free: int | None, capacity: int | None, resumed_tokens: int | None = None) -> Plan:
+    """Trace the step, and choose its micro-batches and how many layers are checkpointed.
 
-    free: bytes of the device that this run may take, capacity: that it has at most, both None where they are not known.
+    spec: its micro-batch is one by rows, of the longest; free: bytes of the device that this run may take, capacity:
+    that it has at most, both None where they are not known; resumed_tokens: micro_batch_tokens of the checkpoint.
     """
-
-    @lru_cache
-    def trace(layers: int | None) -> Trace:
-        return trace_step(spec, layers)
-
-    training, layers = spec.config.training, None  # None = all
-    setting, budget = training.gradient_checkpointing, int(training.memory_budget_gib * GIB)
+    budget = int(spec.config.training.memory_budget_gib * GIB)
     if not budget and free is not None:
         budget = budget_of(free)
-    if setting != "auto":
-        layers, reason = None if setting is True else int(setting), "training.gradient_checkpointing says so"
-    elif not budget:
-        reason = "auto: without training.memory_budget_gib a CPU has no limit to keep to"
-    elif (every := trace(None)).peak > budget:
-        reason = f"auto: with all of them it is still more than {size_of(budget)}"
-    elif trace(0).peak <= budget:
-        layers, reason = 0, f"auto: none is needed for {size_of(budget)}"
-    else:
-        number = every.num_layers
-        fitting = bisect_right(range(number + 1), budget, key=lambda kept: trace(number - kept).peak)
-        layers, reason = number - (fitting - 1), f"auto: one fewer needs more than {size_of(budget)}"
-    chosen = trace(layers)
-    layers = chosen.num_layers if layers is None else min(layers, chosen.num_layers)
-    return Plan(spec, free, capacity, layers, reason, chosen)
+    return Plan(free, capacity, choose(spec, budget, resumed_tokens))
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int | None]:
@@ -178,21 +166,6 @@ def device_memory(device: torch.device) -> tuple[int | None, int | None]:
 def budget_of(free: int) -> int:
     """Bytes of tensors that fit into `free` bytes, less what fragmentation takes."""
     return int(free / (1 + FRAGMENTATION))
-
-
-def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:
-    """What a step holds, and what it adds for a time, by name; not all of it at once.
-
-    accumulates: whether gradients stay from one micro-batch to the next.
-    """
-    held, phases = trace.held, trace.phases
-    gradients = sum(held.get(kind, 0) for kind in ("trained weights", "LoRA", "gates"))
-    kept = max(phases[name].allocated for name in ("forward", SAVING) if name in phases)
-    resting = phases["update"].allocated + (gradients if accumulates else 0)
-    rows = held | {"gradients": gradients, "activations kept for the backward": kept - resting}
-    if "layers" in phases:
-        rows["loss: a chunk of logits, PET"] = max(0, phases["forward"].peak - phases["layers"].allocated)
-    return rows | {"recompute and backward of a layer": max(0, phases["backward"].peak - kept)}
 
 
 def peak_phase(trace: Trace) -> str:
@@ -215,7 +188,12 @@ def _options(config: Config, shape: BatchShape) -> list[tuple[str, Config, Batch
         options.append(("training.gradient_checkpointing = true", with_training(gradient_checkpointing=True), shape))
     if shape.rows > 1:
         one = BatchShape(1, shape.length, is_padded=False)
-        options.append(("training.per_device_train_batch_size = 1", with_training(per_device_train_batch_size=1), one))
+        if training.micro_batch_tokens:
+            tokens = f"training.micro_batch_tokens = {shape.length}"
+            options.append((tokens, with_training(micro_batch_tokens=shape.length), one))
+        else:
+            by_rows = with_training(per_device_train_batch_size=1)
+            options.append(("training.per_device_train_batch_size = 1", by_rows, one))
     if qlora.enabled and not quantization.load_in_4bit and not config.model.from_scratch:
         four_bit = with_quantization(load_in_4bit=True, load_in_8bit=False)
         options.append(("quantization.load_in_4bit = true", four_bit, shape))

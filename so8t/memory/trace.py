@@ -26,6 +26,7 @@ from so8t.model import Model, causal_lm, checkpointable_layers, num_parameters, 
 from so8t.optim import make_autocast
 
 SAVING = "forward of a saving step"
+LOSS = "loss: a chunk of logits, PET"
 KINDS = (
     "quantised weights",
     "quantisation constants",
@@ -55,12 +56,20 @@ class StepSpec:
     forward: Forward
     logits: LogitsPlan
     micro_batch: BatchShape  # the largest
+    rows: int  # of a step, on this rank
     probe: tuple[BatchShape, ...] = ()  # the micro-batches of training.save_logits_probe
 
     def changed(self, config: Config, micro_batch: BatchShape) -> "StepSpec":
         """The same step by another config, with other micro-batches and the logits buffers that they need."""
-        logits = replace(self.logits, training=config.training, max_tokens=micro_batch.tokens)
-        return replace(self, config=config, micro_batch=micro_batch, logits=logits)
+        training = config.training
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        logits = replace(self.logits, training=training, max_tokens=micro_batch.tokens)
+        return replace(self, config=config, micro_batch=micro_batch, rows=rows, logits=logits)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients stay from one micro-batch to the next."""
+        return self.rows > self.micro_batch.rows
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ def _run_step(spec: StepSpec, model: Model, mark: Mark) -> None:
         return share
 
     trainable = trainable_parameters(model)
-    if training.gradient_accumulation_steps > 1:  # those of the earlier micro-batches
+    if spec.accumulates:  # the gradients of the earlier micro-batches
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
     share = forward(_LayersTap(mark))
@@ -213,3 +222,18 @@ def held_bytes(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[st
         sizes[kind] = sum(size for identity, size in storages.items() if identity not in seen)
         seen |= storages.keys()
     return {kind: size for kind, size in sizes.items() if size}
+
+
+def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:
+    """What a step holds, and what it adds for a time, by name; not all of it at once.
+
+    accumulates: whether gradients stay from one micro-batch to the next.
+    """
+    held, phases = trace.held, trace.phases
+    gradients = sum(held.get(kind, 0) for kind in ("trained weights", "LoRA", "gates"))
+    kept = max(phases[name].allocated for name in ("forward", SAVING) if name in phases)
+    resting = phases["update"].allocated + (gradients if accumulates else 0)
+    rows = held | {"gradients": gradients, "activations kept for the backward": kept - resting}
+    if "layers" in phases:
+        rows[LOSS] = max(0, phases["forward"].peak - phases["layers"].allocated)
+    return rows | {"recompute and backward of a layer": max(0, phases["backward"].peak - kept)}

@@ -15,6 +15,7 @@ from so8t.metrics import read_metrics
 SAMPLE = Path("so8t/demo/sample.jsonl")
 LINEAR = 'qlora.target_modules=["qkv_proj","o_proj"]'
 FROM_SCRATCH = ("model.from_scratch=true", "qlora.enabled=false", "so8t.enabled=false", "training.optim=adamw")
+SAME_CUT = "training.micro_batch_tokens=300"  # of a step, on the device as on a CPU, which has no budget
 CHECKPOINTING = ("training.bf16=true", "training.gradient_checkpointing=true")
 FORMS = ("full", "topk", "stats")
 
@@ -70,9 +71,9 @@ def commands(folder: Path, base: Path) -> list[dict[str, Any]]:
     first = str(folder / "full")
     return [
         default,
-        train("full", probe, "training.save_total_limit=0"),
-        train("on the cpu", probe, device="cpu"),
-        train("resumed", f"training.resume={folder / 'full' / 'checkpoints' / 'step_000001'}"),
+        train("full", probe, SAME_CUT, "training.save_total_limit=0"),
+        train("on the cpu", probe, SAME_CUT, device="cpu"),
+        train("resumed", SAME_CUT, f"training.resume={folder / 'full' / 'checkpoints' / 'step_000001'}"),
         train("topk", "training.save_logits_form=topk", "training.save_logits_positions=labels", *CHECKPOINTING),
         train("stats", "training.save_logits_form=stats", "training.fp16=true", *FROM_SCRATCH),
         train("4-bit", "quantization.load_in_4bit=true", "training.bf16=true"),

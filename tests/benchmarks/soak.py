@@ -125,8 +125,9 @@ def tormented(model: str, folder: Path, steps: int, log: Path, chance: random.Ra
                     process.send_signal(kind)
                     process.wait()
                 torment.exits.append(process.returncode)
-                if process.returncode == 2:  # the user's input: it would never end
-                    sys.exit(f"the run ended with 2; see {log}")
+                if torment.exits[-3:] == [2, 2, 2]:  # the user's input, and not a disk that was full at the start
+                    sys.exit(f"the run ended with 2 three times; see {log}")
+                time.sleep(FULL_FOR[1] if process.returncode == 2 else 0)
     finally:
         over.set()
         for watcher in watchers:

@@ -28,7 +28,7 @@ from so8t.data import (
     collate,
     count,
     derive_seed,
-    fixed_batches,
+    fixed_rows,
     load_dataset,
     read_conversation,
     split,
@@ -620,11 +620,11 @@ def test_where_the_policy_leaves_no_row_the_error_says_what_rows_lack(tmp_path: 
 
 def test_fixed_batches_say_what_the_policy_left_out_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = write(tmp_path / "rows.jsonl", FILE_OF_FOUR)
-    batches = fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(policy=PolicyConfig()), 8)
-    assert ids_of(batches) == [0, 3]
+    rows = fixed_rows("data.eval_data", [name], TOKENIZER, settings_of(policy=PolicyConfig()))
+    assert [row.sample_id for row in rows] == [0, 3]
     expected = f"data.eval_data: data.policy left out 2 rows (provenance 1, email 1), the first is {name}:2"
     assert " ".join(capsys.readouterr().out.split()) == expected
-    assert len(ids_of(fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(), 8))) == 3
+    assert len(fixed_rows("data.eval_data", [name], TOKENIZER, settings_of())) == 3
 
 
 def test_rows_of_a_trusted_source_are_shown_more_often_in_training_only(tmp_path: Path) -> None:
@@ -636,7 +636,10 @@ def test_rows_of_a_trusted_source_are_shown_more_often_in_training_only(tmp_path
     data = TrainingBatches(dataset.rows, 1, 2, seed=1)
     assert data.steps_per_epoch == 2
     assert sorted(ids_of([*data.micro_batches(1), *data.micro_batches(2)])) == [0, 3, 3, 3]
-    assert ids_of(fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(policy=trusting), 8)) == [0, 3]
+    assert [row.sample_id for row in fixed_rows("data.eval_data", [name], TOKENIZER, settings_of(policy=trusting))] == [
+        0,
+        3,
+    ]
 
 
 # ---- batches
@@ -702,12 +705,12 @@ def test_a_step_adds_up_the_counts_of_its_micro_batches_and_of_none_counts_zero(
 
 def test_fixed_batches_keep_the_order_and_pad_all_to_the_longest_row(tmp_path: Path) -> None:
     name = write(tmp_path / "rows.jsonl", [PLAIN, CHAT, THINKING])
-    batches = fixed_batches("data.eval_data", [name], TOKENIZER, settings_of(), 2, one_length=True)
+    batches = split(fixed_rows("data.eval_data", [name], TOKENIZER, settings_of()), 2, one_length=True)
     assert [batch.sample_ids.tolist() for batch in batches] == [[0, 1], [2]]
     assert {batch.input_ids.shape[1] for batch in batches} == {len(encode(THINKING).input_ids)}
-    assert fixed_batches("data.eval_data", [], TOKENIZER, settings_of(), 2) == []
+    assert fixed_rows("data.eval_data", [], TOKENIZER, settings_of()) == []
     with pytest.raises(InputError, match=r"^data\.eval_data: there is no file none$"):
-        fixed_batches("data.eval_data", ["none"], TOKENIZER, settings_of(), 2)
+        fixed_rows("data.eval_data", ["none"], TOKENIZER, settings_of())
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 3))

@@ -1,16 +1,14 @@
 """The ledger's numbers against the real allocator, and what it says about them."""
 
-import importlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from memory_cases import step_spec, take_step, traced_once
+from memory_cases import step_spec, take_step
 from model_cases import CPU, PHI3_LINEAR
 from torch.backends import mkldnn
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +19,8 @@ from so8t import driver
 from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, Row, collate
 from so8t.logits import LogitsSaver, plan_logits
-from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, plan_memory
+from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, plan_memory
+from so8t.memory.cache import traced
 from so8t.memory.command import main
 from so8t.memory.ledger import is_out_of_memory
 from so8t.memory.live_bytes import LiveBytes
@@ -31,7 +30,6 @@ from so8t.model import load_model
 from so8t.optim import make_amp, make_optimizer
 from so8t.text import COLUMNS, GIB
 
-PLAN: Any = importlib.import_module("so8t.memory.plan")
 LAYERS = 2
 SIZES: dict[str, Any] = {
     "vocab_size": 3000,
@@ -57,19 +55,6 @@ PHI35 = Phi3Config(
     pad_token_id=32000,
 )
 RTX3060 = Path("configs/train_borea_phi35_so8t_thinking_rtx3060.toml")
-
-
-def step_of(spec: StepSpec, layers: int | None) -> tuple[Any, ...]:
-    """All that a trace depends on: neither the folders nor how much memory there is."""
-    training = replace(spec.config.training, output_dir="", memory_budget_gib=0.0)
-    config = replace(spec.config, training=training)
-    return config, spec.model_config, spec.device_type, spec.logits.layout, spec.micro_batch, spec.probe, layers
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _traced_once() -> Iterator[None]:
-    with traced_once(step_of):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +103,7 @@ def make_batch(shape: BatchShape) -> Batch:
 
 
 def trace(config: Config, shape: BatchShape, layers: int, device_type: str = "cpu") -> Trace:
-    traced: Trace = PLAN.trace_step(step_spec(config, shape, device_type), layers)  # see traced_once
-    return traced
+    return traced(step_spec(config, shape, device_type), layers)
 
 
 def real_peak(config: Config, shape: BatchShape, checkpointed_layers: int, folder: Path) -> int:
@@ -217,7 +201,7 @@ def test_plan_of_the_users_own_job_fits_a_12_gib_card_and_counts_its_parameters(
     assert found.trace.num_parameters - (held["LoRA"] + held["gates"]) // 4 == 3_821_079_552
     assert held["quantised weights"] == 3_623_878_656 // 2
     assert held["optimizer states, 8-bit"] == (held["LoRA"] + held["gates"]) // 2
-    assert found.checkpointed_layers == 0  # nothing of 1024 tokens needs to be computed twice
+    assert found.choice.checkpointed_layers == 0  # nothing of 1024 tokens needs to be computed twice
     assert found.headroom is not None
     assert found.headroom > 0
     found.check()
@@ -246,16 +230,16 @@ def test_auto_checkpoints_only_as_many_layers_as_the_budget_needs(tmp_path: Path
     assert peaks == sorted(peaks, reverse=True)
     for layers in (0, 1):
         chosen = plan(config, shape, budget=peaks[layers])
-        assert (chosen.checkpointed_layers, chosen.trace.peak) == (layers, peaks[layers])
+        assert (chosen.choice.checkpointed_layers, chosen.trace.peak) == (layers, peaks[layers])
         assert f"{layers} of {LAYERS} layers checkpointed (auto" in chosen.table()
-    assert plan(config, shape, budget=peaks[-1] - 1).checkpointed_layers == LAYERS
-    assert plan(config, shape).checkpointed_layers == LAYERS  # a CPU without a budget
+    assert plan(config, shape, budget=peaks[-1] - 1).choice.checkpointed_layers == LAYERS
+    assert plan(config, shape).choice.checkpointed_layers == LAYERS  # a CPU without a budget
 
 
 @pytest.mark.parametrize(("setting", "layers"), [("true", LAYERS), ("false", 0), ("1", 1), ("99", LAYERS)])
 def test_the_user_may_choose_the_layers(tmp_path: Path, models: dict[str, Path], setting: str, layers: int) -> None:
     config = make_config(tmp_path, models["phi3"], f"training.gradient_checkpointing={setting}")
-    assert plan(config, BatchShape(1, 64, False), budget=2**40).checkpointed_layers == layers
+    assert plan(config, BatchShape(1, 64, False), budget=2**40).choice.checkpointed_layers == layers
 
 
 # ---- what it says
@@ -322,12 +306,12 @@ def test_what_does_not_fit_is_refused_with_the_options_that_help_best_first(
     sizes = [float(size) for _, size in savings]
     assert sizes == sorted(sizes, reverse=True)
     assert {name for name, _ in savings} >= {"data.max_seq_length", "training.optim"}
-    one_row = next(size for name, size in savings if name == "training.per_device_train_batch_size")
+    one_row = next(size for name, size in savings if name == "training.micro_batch_tokens")
     spec = too_large.spec
     smaller = plan(spec.config, BatchShape(1, 512, False))
     assert float(one_row) == pytest.approx((too_large.trace.peak - smaller.trace.peak) / 2**20, abs=0.1)
     ignored = replace(spec.config, training=replace(spec.config.training, ignore_memory_plan=True))
-    replace(too_large, spec=replace(spec, config=ignored)).check()
+    replace(too_large, choice=replace(too_large.choice, spec=replace(spec, config=ignored))).check()
 
 
 def test_wrong_key_and_missing_model_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

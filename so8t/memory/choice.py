@@ -1,0 +1,117 @@
+"""How a step is cut into micro-batches and how many layers are recomputed: the most tokens a second that fit."""
+
+from dataclasses import dataclass, replace
+
+from so8t.data import PASS_TOKENS
+from so8t.memory.cache import traced
+from so8t.memory.fakes import BatchShape
+from so8t.memory.trace import LOSS, StepSpec, Trace, ledger_rows
+from so8t.text import size_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan decides, and why."""
+
+    spec: StepSpec  # with the largest micro-batch
+    micro_batch_tokens: int  # at most, padding included; 0 = by rows
+    tokens_reason: str
+    checkpointed_layers: int
+    layers_reason: str
+    trace: Trace
+
+
+def cost(tokens: int, share: float) -> float:
+    """Time per token in micro-batches of `tokens`, with this share of the layers recomputed, in a token's forward pass.
+
+    Forward 1, backward 2, recompute `share`; each pass goes over all weights once, which costs PASS_TOKENS tokens more.
+    """
+    return (3 + share) * (1 + PASS_TOKENS / tokens)
+
+
+def choose(spec: StepSpec, budget: int, resumed_tokens: int | None) -> Choice:
+    """The choice for a budget of so many bytes of tensors; 0 = there is none to keep to.
+
+    resumed_tokens: micro_batch_tokens of the checkpoint that the run resumes from, which "auto" keeps.
+    """
+    tokens, reason = spec.config.training.micro_batch_tokens, "training.micro_batch_tokens says so"
+    if tokens == "auto" and resumed_tokens is not None:
+        tokens, reason = resumed_tokens, "auto: as before the run was resumed"
+    if tokens == "auto" and not budget:
+        tokens, reason = spec.micro_batch.tokens, f"auto: as {spec.micro_batch.rows} of the longest rows have"
+    if tokens == "auto":
+        rows, tokens_of_row = _rows(spec, budget), spec.micro_batch.length
+        tokens, reason = rows * tokens_of_row, f"auto: the most tokens a second in {size_of(budget)}"
+    if tokens:
+        spec = with_tokens(spec, tokens)
+    layers, why, trace = _layers(spec, budget)
+    return Choice(spec, tokens, reason, layers, why, trace)
+
+
+def with_tokens(spec: StepSpec, tokens: int) -> StepSpec:
+    """The step with the largest micro-batch that `tokens` allow: of the longest rows, or else one of them alone."""
+    longest = spec.micro_batch.length
+    rows = min(-(-tokens // longest), spec.rows)
+    length = min(longest, max(tokens // rows, 1)) if rows > 1 else longest
+    shape = BatchShape(rows, length, is_padded=rows > 1)
+    return replace(spec, micro_batch=shape, logits=replace(spec.logits, max_tokens=shape.tokens))
+
+
+def _rows(spec: StepSpec, budget: int) -> int:
+    """How many of the longest rows make the fastest micro-batch that fits, estimated from the traces of one of them.
+
+    What a step adds to the tensors that rest grows with its tokens, but for the gradients and a chunk of logits.
+    """
+    if spec.rows == 1:
+        return 1
+    setting, one = spec.config.training.gradient_checkpointing, with_tokens(spec, spec.micro_batch.length)
+    number = traced(one, None).num_layers
+    layers = range(number + 1) if setting == "auto" else [number if setting is True else min(int(setting), number)]
+    ends = {recomputed: _growing(traced(one, recomputed), one.accumulates) for recomputed in (layers[0], layers[-1])}
+
+    def peak(rows: int, recomputed: int) -> float:
+        share = (recomputed - layers[0]) / max(1, layers[-1] - layers[0])
+        grows, fixed = (
+            (1 - share) * first + share * last for first, last in zip(ends[layers[0]], ends[layers[-1]], strict=True)
+        )
+        return fixed + rows * grows
+
+    fitting = [
+        (cost(rows * one.micro_batch.tokens, recomputed / number), rows)
+        for rows in range(1, spec.rows + 1)
+        for recomputed in layers
+        if peak(rows, recomputed) <= budget
+    ]
+    rows = min(fitting)[1] if fitting else 1
+    while rows > 1 and traced(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1]).peak > budget:
+        rows -= 1
+    return rows
+
+
+def _growing(trace: Trace, accumulates: bool) -> tuple[int, int]:
+    """Bytes of a peak that grow with the tokens, and bytes that do not."""
+    rows = ledger_rows(trace, accumulates)
+    fixed = sum(trace.held.values()) + (rows["gradients"] if accumulates else 0) + rows[LOSS]
+    return trace.peak - fixed, fixed
+
+
+def _layers(spec: StepSpec, budget: int) -> tuple[int, str, Trace]:
+    """The layers to recompute: what the config says, or as few as fit."""
+    setting, layers = spec.config.training.gradient_checkpointing, None  # None = all
+    if setting != "auto":
+        layers, reason = None if setting is True else int(setting), "training.gradient_checkpointing says so"
+    elif not budget:
+        reason = "auto: without training.memory_budget_gib a CPU has no limit to keep to"
+    elif (every := traced(spec, None)).peak > budget:
+        reason = f"auto: with all of them it is still more than {size_of(budget)}"
+    elif (none := traced(spec, 0)).peak <= budget:
+        layers, reason = 0, f"auto: none is needed for {size_of(budget)}"
+    else:
+        layers = every.num_layers * (none.peak - budget) // (none.peak - every.peak)  # nearly linear: a first guess
+        while traced(spec, layers).peak > budget:
+            layers += 1
+        while traced(spec, layers - 1).peak <= budget:
+            layers -= 1
+        reason = f"auto: one fewer needs more than {size_of(budget)}"
+    chosen = traced(spec, layers)
+    return chosen.num_layers if layers is None else min(layers, chosen.num_layers), reason, chosen
