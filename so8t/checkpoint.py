@@ -10,7 +10,7 @@ import torch
 
 from so8t.config import CONFIG_FILE, Config, InputError, changed_keys, load_config, to_toml
 from so8t.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write, delete_folder, sweep_temporaries
-from so8t.model import Model, save_model
+from so8t.model import GATES_FILE, Model, save_model
 
 STATE_FILE = "training_state.pt"
 log = logging.getLogger("so8t")
@@ -25,6 +25,13 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest step first. Other files in the folder are ignored."""
     folders = [path for path in (output_dir / "checkpoints").glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
     return sorted(folders, key=step_of)
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest one of the run that it is; None if it is neither."""
+    if any((path / name).is_file() for name in (STATE_FILE, GATES_FILE)):
+        return path
+    return next(reversed(checkpoint_folders(path)), None)
 
 
 def step_of(folder: Path) -> int:

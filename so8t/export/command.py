@@ -16,9 +16,7 @@ from so8t import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m so8t.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("python -m so8t.export", __doc__)
     parser.add_argument("run", type=Path, help="a run's training.output_dir (its newest checkpoint) or a checkpoint")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument(

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
+from so8t.checkpoint import checkpoint_at, step_of
 from so8t.config import CONFIG_FILE, Config, InputError, ModelSpec, QuantizationConfig, load_config
 from so8t.data import Batch
 from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute, ends_in_stop
@@ -29,7 +29,7 @@ from so8t.export.model_card import model_card
 from so8t.files import atomic_folder, atomic_write
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle, state_without_gates
 from so8t.metrics import read_metrics
-from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer, set_stops
+from so8t.model import Model, load_model, load_model_config, load_tokenizer, set_stops
 from so8t.policy import PolicyReport, read_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -112,15 +112,13 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
 
 
 def newest_checkpoint(run: Path) -> Path:
-    checkpoints = checkpoint_folders(run)
-    if not checkpoints and any((run / name).is_file() for name in (STATE_FILE, GATES_FILE)):
-        checkpoints = [run]
-    if not checkpoints:
+    checkpoint = checkpoint_at(run)
+    if checkpoint is None:
         raise InputError(
             f"{run} holds no checkpoint of so8t; give a run's training.output_dir or one of its checkpoints/step_* "
             "folders"
         )
-    checkpoint = checkpoints[-1].resolve()
+    checkpoint = checkpoint.resolve()
     step_of(checkpoint)  # the name must hold the step
     return checkpoint
 

@@ -20,11 +20,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from so8t.config import InputError
 from so8t.serve import chat
@@ -35,7 +33,6 @@ from so8t.thinking import SafetyLabel, is_blank
 MAX_BODY_BYTES = 64 * 1024
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 MODEL_NAME = "so8t"  # in the shape of OpenAI
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEALTH_SECONDS = 1.0  # how long a look at the audit trail counts
 
 logger = logging.getLogger("so8t.serve")
@@ -98,7 +95,7 @@ class Problem(BaseModel):
 Asking = TypeVar("Asking", ThinkRequest, chat.ChatRequest)
 
 
-def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
+def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
     """The web application; if there is a token, requests to the model must carry it.
 
     A request whose Host is none of `allowed_hosts` is refused: without that, any web page could give its own name this
@@ -112,7 +109,6 @@ def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] =
 
     app = FastAPIOffline(title="so8t", redoc_url=None, lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
-    app.add_middleware(SecurityHeaders)
     bearer = HTTPBearer(auto_error=False)
 
     async def authorise(request: Request, _: Annotated[Any, Depends(bearer)]) -> None:
@@ -123,25 +119,6 @@ def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] =
             raise HTTPException(
                 401, "send the header Authorization: Bearer with the token", {"WWW-Authenticate": "Bearer"}
             )
-
-    async def answer(request: Request, shape: type[Asking]) -> tuple[Asking, Answer]:
-        """Read the request and wait for the answer; raises HTTPException if there is none, whatever the reason."""
-        deadline = time.monotonic() + 0.9 * thinker.request_seconds  # the rest is for what the model does not watch
-        try:
-            async with asyncio.timeout(thinker.request_seconds):
-                asked = parse_request(await read_body(request), shape)
-                return asked, await unless_gone(request, thinker.ask(asked.question(deadline)))
-        except ClientDisconnect:
-            raise HTTPException(400, "the client has gone") from None  # nobody reads it
-        except InputError as error:
-            raise HTTPException(422, str(error)) from None
-        except Busy as error:
-            raise HTTPException(503, f"{error}; try again later", RETRY_AFTER) from None
-        except TimeoutError:
-            raise HTTPException(503, "it took too long; try again later", RETRY_AFTER) from None
-        except AuditError as error:
-            logger.error("no answer: %s", error)
-            raise HTTPException(503, "the audit trail takes no rows, so there is no answer", RETRY_AFTER) from None
 
     problems: dict[int | str, dict[str, Any]] = {
         401: {"model": Problem, "description": "The token is missing or wrong"},
@@ -154,19 +131,20 @@ def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] =
     @app.post("/think", dependencies=[Depends(authorise)], responses=problems, openapi_extra=_body(ThinkRequest))
     async def think(request: Request, response: Response) -> ThinkResponse:
         """Answer a query. An answer that is not fit to leave is replaced by a fixed refusal, labelled ESCALATE."""
-        _, found = await answer(request, ThinkRequest)
+        _, found = await ask(thinker, request, ThinkRequest)
         response.headers.update(_headers(found))
+        row = found.row
         return ThinkResponse(
             answer=found.text,
-            safety_label=found.safety_label,
-            thinking_hash=found.thinking_hash,
-            request_id=found.request_id,
+            safety_label=row.safety_label,
+            thinking_hash=row.thinking_hash,
+            request_id=row.request_id,
         )
 
     @app.post("/v1/chat/completions", dependencies=[Depends(authorise)], openapi_extra=_body(chat.ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """The same in the shape of OpenAI's chat completions: the final alone, its label and hashes in the headers."""
-        asked, found = await answer(request, chat.ChatRequest)
+        asked, found = await ask(thinker, request, chat.ChatRequest)
         if not asked.stream:
             return JSONResponse(chat.completion(found, MODEL_NAME), headers=_headers(found))
         with_usage = (asked.stream_options or {}).get("include_usage", False)
@@ -191,7 +169,7 @@ def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] =
                 last = time.monotonic(), await run_in_threadpool(_problem_of, thinker)
         if last[1]:
             raise HTTPException(503, "the audit trail takes no rows, so there are no answers", RETRY_AFTER)
-        return Health(status="ok", model_hash=thinker.model_hash)
+        return Health(status="ok", model_hash=thinker.generate.model_hash)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -225,11 +203,31 @@ def _body(shape: type[BaseModel]) -> dict[str, Any]:
 
 def _headers(answer: Answer) -> dict[str, str]:
     return {
-        "X-Safety-Label": answer.safety_label,
-        "X-Answer-Hash": answer.answer_hash,
-        "X-Thinking-Hash": answer.thinking_hash,
-        "X-Request-Id": answer.request_id,
+        "X-Safety-Label": answer.row.safety_label,
+        "X-Answer-Hash": answer.row.answer_hash,
+        "X-Thinking-Hash": answer.row.thinking_hash,
+        "X-Request-Id": answer.row.request_id,
     }
+
+
+async def ask(thinker: Thinker, request: Request, shape: type[Asking]) -> tuple[Asking, Answer]:
+    """Read the request and wait for the answer; raises HTTPException if there is none, whatever the reason."""
+    deadline = time.monotonic() + 0.9 * thinker.request_seconds  # the rest is for what the model does not watch
+    try:
+        async with asyncio.timeout(thinker.request_seconds):
+            asked = parse_request(await read_body(request), shape)
+            return asked, await unless_gone(request, thinker.ask(asked.question(deadline)))
+    except ClientDisconnect:
+        raise HTTPException(400, "the client has gone") from None  # nobody reads it
+    except InputError as error:
+        raise HTTPException(422, str(error)) from None
+    except Busy as error:
+        raise HTTPException(503, f"{error}; try again later", RETRY_AFTER) from None
+    except TimeoutError:
+        raise HTTPException(503, "it took too long; try again later", RETRY_AFTER) from None
+    except AuditError as error:
+        logger.error("no answer: %s", error)
+        raise HTTPException(503, "the audit trail takes no rows, so there is no answer", RETRY_AFTER) from None
 
 
 async def unless_gone(request: Request, answer: Awaitable[Answer]) -> Answer:
@@ -296,26 +294,14 @@ PAGE_POLICY = (
     f"default-src 'none'; script-src {_sources('script')}; style-src {_sources('style')}; connect-src 'self'; "
     f"{EVERYWHERE}"
 )
-
-
-class SecurityHeaders:
-    """No other site shows these pages in a frame, guesses their types, or learns their addresses."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.setdefault("Content-Security-Policy", EVERYWHERE)
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-                headers["Cross-Origin-Resource-Policy"] = "same-origin"
-                headers["Cache-Control"] = "no-store"
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
+# on all that the server sends: no other site shows these pages in a frame, guesses their types, learns their addresses
+HEADERS = [
+    ("Content-Security-Policy", EVERYWHERE),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cache-Control", "no-store"),
+]
 
 
 class QuietFormatter(logging.Formatter):

@@ -27,6 +27,7 @@ from typing import Any
 
 from so8t.config import InputError
 from so8t.files import atomic_write
+from so8t.thinking import SafetyLabel
 
 
 class AuditError(Exception):
@@ -42,7 +43,7 @@ class AuditRow:
     query_hash: str
     thinking_hash: str
     answer_hash: str
-    safety_label: str
+    safety_label: SafetyLabel
     model_hash: str
     num_tokens: int  # generated
     duration_ms: int  # of the generation
