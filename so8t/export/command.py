@@ -41,5 +41,5 @@ def _export(options: argparse.Namespace) -> int:
             f"{options.out} was not written: the GPU has no room for the model in its training dtype; "
             'set CUDA_VISIBLE_DEVICES="" to export on the CPU'
         ) from error
-    print(f"exported: {options.out}")
+    cli.say(f"exported: {options.out}")
     return 0

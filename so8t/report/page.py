@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from so8t.analyze import Analysis, SampleDynamics, StepScores, analyze, to_text
+from so8t.analyze import Analysis, analyze, to_text
 from so8t.checkpoint import checkpoint_folders
 from so8t.config import CONFIG_FILE, Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
@@ -192,16 +192,13 @@ def _comparable(analysis: Analysis) -> Analysis:
 
     The rows of the data map are those trained on, if any of them was saved twice.
     """
-    steps: dict[str, list[StepScores]] = {"probe": [], "logits": []}
-    samples: dict[str, list[SampleDynamics]] = {"logits": [], "probe": []}
-    for scores in analysis.steps:
-        steps[scores.kind].append(scores)
-    for sample in analysis.dynamics:
-        if len(sample.steps) > 1:
-            samples[sample.kind].append(sample)
-    kind = "probe" if steps["probe"] else "logits"
-    comparisons = [comparison for comparison in analysis.comparisons if comparison.kind == kind]
-    return Analysis(steps[kind], comparisons, samples["logits"] or samples["probe"])
+    kind = "probe" if any(scores.kind == "probe" for scores in analysis.steps) else "logits"
+    again = [sample for sample in analysis.dynamics if len(sample.steps) > 1]
+    return Analysis(
+        [scores for scores in analysis.steps if scores.kind == kind],
+        [comparison for comparison in analysis.comparisons if comparison.kind == kind],
+        [sample for sample in again if sample.kind == "logits"] or again,
+    )
 
 
 def _tokenizer(run: Run, logits: Path) -> Any:

@@ -26,17 +26,11 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchmetrics.functional.classification.calibration_error import _ce_compute
 from torchmetrics.functional.text import perplexity
 
-from so8t.analyze import (
-    Bounds,
-    StepScores,
-    analyze,
-    compare,
-    score_step,
-    token_changes,
-    training_dynamics,
-)
+from so8t.analyze import StepScores, analyze
+from so8t.analyze.changes import compare, token_changes
 from so8t.analyze.command import main
-from so8t.analyze.scores import calibration
+from so8t.analyze.dynamics import training_dynamics
+from so8t.analyze.scores import Bounds, calibration, score_step
 from so8t.config import load_config
 from so8t.data import TrainingBatches, load_dataset
 from so8t.logits import LogitsRecord, read_logits
