@@ -9,13 +9,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
@@ -33,7 +32,6 @@ from so8t.thinking import SafetyLabel, is_blank
 MAX_BODY_BYTES = 64 * 1024
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 MODEL_NAME = "so8t"  # in the shape of OpenAI
-HEALTH_SECONDS = 1.0  # how long a look at the audit trail counts
 
 logger = logging.getLogger("so8t.serve")
 
@@ -92,6 +90,14 @@ class Problem(BaseModel):
     detail: Annotated[str, Field(description="what is wrong, in plain words")]
 
 
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Problem, "description": "The token is missing or wrong"},
+    413: {"model": Problem, "description": f"The body is longer than {MAX_BODY_BYTES} bytes"},
+    415: {"model": Problem, "description": "The body is not declared as JSON"},
+    422: {"model": Problem, "description": "A field is not what it must be"},
+    503: {"model": Problem, "description": "No answer now: too many requests, no time left, or no audit row"},
+}
+
 Asking = TypeVar("Asking", ThinkRequest, chat.ChatRequest)
 
 
@@ -109,26 +115,9 @@ def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)
 
     app = FastAPIOffline(title="so8t", redoc_url=None, lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
-    bearer = HTTPBearer(auto_error=False)
+    authorised = [Depends(bearer_of(token))]
 
-    async def authorise(request: Request, _: Annotated[Any, Depends(bearer)]) -> None:
-        given = request.headers.getlist("authorization")
-        # latin-1 gives back the bytes that were sent
-        scheme, _, secret = given[0].encode("latin-1").partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        if token and not (scheme.lower() == b"bearer" and hmac.compare_digest(secret.strip(), os.fsencode(token))):
-            raise HTTPException(
-                401, "send the header Authorization: Bearer with the token", {"WWW-Authenticate": "Bearer"}
-            )
-
-    problems: dict[int | str, dict[str, Any]] = {
-        401: {"model": Problem, "description": "The token is missing or wrong"},
-        413: {"model": Problem, "description": f"The body is longer than {MAX_BODY_BYTES} bytes"},
-        415: {"model": Problem, "description": "The body is not declared as JSON"},
-        422: {"model": Problem, "description": "A field is not what it must be"},
-        503: {"model": Problem, "description": "No answer now: too many requests, no time left, or no audit row"},
-    }
-
-    @app.post("/think", dependencies=[Depends(authorise)], responses=problems, openapi_extra=_body(ThinkRequest))
+    @app.post("/think", dependencies=authorised, responses=PROBLEMS, openapi_extra=_body(ThinkRequest))
     async def think(request: Request, response: Response) -> ThinkResponse:
         """Answer a query. An answer that is not fit to leave is replaced by a fixed refusal, labelled ESCALATE."""
         _, found = await ask(thinker, request, ThinkRequest)
@@ -141,7 +130,7 @@ def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)
             request_id=row.request_id,
         )
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(authorise)], openapi_extra=_body(chat.ChatRequest))
+    @app.post("/v1/chat/completions", dependencies=authorised, openapi_extra=_body(chat.ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """The same in the shape of OpenAI's chat completions: the final alone, its label and hashes in the headers."""
         asked, found = await ask(thinker, request, chat.ChatRequest)
@@ -151,24 +140,20 @@ def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)
         events = chat.chunks(found, MODEL_NAME, with_usage)
         return StreamingResponse(events, headers=_headers(found), media_type="text/event-stream")
 
-    @app.get("/v1/models", dependencies=[Depends(authorise)])
+    @app.get("/v1/models", dependencies=authorised)
     async def models() -> dict[str, Any]:
         """The one model, in the shape of OpenAI."""
         model = {"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "so8t"}
         return {"object": "list", "data": [model]}
 
-    checked = asyncio.Lock()
-    last: tuple[float, str] = (-HEALTH_SECONDS, "")
-
     @app.get("/health", responses={503: {"model": Problem, "description": "The audit trail takes no rows"}})
-    async def health() -> Health:
+    def health() -> Health:
         """Say that the server is up and could answer, and with which model."""
-        nonlocal last
-        async with checked:  # however often it is asked, it writes to the disk once a second at most
-            if time.monotonic() - last[0] >= HEALTH_SECONDS:
-                last = time.monotonic(), await run_in_threadpool(_problem_of, thinker)
-        if last[1]:
-            raise HTTPException(503, "the audit trail takes no rows, so there are no answers", RETRY_AFTER)
+        try:
+            thinker.audit.check()
+        except AuditError as error:
+            logger.error("not ready: %s", error)
+            raise HTTPException(503, "the audit trail takes no rows, so there are no answers", RETRY_AFTER) from None
         return Health(status="ok", model_hash=thinker.generate.model_hash)
 
     @app.get("/", include_in_schema=False)
@@ -186,13 +171,19 @@ def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)
     return app
 
 
-def _problem_of(thinker: Thinker) -> str:
-    try:
-        thinker.audit.check()
-    except AuditError as error:
-        logger.error("not ready: %s", error)
-        return str(error)
-    return ""
+def bearer_of(token: str) -> Callable[..., Awaitable[None]]:
+    """What lets a request through only with this token; "" lets all through."""
+
+    async def authorise(request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:
+        given = request.headers.getlist("authorization")
+        # latin-1 gives back the bytes that were sent
+        scheme, _, secret = given[0].encode("latin-1").partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        if token and not (scheme.lower() == b"bearer" and hmac.compare_digest(secret.strip(), os.fsencode(token))):
+            raise HTTPException(
+                401, "send the header Authorization: Bearer with the token", {"WWW-Authenticate": "Bearer"}
+            )
+
+    return authorise
 
 
 def _body(shape: type[BaseModel]) -> dict[str, Any]:

@@ -282,7 +282,7 @@ def test_without_a_row_there_is_no_answer(make: Make, tmp_path: Path) -> None:
 def test_on_a_full_disk_there_is_no_answer_and_on_a_freed_one_there_is(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("so8t.serve.api.HEALTH_SECONDS", 0.0)
+    monkeypatch.setattr("so8t.serve.audit.CHECK_SECONDS", 0.0)
     with service(small_disk, Stub()) as served:
 
         def health() -> int:
