@@ -13,15 +13,18 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from so8t.config import InputError
 from so8t.serve.audit import AuditError, AuditRow, AuditTrail
 from so8t.thinking import REFUSAL, release
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from so8t.serve.generate import Generator
 
 QUEUE_LENGTH = 32  # requests that wait or are being answered
 REQUEST_SECONDS = 120.0  # from the first byte of a request to its answer
@@ -70,21 +73,6 @@ class Written(NamedTuple):
     num_tokens: int
 
 
-class Generate(Protocol):
-    """What `so8t.serve.generate.Generator` does."""
-
-    model_hash: str
-
-    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]: ...
-
-    def __call__(
-        self,
-        questions: Sequence[Question],
-        prompts: Sequence[list[int]],
-        written: Callable[[Sequence[Written]], None],
-    ) -> None: ...
-
-
 class Busy(Exception):
     """There was no time or place to answer."""
 
@@ -108,7 +96,7 @@ class Thinker:
 
     def __init__(
         self,
-        generate: Generate,
+        generate: "Generator",
         audit: AuditTrail,
         queue_length: int = QUEUE_LENGTH,
         request_seconds: float = REQUEST_SECONDS,
