@@ -143,7 +143,8 @@ def _accuracy(steps: Sequence[StepScores]) -> Chart:
 
 def _calibration(steps: Sequence[StepScores]) -> Chart:
     errors = [(scores.step, scores.total.calibration.error) for scores in steps]
-    bounds = [(step, error.low, error.high) for step, error in errors if error.low < error.high]
+    bounds: list[tuple[float, float, float]] = []
+    bounds += ((step, error.low, error.high) for step, error in errors if error.low < error.high)
     points = _points((step, (error.low + error.high) / 2) for step, error in errors)
     caption = "15 bins of equal mass; 0 = right as often as it is sure"
     caption += "; shaded where only bounds are known" if bounds else ""

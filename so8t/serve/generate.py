@@ -147,7 +147,8 @@ def _scores_to_draw_by(question: Question, scores: Any) -> Tensor:
         likeliest: Tensor = scores.argmax(dim=1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(1, likeliest, 0.0)
     drawn_by: Any = scores / question.temperature
-    return TopPLogitsWarper(question.top_p)(drawn_by, drawn_by)
+    nucleus: Tensor = TopPLogitsWarper(question.top_p)(drawn_by, drawn_by)
+    return nucleus
 
 
 class _Ending(StoppingCriteria):
