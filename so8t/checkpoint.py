@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from so8t.config import CONFIG_FILE, Config, InputError, changed_keys, load_config, to_toml
 from so8t.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write, delete_folder, sweep_temporaries
-from so8t.model import Model, save_model
+from so8t.model import GATES_FILE, Model, save_model
 
 STATE_FILE = "training_state.pt"
 log = logging.getLogger("so8t")
@@ -25,6 +26,13 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest step first. Other files in the folder are ignored."""
     folders = [path for path in (output_dir / "checkpoints").glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
     return sorted(folders, key=step_of)
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest one of the run that it is; None if it is neither."""
+    if any((path / name).is_file() for name in (STATE_FILE, GATES_FILE)):
+        return path
+    return next(reversed(checkpoint_folders(path)), None)
 
 
 def step_of(folder: Path) -> int:
@@ -116,32 +124,27 @@ def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[
     return state
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """Writes `checkpoints/step_NNNNNN` every save_steps and at the end, and keeps the newest save_total_limit of them.
 
     No random state is saved: every random number of a step is a function of (seed, step).
     """
 
-    def __init__(
-        self,
-        config: Config,
-        total_steps: int,
-        data_fingerprint: str,
-        micro_batches_per_step: int,
-        micro_batch_tokens: int,
-        is_main: bool,
-    ) -> None:
-        self._config = config
-        self._total_steps = total_steps
-        self._data_fingerprint = data_fingerprint
-        self._micro_batches_per_step = micro_batches_per_step
-        self._micro_batch_tokens = micro_batch_tokens
-        self._is_main = is_main
-        self._output_dir = Path(config.training.output_dir)
+    config: Config
+    total_steps: int
+    data_fingerprint: str
+    micro_batches_per_step: int  # over all ranks
+    micro_batch_tokens: int  # at most; 0 = by rows
+    is_main: bool
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.training.output_dir)
 
     def is_due(self, step: int) -> bool:
-        save_steps = self._config.training.save_steps
-        return step == self._total_steps or (save_steps > 0 and step % save_steps == 0)
+        save_steps = self.config.training.save_steps
+        return step == self.total_steps or (save_steps > 0 and step % save_steps == 0)
 
     def save(
         self,
@@ -152,40 +155,40 @@ class Checkpoints:
         scaler: torch.amp.GradScaler,
     ) -> None:
         """Write the state after `step`; raises CheckpointError and leaves the older checkpoints as they are."""
-        if not self._is_main:
+        if not self.is_main:
             return
-        folder = self._output_dir / "checkpoints" / f"step_{step:06d}"
+        folder = self.output_dir / "checkpoints" / f"step_{step:06d}"
         state = {
             "step": step,
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
-            "data_fingerprint": self._data_fingerprint,
-            "micro_batches_per_step": self._micro_batches_per_step,
-            "micro_batch_tokens": self._micro_batch_tokens,
+            "data_fingerprint": self.data_fingerprint,
+            "micro_batches_per_step": self.micro_batches_per_step,
+            "micro_batch_tokens": self.micro_batch_tokens,
         }
         try:
             with atomic_folder(folder) as temporary:
                 save_model(model, tokenizer, temporary)
                 with atomic_write(temporary / CONFIG_FILE) as file:
-                    file.write(to_toml(self._config).encode())
+                    file.write(to_toml(self.config).encode())
                 with atomic_write(temporary / STATE_FILE) as file:
                     torch.save(state, file)
         except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise an error of their own
-            older = checkpoint_folders(self._output_dir)
+            older = checkpoint_folders(self.output_dir)
             kept = f"the last good one is {older[-1]}" if older else "there is no older one"
             raise CheckpointError(f"the checkpoint {folder} could not be written ({error}); {kept}") from error
         self._rotate(step)
 
     def summary(self) -> str:
         """The run's closing line."""
-        newest = checkpoint_folders(self._output_dir)[-1:]
+        newest = checkpoint_folders(self.output_dir)[-1:]
         return "\n".join(f"the trained weights, with all that resuming needs, are in {folder}" for folder in newest)
 
     def _rotate(self, step: int) -> None:
-        folders = checkpoint_folders(self._output_dir)
+        folders = checkpoint_folders(self.output_dir)
         abandoned = [folder for folder in folders if step_of(folder) > step]  # the run was resumed from an older one
         kept = folders[: len(folders) - len(abandoned)]
-        limit = self._config.training.save_total_limit
+        limit = self.config.training.save_total_limit
         for folder in abandoned + (kept[:-limit] if limit else []):
             try:
                 delete_folder(folder)

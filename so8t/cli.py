@@ -4,12 +4,16 @@ import argparse
 import importlib
 import io
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from so8t.config import InputError
 from so8t.text import wrapped
+
+Item = TypeVar("Item")
 
 
 def on_demand(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:
@@ -29,13 +33,18 @@ def on_demand(package: str, names: Collection[str], *modules: str) -> Callable[[
     return __getattr__
 
 
+def parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """An empty command line, whose help is the description as it stands."""
+    return argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def train_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line of train.py."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_config(parser)
-    return parser
+    train = parser("train.py", description)
+    add_config(train)
+    return train
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +74,12 @@ def run(name: str, command: Callable[[], int], *failures: type[Exception]) -> in
 def say(text: str) -> None:
     """Print without buffering, so that a log keeps its order, in lines of at most 100 columns."""
     print(wrapped(text), flush=True)
+
+
+def progress(items: Iterable[Item], what: str, unit: str, total: int | None = None) -> Iterable[Item]:
+    """The items, under a bar in a terminal once they take longer than two seconds."""
+    bar: Iterable[Item] = tqdm(items, desc=what, unit=unit, total=total, leave=False, delay=2, disable=None)
+    return bar
 
 
 def print_anything() -> None:

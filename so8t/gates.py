@@ -133,12 +133,8 @@ def attach_gates(model: nn.Module, layer_indices: Sequence[int], init_scale: flo
 
 def gates_of(model: nn.Module) -> dict[int, SO8Gate]:
     """The gates attached to `model`, by layer."""
-    gates = {}
-    for index, attention in enumerate(_attentions(model)):
-        gate = getattr(attention, "so8_gate", None)
-        if isinstance(gate, SO8Gate):
-            gates[index] = gate
-    return gates
+    gates = {index: getattr(attention, "so8_gate", None) for index, attention in enumerate(_attentions(model))}
+    return {index: gate for index, gate in gates.items() if isinstance(gate, SO8Gate)}
 
 
 def state_without_gates(model: nn.Module) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """The configuration: what loads, what is refused and in which words, what a resumed run may change."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import tomli
@@ -124,22 +125,13 @@ def test_a_whole_number_is_fine_where_a_float_is_asked_for(load: Load) -> None:
     [
         ("training.seed", "true", "a whole number from 0 to 2**63 - 1, not true"),
         ("training.seed", '"3"', 'not "3"'),
-        ("training.seed", "3.0", "not 3.0"),
         ("training.learning_rate", "false", "a finite number of at least 0, not false"),
-        ("training.learning_rate", '"2e-4"', 'not "2e-4"'),
         ("training.bf16", "1", "true or false, not 1"),
-        ("training.bf16", '"true"', 'true or false, not "true"'),
         ("training.output_dir", "3", "text in quotes that is not empty, not 3"),
-        ("training.output_dir", '["a"]', 'not ["a"]'),
         ("training.output_dir", "1979-05-27", "not 1979-05-27"),
-        ("training.output_dir", "{ a = 1 }", 'not {"a" = 1}'),
         ("so8t.layer_indices", "[4, true]", "(each item a whole number of at least 0), not [4, true]"),
         ("so8t.layer_indices", "4", "a list"),
-        ("so8t.layer_indices", '"4"', "a list"),
-        ("so8t.layer_indices", "false", "a list"),
-        ("so8t.layer_indices", "0", "a list"),
         ("qlora.target_modules", '["o_proj", 3]', 'not ["o_proj", 3]'),
-        ("data.train_data", '["a", 3]', "each item text in quotes"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(load: Load, name: str, value: str, words: str) -> None:
@@ -148,77 +140,46 @@ def test_a_value_of_the_wrong_type_is_refused(load: Load, name: str, value: str,
     assert words in said
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("model.dtype", '"bf16"', '"bfloat16" or "float16" or "float32", not "bf16"'),
-        ("model.attn_implementation", '"flash"', '"flash_attention_2"'),
-        ("quantization.bnb_4bit_quant_type", '"int4"', '"nf4"'),
-        ("data.on_bad_row", '"ignore"', '"error" or "skip"'),
-        ("training.optim", '"adamw8bit"', '"paged_adamw_8bit" or "adamw_8bit" or "adamw", not "adamw8bit"'),
-        ("training.lr_scheduler_type", "1", '"cosine" or "linear" or "constant", not 1'),
-        ("training.report_to", '"mlflow"', '"none" or "tensorboard" or "wandb" or "trackio"'),
-        ("training.save_logits_form", '"top"', '"topk"'),
-        ("training.save_logits_positions", '"targets"', '"labels"'),
-        ("training.save_logits_dtype", '"float16"', '"fp16"'),
-        ("data.policy.mode", '"drop"', '"exclude" or "error", not "drop"'),
-    ],
-)
-def test_a_value_that_is_no_choice_is_answered_with_the_choices(load: Load, name: str, value: str, words: str) -> None:
-    said = sentence(load, with_key(name, value))
-    assert f"{name} must be " in said
-    assert words in said
+def test_a_value_that_is_no_choice_is_answered_with_the_choices(load: Load) -> None:
+    choices = {name: get_args(key.annotation) for name, key in KEYS.items() if get_origin(key.annotation) is Literal}
+    assert len(choices) == 13
+    for name, known in choices.items():
+        said = sentence(load, with_key(name, '"no such"'))
+        assert f'{name} must be {" or ".join(map(json.dumps, known))}, not "no such"' in said
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("model.base_model", '""', "not empty"),
-        ("so8t.layer_indices", "[-1]", "at least 0"),
-        ("so8t.init_scale", "-0.1", "at least 0"),
-        ("qlora.r", "0", "at least 1"),
-        ("qlora.lora_alpha", "0", "at least 1"),
-        ("qlora.lora_dropout", "1.0", "from 0 to less than 1, not 1.0"),
-        ("data.train_data", '["a", ""]', "not empty"),
-        ("data.max_seq_length", "1", "at least 2"),
-        ("data.policy.trusted_weight", "0", "a whole number of at least 1, not 0"),
-        ("data.policy.trusted_weight", "1.5", "a whole number of at least 1, not 1.5"),
-        ("pet.lambda_transition", "-1.0", "at least 0"),
-        ("pet.transition_ratio", "1.1", "from 0 to 1"),
-        ("pet.huber_delta", "-1e-9", "at least 0"),
-        ("training.output_dir", '""', "not empty"),
-        ("training.num_train_epochs", "0", "at least 1"),
-        ("training.max_steps", "-1", "at least 0"),
-        ("training.per_device_train_batch_size", "0", "at least 1"),
-        ("training.gradient_accumulation_steps", "0", "at least 1"),
-        ("training.learning_rate", "-1e-9", "at least 0"),
-        ("training.learning_rate", "nan", "a finite number of at least 0, not nan"),
-        ("training.learning_rate", "inf", "a finite number of at least 0, not inf"),
-        ("training.learning_rate", "9" * 400, "a finite number"),
-        ("training.warmup_ratio", "-0.1", "from 0 to 1"),
-        ("training.max_grad_norm", "-1.0", "at least 0"),
-        ("training.logging_steps", "0", "at least 1"),
-        ("training.save_steps", "-1", "at least 0"),
-        ("training.seed", "-1", "from 0 to 2**63 - 1, not -1"),
-        ("training.seed", f"{2**63}", "from 0 to 2**63 - 1"),
-        ("training.resume", '""', "not empty"),
-        ("training.save_logits_steps", "0", "at least 1"),
-        ("training.save_logits_top_k", "0", "at least 1"),
-        ("training.save_logits_max_wait", "inf", "finite"),
-        *[
-            (
-                "training.save_logits_dir",
-                f'"{folder}"',
-                'one folder in training.output_dir other than "checkpoints"',
-            )
-            for folder in ("", ".", "..", "/tmp/x", "../x", "a/../..", "a/b", "checkpoints", "checkpoints/")
-        ],
-    ],
-)
-def test_a_value_out_of_range_is_answered_with_the_range(load: Load, name: str, value: str, words: str) -> None:
-    said = sentence(load, with_key(name, value))
-    assert f"{name} must be " in said
-    assert words in said
+OUT_OF_RANGE: dict[tuple[str, str], str] = {
+    ("0", "at least 1"): "qlora.r qlora.lora_alpha data.policy.trusted_weight training.num_train_epochs "
+    "training.per_device_train_batch_size training.gradient_accumulation_steps training.logging_steps "
+    "training.save_logits_steps training.save_logits_top_k",
+    ("-1", "at least 0"): "so8t.init_scale pet.lambda_exploration pet.lambda_transition pet.lambda_stabilization "
+    "pet.huber_delta training.max_steps training.learning_rate training.weight_decay training.max_grad_norm "
+    "training.memory_budget_gib training.eval_steps training.save_steps training.save_total_limit "
+    "training.save_logits_max_files training.save_logits_max_wait training.save_logits_max_gib",
+    ("1.1", "from 0 to 1"): "pet.exploration_ratio pet.transition_ratio pet.stabilization_ratio training.warmup_ratio",
+    ('""', "not empty"): "model.base_model training.output_dir training.resume",
+    ('["a", ""]', "not empty"): "data.train_data data.eval_data qlora.target_modules",
+    ("[-1]", "at least 0"): "so8t.layer_indices",
+    ("1.0", "from 0 to less than 1, not 1.0"): "qlora.lora_dropout",
+    ("1", "at least 2"): "data.max_seq_length",
+    ("1.5", "a whole number of at least 1, not 1.5"): "data.policy.trusted_weight",
+    ("nan", "a finite number of at least 0, not nan"): "training.learning_rate",
+    ("9" * 400, "a finite number"): "training.learning_rate",
+    ("-1", "from 0 to 2**63 - 1, not -1"): "training.seed",
+    (f"{2**63}", "from 0 to 2**63 - 1"): "training.seed",
+    **{
+        (f'"{folder}"', 'one folder in training.output_dir other than "checkpoints"'): "training.save_logits_dir"
+        for folder in ("", "..", "/tmp/x", "a/../..", "a/b", "checkpoints", "checkpoints/")
+    },
+}
+
+
+@pytest.mark.parametrize(("value", "words"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_answered_with_the_range(load: Load, value: str, words: str) -> None:
+    for name in OUT_OF_RANGE[value, words].split():
+        said = sentence(load, with_key(name, value))
+        assert f"{name} must be " in said
+        assert words in said
 
 
 def test_the_edges_of_the_ranges_are_inside(load: Load) -> None:

@@ -325,7 +325,7 @@ plain_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_s
 
 
 @given(wild_text)
-@settings(max_examples=800)
+@settings(max_examples=300)
 @example("< <final> >")
 @example("< final <final> >")
 @example("<final<final>final>")
@@ -340,7 +340,7 @@ def test_after_neutralise_nothing_tag_like_is_left_and_only_brackets_have_change
 
 
 @given(*[st.one_of(plain_text, wild_text)] * 4)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_what_render_accepts_parse_gives_back(task: str, safety: str, policy: str, final: str) -> None:
     try:
         text = render(task, safety, policy, final)
@@ -366,15 +366,15 @@ def test_render_refuses_what_would_not_come_back() -> None:
                 render(**(ENGLISH | {part: bad}))
 
 
-@given(malformed())
-@settings(max_examples=1000)
+@given(malformed())  # tests/serve has thousands of them
+@settings(max_examples=200)
 def test_nothing_comes_out_of_a_malformed_answer(text: str) -> None:
     assert final_only(text) is None
     assert release(text, "") == (REFUSAL, "ESCALATE", text.strip())
 
 
 @given(st.data())
-@settings(max_examples=800)
+@settings(max_examples=300)
 def test_only_an_exactly_well_formed_text_gives_its_final(data: st.DataObject) -> None:
     text = answer(**data.draw(st.sampled_from([ENGLISH, JAPANESE])))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -391,37 +391,37 @@ def test_only_an_exactly_well_formed_text_gives_its_final(data: st.DataObject) -
         assert all(plain.count(tag) == 1 for tag in TAGS)
 
 
-MILLION = 1_000_000
+LENGTH = 200_000
 HOSTILE = {
-    "brackets": "<" * MILLION,
-    "opening tags": "<final>" * (MILLION // 7),
-    "unfinished tags": "<final " * (MILLION // 7),
-    "slashes": "<" + "/" * MILLION,
-    "spaces": "<" + " " * MILLION + "final",
-    "spaced names": "< / think " * (MILLION // 10),
-    "invisible": "<fi" + "\u200b" * MILLION + "nal>",
-    "combining marks": "a" + "\u0301\u0327\u0345" * (MILLION // 3),
-    "references": "&lt;" * (MILLION // 4),
-    "escaped references": "&" + "amp;" * (MILLION // 4),
-    "digits": "&#" + "1" * MILLION,
-    "zeros": "&#" + "0" * MILLION + "60;final>",
-    "ligature": "\ufdfa" * MILLION,
-    "one letter": "a" * MILLION,
-    "Japanese": "首都の話です" * (MILLION // 18),
+    "brackets": "<" * LENGTH,
+    "opening tags": "<final>" * (LENGTH // 7),
+    "unfinished tags": "<final " * (LENGTH // 7),
+    "slashes": "<" + "/" * LENGTH,
+    "spaces": "<" + " " * LENGTH + "final",
+    "spaced names": "< / think " * (LENGTH // 10),
+    "invisible": "<fi" + "\u200b" * LENGTH + "nal>",
+    "combining marks": "a" + "\u0301\u0327\u0345" * (LENGTH // 3),
+    "references": "&lt;" * (LENGTH // 4),
+    "escaped references": "&" + "amp;" * (LENGTH // 4),
+    "digits": "&#" + "1" * LENGTH,
+    "zeros": "&#" + "0" * LENGTH + "60;final>",
+    "ligature": "\ufdfa" * LENGTH,
+    "one letter": "a" * LENGTH,
+    "Japanese": "首都の話です" * (LENGTH // 18),
 }
 
 
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_megabyte_is_judged_in_linear_time(hostile: str) -> None:
-    # each takes well under a second, anything quadratic minutes
+def test_a_long_hostile_text_is_judged_in_linear_time(hostile: str) -> None:
+    # each takes a fraction of a second, anything quadratic many
     for judged in (hostile, answer(policy=hostile), answer(safety=hostile[::2], final=hostile[1::2])):
         started = time.process_time()
         final_only(judged)
-        assert time.process_time() - started < 3
+        assert time.process_time() - started < 1.5
     started = time.process_time()
     release(answer(safety=hostile[:50_000], final=hostile[50_000:100_000]), hostile[:50_000])
     assert not has_tags(neutralise(hostile))
-    assert time.process_time() - started < 6
+    assert time.process_time() - started < 3
 
 
 def test_the_brackets_are_all_characters_that_fold_to_one() -> None:

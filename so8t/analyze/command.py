@@ -22,9 +22,7 @@ from so8t.config import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m so8t.analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("python -m so8t.analyze", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run, or a folder of saved logits")
     parser.add_argument("--json", action="store_true", help="print all numbers as one JSON object")
     instead = parser.add_mutually_exclusive_group()

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from so8t import cli
 from so8t.analyze.changes import row_keys
 from so8t.analyze.dynamics import training_dynamics
 from so8t.config import InputError
@@ -77,7 +77,7 @@ def _two_logits(prob: float) -> tuple[float, float]:
 def export_safetensors(paths: Sequence[Path], out: Path) -> str:
     """Every file as it is, under its own name."""
     with atomic_folder(out) as folder:
-        for path in tqdm(paths, desc="writing", unit="file", leave=False, delay=2, disable=None):
+        for path in cli.progress(paths, "writing", "file"):
             contents = read_file(path).contents
             tensors = {name: value.contiguous() for name, value in contents.items() if isinstance(value, Tensor)}
             metadata = {name: str(value) for name, value in contents.items() if not isinstance(value, Tensor)}
@@ -111,7 +111,7 @@ def export_kd(paths: Sequence[Path], out: Path) -> str:
         rows.setdefault(path, []).append(row)
     masses = []
     with atomic_write(out) as file:
-        for path in tqdm(rows, desc="writing", unit="file", leave=False, delay=2, disable=None):
+        for path in cli.progress(rows, "writing", "file"):
             record = read_file(path)
             for row in rows[path]:
                 line, mass = _kd_row(record, row)

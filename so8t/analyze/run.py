@@ -1,13 +1,12 @@
 """The saved logits of a run as a whole: every file's scores, the changes between files, what became of each row."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from so8t import cli
 from so8t.analyze.changes import Changes, Comparison, Key, compare, row_keys, token_changes
 from so8t.analyze.dynamics import SampleDynamics, training_dynamics
 from so8t.analyze.scores import StepScores, score_step
@@ -44,17 +43,22 @@ def analyze(run: Path) -> Analysis:
     A file that a running training deletes meanwhile is skipped from then on, with a warning. Raises InputError if
     there is no such run, or none of its files are saved logits.
     """
-    paths, steps, comparisons = [], [], []
-    for record in records_of(logits_folder(run)):
-        with _if_still_there():
-            steps.append(score_step(record))
-            paths.append(record.path)
-    pairs = tqdm(_pairs(paths), desc="comparing steps", unit="pair", leave=False, delay=2, disable=None)
-    for earlier, later in pairs:
-        with _if_still_there():
-            comparisons.append(compare(token_changes(read_file(earlier), read_file(later))))
-    comparisons = [comparison for comparison in comparisons if comparison.tokens]
-    return Analysis(steps, comparisons, training_dynamics(_again(paths)))
+    steps, comparisons = [], []
+
+    def scored() -> Iterator[LogitsRecord]:
+        last_seen: dict[tuple[str, Key], Path] = {}  # row -> the last file that holds it
+        for record in records_of(logits_folder(run)):
+            keys = [(record.kind, key) for key in row_keys(record)]
+            with _if_still_there():
+                steps.append(score_step(record))
+                yield record
+                for earlier in dict.fromkeys(last_seen[key] for key in keys if key in last_seen):
+                    with _if_still_there():
+                        comparisons.append(compare(token_changes(read_file(earlier), record)))
+                last_seen |= dict.fromkeys(keys, record.path)
+
+    dynamics = training_dynamics(scored())
+    return Analysis(steps, [comparison for comparison in comparisons if comparison.tokens], dynamics)
 
 
 @contextmanager
@@ -65,22 +69,12 @@ def _if_still_there() -> Iterator[None]:
         log.warning("%s: passed over, the run has deleted it to make room for a newer one", error.filename)
 
 
-def _again(paths: Iterable[Path]) -> Iterator[LogitsRecord]:
-    for path in paths:
-        with _if_still_there():
-            yield read_file(path)
-
-
 def records_of(folder: Path) -> Iterator[LogitsRecord]:
     """The records of a folder, with a progress bar; InputError if there is none."""
-    found = False
-    total = sum(1 for _ in folder.glob("*.pt"))
-    for record in tqdm(
-        read_logits(folder), total=total, desc="reading files", unit="file", leave=False, delay=2, disable=None
-    ):
-        found = True
+    record = None
+    for record in cli.progress(read_logits(folder), "reading files", "file", total=len(logits_paths(folder))):
         yield record
-    if not found:
+    if record is None:
         raise InputError(f"{folder} holds no file of saved logits; train with training.save_logits = true")
 
 
@@ -100,19 +94,6 @@ def verify(run: Path) -> tuple[list[str], bool]:
             lines.append(f"{path.name}: " + (f"damaged: {', '.join(damaged)}" if damaged else "as it was written"))
             all_whole &= not damaged
     return lines, all_whole
-
-
-def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Every file with each of the last ones before it that hold some of its rows."""
-    last_seen: dict[tuple[str, Key], Path] = {}
-    pairs: dict[tuple[Path, Path], None] = {}
-    for record in _again(paths):
-        for key in row_keys(record):
-            earlier = last_seen.get((record.kind, key))
-            if earlier is not None:
-                pairs[earlier, record.path] = None
-            last_seen[record.kind, key] = record.path
-    return list(pairs)
 
 
 def compare_steps(run: Path, earlier: int, later: int) -> Changes:

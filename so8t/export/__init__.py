@@ -4,11 +4,7 @@ from typing import TYPE_CHECKING
 
 from so8t import cli
 
-__all__ = [
-    "ExportError",
-    "Report",
-    "export",
-]
+__all__ = ["ExportError", "Report", "export"]
 
 if TYPE_CHECKING:
     from so8t.export.merge import ExportError, Report, export

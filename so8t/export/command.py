@@ -16,9 +16,7 @@ from so8t import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m so8t.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("python -m so8t.export", __doc__)
     parser.add_argument("run", type=Path, help="a run's training.output_dir (its newest checkpoint) or a checkpoint")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument(
@@ -43,5 +41,5 @@ def _export(options: argparse.Namespace) -> int:
             f"{options.out} was not written: the GPU has no room for the model in its training dtype; "
             'set CUDA_VISIBLE_DEVICES="" to export on the CPU'
         ) from error
-    print(f"exported: {options.out}")
+    cli.say(f"exported: {options.out}")
     return 0

@@ -1,15 +1,9 @@
-"""LoRA merged, gates baked in, written, loaded again and checked against the live model.
-
-The live model is the unquantized base with LoRA and gates beside it. It is merged in place, written shard by shard, and
-the folder is loaded again for the check. Memory holds one model in `model.dtype` (on the GPU if there is one) and, in
-float32, one matrix and the heads of the models that were compared; the host holds one shard of 2 GB.
-"""
+"""LoRA merged, gates baked in, written, loaded again and checked against the live model. command.py tells more."""
 
 import gc
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +16,17 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from so8t.checkpoint import STATE_FILE, checkpoint_folders, step_of
+from so8t import cli
+from so8t.checkpoint import checkpoint_at, step_of
 from so8t.config import CONFIG_FILE, Config, InputError, ModelSpec, QuantizationConfig, load_config
 from so8t.data import Batch
 from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute, ends_in_stop
 from so8t.export.model_card import model_card
-from so8t.files import atomic_folder, atomic_write
+from so8t.files import atomic_folder
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle, state_without_gates
 from so8t.metrics import read_metrics
-from so8t.model import GATES_FILE, Model, load_model, load_model_config, load_tokenizer, set_stops
-from so8t.policy import PolicyReport, read_report
+from so8t.model import Model, load_model, load_model_config, load_tokenizer, set_stops
+from so8t.policy import read_report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPORT_FILE = "so8t_export.json"
@@ -84,7 +79,9 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
     """
     checkpoint = newest_checkpoint(run)
     config = load_config(checkpoint / CONFIG_FILE)
-    documents = read_documents(checkpoint)
+    run_folder = checkpoint.parents[1]
+    policy, metrics_file = read_report(run_folder), run_folder / "metrics.jsonl"
+    metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
     if out.exists():
         raise InputError(f"{out} is there already; delete it or choose another folder")
     # the checkpoint's own files, so that a run exports from any working directory
@@ -97,31 +94,28 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
         )
     tokenizer = load_tokenizer(own, model_config.vocab_size)
     batches = check_batches(config.data, tokenizer)
-    with ExitStack() as stack:
-        try:
-            folder = stack.enter_context(atomic_folder(out))
-        except OSError as error:
-            raise InputError(f"cannot write into {out.parent} ({error.strerror}); choose another folder") from error
+    with atomic_folder(out) as folder:
         report = write_and_check(config, checkpoint, tokenizer, batches, folder, dtype, max_shard_size)
         gc.collect()  # Windows cannot rename a folder whose files are mapped
-        print("\n".join(report.sentences()))
+        cli.say("\n".join(report.sentences()))
         if not report.largest_difference <= report.tolerance:  # also refuses NaN
             wider = "" if dtype == "fp32" else "; if it is with --dtype fp32, the rounding of its weights is too coarse"
             raise ExportError(f"the exported model is not the one that was trained{wider}")
-        write_documents(report, config, documents, out.name, folder)
+        (folder / REPORT_FILE).write_bytes(json.dumps(asdict(report), indent=2).encode() + b"\n")
+        shown = [record for record in metrics if record["step"] <= report.step]
+        card = model_card(out.name, config, report.step, shown, policy, report.gates_largest_angle, report.sentences())
+        (folder / "README.md").write_bytes(card.encode())
     return report
 
 
 def newest_checkpoint(run: Path) -> Path:
-    checkpoints = checkpoint_folders(run)
-    if not checkpoints and any((run / name).is_file() for name in (STATE_FILE, GATES_FILE)):
-        checkpoints = [run]
-    if not checkpoints:
+    checkpoint = checkpoint_at(run)
+    if checkpoint is None:
         raise InputError(
             f"{run} holds no checkpoint of so8t; give a run's training.output_dir or one of its checkpoints/step_* "
             "folders"
         )
-    checkpoint = checkpoints[-1].resolve()
+    checkpoint = checkpoint.resolve()
     step_of(checkpoint)  # the name must hold the step
     return checkpoint
 
@@ -237,20 +231,3 @@ def sentencepiece_file(base_model: str) -> Path | None:
     name = "tokenizer.model"
     found = Path(base_model) / name if Path(base_model).is_dir() else try_to_load_from_cache(base_model, name)
     return Path(found) if isinstance(found, (str, Path)) and Path(found).is_file() else None
-
-
-def read_documents(checkpoint: Path) -> tuple[list[dict[str, Any]], PolicyReport | None]:
-    """What the model card quotes: the steps up to the checkpoint, and what the data policy left out."""
-    run = checkpoint.parents[1]
-    records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    return [record for record in records if record["step"] <= step_of(checkpoint)], read_report(run)
-
-
-def write_documents(
-    report: Report, config: Config, documents: tuple[list[dict[str, Any]], PolicyReport | None], name: str, folder: Path
-) -> None:
-    """The report as JSON, and the model card."""
-    card = model_card(name, config, report.step, *documents, report.gates_largest_angle, report.sentences())
-    for file_name, text in ((REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n"), ("README.md", card)):
-        with atomic_write(folder / file_name) as file:
-            file.write(text.encode())

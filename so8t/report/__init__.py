@@ -4,9 +4,7 @@ from typing import TYPE_CHECKING
 
 from so8t import cli
 
-__all__ = [
-    "write_report",
-]
+__all__ = ["write_report"]
 
 if TYPE_CHECKING:
     from so8t.report.page import write_report

@@ -1,15 +1,16 @@
 """What the report's charts show, as numbers: charts.js draws them, at the width of the page and in its colours."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from so8t.analyze import Analysis, SampleDynamics, StepScores
+from so8t.analyze import Analysis, Comparison, SampleDynamics, StepScores
 from so8t.config import PetConfig
+from so8t.text import GIB
 
 MAX_POINTS = 1000  # points of a curve; a longer one is drawn as this many means
 DIGITS = 5  # digits that are kept of a value
@@ -29,9 +30,9 @@ class Series:
 @dataclass(frozen=True)
 class Chart:
     title: str
-    numbers: str  # of this run, in words; what stays the same in another run is the caption
-    caption: str
     series: list[Series]
+    caption: str = ""
+    numbers: str = ""  # of this run, in words; what stays the same in another run is the caption
     x: str = "step"
     y: str = ""
     from_zero: bool = False
@@ -43,51 +44,40 @@ class Chart:
 
 def training_charts(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> list[Chart]:
     """The curves of metrics.jsonl over the steps; charts whose keys an older version did not write are left out."""
-    gib = [record | {"gib": record["peak_memory_bytes"] / 2**30} for record in metrics if "peak_memory_bytes" in record]
+    gib = [record | {"gib": record["peak_memory_bytes"] / GIB} for record in metrics if "peak_memory_bytes" in record]
+    loss = _curves(metrics, loss="loss", ce="cross-entropy", eval_loss="validation")
+    norm, memory = _curves(metrics, grad_norm="gradient norm"), _curves(gib, gib="GiB")
+    speed = _curves(metrics, tokens_per_sec="tokens per second")
     charts = [
-        Chart(
-            "Loss",
-            _ends(metrics, "loss"),
-            "loss = cross-entropy + weight × PET",
-            _curves(metrics, loss="loss", ce="cross-entropy", eval_loss="validation"),
-        ),
+        Chart("Loss", loss, "loss = cross-entropy + weight × PET", _ends(metrics, "loss")),
         _pet(metrics, pet),
-        Chart("Learning rate", _most(metrics, "lr"), "", _curves(metrics, lr="learning rate")),
-        Chart(
-            "Gradient norm",
-            _ends(metrics, "grad_norm"),
-            "before clipping",
-            _curves(metrics, grad_norm="gradient norm"),
-        ),
-        Chart(
-            "Tokens per second",
-            "",
-            "padding not counted",
-            _curves(metrics, tokens_per_sec="tokens per second"),
-            from_zero=True,
-        ),
-        Chart(
-            "Peak memory",
-            f"{_ends(gib, 'gib')} GiB",
-            "the most since the last start",
-            _curves(gib, gib="GiB"),
-            from_zero=True,
-        ),
+        Chart("Learning rate", _curves(metrics, lr="learning rate"), numbers=_most(metrics, "lr")),
+        Chart("Gradient norm", norm, "before clipping", _ends(metrics, "grad_norm")),
+        Chart("Tokens per second", speed, "padding not counted", from_zero=True),
+        Chart("Peak memory", memory, "the most since the last start", f"{_ends(gib, 'gib')} GiB", from_zero=True),
     ]
     return [chart for chart in charts if chart.series]
 
 
 def prediction_charts(analysis: Analysis) -> list[Chart]:
     """What saved logits of one kind say over the steps that saved them, and of rows that were saved more than once."""
+    steps = analysis.steps
     charts = [
-        _uncertainty(analysis.steps),
-        _sections(analysis.steps),
-        _accuracy(analysis.steps),
-        _calibration(analysis.steps),
-        _reliability(analysis.steps),
+        Chart(
+            "Entropy and negative log-likelihood",
+            [
+                _over_steps("entropy", steps, lambda scores: scores.total.entropy),
+                _over_steps("negative log-likelihood", steps, lambda scores: scores.total.nll),
+            ],
+            "mean over tokens, in nats; equal where the model is as sure as it is right",
+        ),
+        _sections(steps),
+        _accuracy(steps),
+        _calibration(steps),
+        _reliability(steps),
     ]
     if analysis.comparisons:
-        charts.append(_divergence(analysis))
+        charts.append(_divergence(analysis.comparisons))
     if analysis.dynamics:
         charts.append(_data_map(analysis.dynamics))
     return charts
@@ -121,80 +111,55 @@ def _pet(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> Chart:
         name = " or ".join(name for name in weights if weights[name] == weight and pet.enabled) or "off"
         phases.append((steps[0] - 0.5, steps[-1] + 0.5, name))
         told.append(f"{name} with weight {weight:g} to step {steps[-1]}")
-    return Chart(
-        "PET and its phases", _ends(metrics, "pet"), "; ".join(told), _curves(metrics, pet="PET"), phases=phases
-    )
+    curve = _curves(metrics, pet="PET")
+    return Chart("PET and its phases", curve, "; ".join(told), _ends(metrics, "pet"), phases=phases)
 
 
 # ---- charts of saved logits
 
 
-def _uncertainty(steps: Sequence[StepScores]) -> Chart:
-    return Chart(
-        "Entropy and negative log-likelihood",
-        "",
-        "mean over tokens, in nats; equal where the model is as sure as it is right",
-        [
-            Series("entropy", _points((scores.step, scores.total.entropy) for scores in steps)),
-            Series("negative log-likelihood", _points((scores.step, scores.total.nll) for scores in steps)),
-        ],
-    )
+def _over_steps(name: str, steps: Sequence[StepScores], value: Callable[[StepScores], float]) -> Series:
+    return Series(name, _points((scores.step, value(scores)) for scores in steps))
 
 
 def _sections(steps: Sequence[StepScores]) -> Chart:
-    names = dict.fromkeys(name for scores in steps for name in scores.sections)
-    having = {name: [scores for scores in steps if name in scores.sections] for name in names}
-    return Chart(
-        "Negative log-likelihood of each section",
-        "",
-        "mean over its tokens, in nats",
-        [Series(name, _points((scores.step, scores.sections[name].nll) for scores in having[name])) for name in names],
-    )
+    series = []
+    for name in dict.fromkeys(name for scores in steps for name in scores.sections):
+        having = [scores for scores in steps if name in scores.sections]
+        series.append(Series(name, _points((scores.step, scores.sections[name].nll) for scores in having)))
+    return Chart("Negative log-likelihood of each section", series, "mean over its tokens, in nats")
 
 
 def _accuracy(steps: Sequence[StepScores]) -> Chart:
-    last = steps[-1].total
+    step, last = steps[-1].step, steps[-1].total
     top1, top5 = (_share(share, last.tokens) for share in (last.top1_accuracy, last.top5_accuracy))
-    return Chart(
-        "Accuracy",
-        f"at step {steps[-1].step} {top1} of {last.tokens} tokens were the likeliest, {top5} among the five likeliest",
-        "",
-        [
-            Series("top 1", _points((scores.step, scores.total.top1_accuracy) for scores in steps)),
-            Series("top 5", _points((scores.step, scores.total.top5_accuracy) for scores in steps)),
-        ],
-        limits=(0, 1),
-    )
+    numbers = f"at step {step} {top1} of {last.tokens} tokens were the likeliest, {top5} among the five likeliest"
+    series = [
+        _over_steps("top 1", steps, lambda scores: scores.total.top1_accuracy),
+        _over_steps("top 5", steps, lambda scores: scores.total.top5_accuracy),
+    ]
+    return Chart("Accuracy", series, numbers=numbers, limits=(0, 1))
 
 
 def _calibration(steps: Sequence[StepScores]) -> Chart:
     errors = [(scores.step, scores.total.calibration.error) for scores in steps]
-    return Chart(
-        "Expected calibration error",
-        "",
-        "15 bins of equal mass; 0 = right as often as it is sure"
-        + ("; shaded where only bounds are known" if any(error.low != error.high for _, error in errors) else ""),
-        [
-            Series(
-                "calibration error",
-                _points((step, (error.low + error.high) / 2) for step, error in errors),
-                [(step, error.low, error.high) for step, error in errors if error.low < error.high],
-            )
-        ],
-        from_zero=True,
-    )
+    bounds: list[tuple[float, float, float]] = []
+    bounds += ((step, error.low, error.high) for step, error in errors if error.low < error.high)
+    points = _points((step, (error.low + error.high) / 2) for step, error in errors)
+    caption = "15 bins of equal mass; 0 = right as often as it is sure"
+    caption += "; shaded where only bounds are known" if bounds else ""
+    return Chart("Expected calibration error", [Series("calibration error", points, bounds)], caption, from_zero=True)
 
 
 def _reliability(steps: Sequence[StepScores]) -> Chart:
     bins = {scores.step: scores.total.calibration.bins for scores in (steps[0], steps[-1])}
     return Chart(
         "Reliability",
-        "",
-        "each point is a fifteenth of the tokens; below the diagonal the model is surer than it is right",
         [
             Series(f"step {step}", _points((bin.confidence, bin.accuracy) for bin in of_step))
             for step, of_step in bins.items()
         ],
+        "each point is a fifteenth of the tokens; below the diagonal the model is surer than it is right",
         x="confidence",
         y="accuracy",
         limits=(0, 1),
@@ -202,18 +167,17 @@ def _reliability(steps: Sequence[StepScores]) -> Chart:
     )
 
 
-def _divergence(analysis: Analysis) -> Chart:
-    comparisons = sorted(analysis.comparisons, key=lambda one: (one.later_step, one.earlier_step))
+def _divergence(comparisons: Sequence[Comparison]) -> Chart:
+    comparisons = sorted(comparisons, key=lambda one: (one.later_step, one.earlier_step))
     is_exact = all(one.kl_mean.low == one.kl_mean.high for one in comparisons)
     pairs = [f"step {one.earlier_step} to {one.later_step}, {one.tokens} tokens" for one in comparisons]
     mean = _points((one.later_step, one.kl_mean.low) for one in comparisons)
     high = _points((one.later_step, one.kl_p95.low) for one in comparisons)
+    caption = "KL divergence from an earlier save, in nats a token, on the rows that both hold"
     return Chart(
         "Change between saves",
-        "",
-        "KL divergence from an earlier save, in nats a token, on the rows that both hold"
-        + ("" if is_exact else "; lower bounds"),
         [Series("mean", mean, labels=pairs), Series("95th percentile", high, labels=pairs)],
+        caption if is_exact else f"{caption}; lower bounds",
         y="nats",
         from_zero=True,
         is_scatter=comparisons[0].kind != "probe",  # of batches several pairs may end at one step
@@ -222,23 +186,16 @@ def _divergence(analysis: Analysis) -> Chart:
 
 def _data_map(samples: Sequence[SampleDynamics]) -> Chart:
     """Confidence over variability, as Swayamdipta et al. draw it."""
-    parts = {"correct below 1/3": (-1, 1 / 3), "to 2/3": (1 / 3, 2 / 3), "above": (2 / 3, 1)}
-    within = {
-        name: [sample for sample in samples if low < sample.correctness <= high] for name, (low, high) in parts.items()
-    }
+    series = []
+    for name, low, high in (("correct below 1/3", -1, 1 / 3), ("to 2/3", 1 / 3, 2 / 3), ("above", 2 / 3, 1)):
+        part = [sample for sample in samples if low < sample.correctness <= high]
+        points = _points((sample.variability, sample.confidence) for sample in part)
+        series.append(Series(name, points, labels=[f"row {sample.sample_id}" for sample in part]))
     return Chart(
         "Data map",
-        f"{len(samples)} rows saved more than once",
+        [one for one in series if one.points],
         "top left easy, bottom left hard, right ambiguous",
-        [
-            Series(
-                name,
-                _points((sample.variability, sample.confidence) for sample in part),
-                labels=[f"row {sample.sample_id}" for sample in part],
-            )
-            for name, part in within.items()
-            if part
-        ],
+        f"{len(samples)} rows saved more than once",
         x="variability",
         y="confidence",
         is_scatter=True,

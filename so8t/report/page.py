@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from so8t.analyze import Analysis, SampleDynamics, StepScores, analyze, to_text
+from so8t.analyze import Analysis, analyze, to_text
 from so8t.checkpoint import checkpoint_folders
 from so8t.config import CONFIG_FILE, Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
@@ -20,8 +20,7 @@ from so8t.model import load_tokenizer
 from so8t.policy import read_report
 from so8t.report.charts import Chart, overlaid, prediction_charts, training_charts
 from so8t.report.tokens import token_map
-
-GIB = 2**30
+from so8t.text import size_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ def write_report(folder: Path, other: Path | None = None) -> Path:
             overlaid(charts, others, run.name, compared.name)
             for charts, others in zip((training, predictions), of_other, strict=True)
         )
-    memory = _read_json(folder / "memory.json")
     html = environment.get_template("page.html").render(
         nonce=secrets.token_urlsafe(),
         name=f"{run.name} and {compared.name}" if compared else run.name,
@@ -73,8 +71,7 @@ def write_report(folder: Path, other: Path | None = None) -> Path:
         other_name=compared.name if compared else "",
         config=to_toml(run.config),
         policy=read_report(folder),
-        memory=memory,
-        gap=_gap(run, memory),
+        memory=_read_json(folder / "memory.json"),
         training=training,
         predictions=predictions,
         chart_data=[asdict(chart) for chart in (*training, *predictions)],
@@ -108,7 +105,7 @@ def _read_run(folder: Path) -> Run:
         folder,
         config,
         metrics,
-        about=_read_json(folder / RUN_FILE) or {},
+        about=_read_json(folder / RUN_FILE),
         analysis=analyze(folder) if has_files else Analysis([], [], []),
     )
 
@@ -166,32 +163,12 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if speeds := values("tokens_per_sec"):
         tiles.append(("tokens per second", f"{statistics.median(speeds):,.0f}", "at the median step"))
     if peaks := values("peak_memory_bytes"):
-        whose = "of the accelerator's allocator" if _is_on_accelerator(run) else "of the whole process"
-        tiles.append(("peak memory", f"{max(peaks) / GIB:.2f} GiB", whose))
+        is_process = str(run.about.get("device", "cpu")).startswith("cpu")
+        whose = "of the whole process" if is_process else "of the accelerator's allocator"
+        tiles.append(("peak memory", size_of(max(peaks)), whose))
     lost = f"{last.get('logits_dropped', 0)} dropped, {last.get('logits_failed', 0)} failed since the last start"
     tiles.append(("saved logits", f"{len(run.analysis.steps)} files", lost))
     return tiles
-
-
-def _is_on_accelerator(run: Run) -> bool:
-    return not str(run.about.get("device", "cpu")).startswith("cpu")
-
-
-def _gap(run: Run, memory: dict[str, Any] | None) -> str:
-    """Why the process took more memory than the tensors of a step; "" on an accelerator, which holds only those."""
-    tensors = ((memory or {}).get("peak") or {}).get("measured_bytes")
-    peaks = [record["peak_memory_bytes"] for record in run.metrics if record.get("peak_memory_bytes") is not None]
-    if not (tensors and peaks) or _is_on_accelerator(run):
-        return ""
-    process, before = max(peaks), (memory or {}).get("process_bytes_at_start")
-    sentence = (
-        f"The whole process took {process / GIB:.2f} GiB at its peak, the tensors of a step {tensors / GIB:.2f} GiB. "
-    )
-    if before:
-        sentence += f"{before / GIB:.2f} GiB of it were there before the model: Python, torch and the other libraries. "
-    else:
-        sentence += "Python, torch and the other libraries take most of the rest. "
-    return sentence + "What then remains is memory that the allocator keeps after tensors are gone, and the data."
 
 
 def _same_rows(tokens: dict[str, Any]) -> list[tuple[str, int, int, float, float]]:
@@ -215,16 +192,13 @@ def _comparable(analysis: Analysis) -> Analysis:
 
     The rows of the data map are those trained on, if any of them was saved twice.
     """
-    steps: dict[str, list[StepScores]] = {"probe": [], "logits": []}
-    samples: dict[str, list[SampleDynamics]] = {"logits": [], "probe": []}
-    for scores in analysis.steps:
-        steps[scores.kind].append(scores)
-    for sample in analysis.dynamics:
-        if len(sample.steps) > 1:
-            samples[sample.kind].append(sample)
-    kind = "probe" if steps["probe"] else "logits"
-    comparisons = [comparison for comparison in analysis.comparisons if comparison.kind == kind]
-    return Analysis(steps[kind], comparisons, samples["logits"] or samples["probe"])
+    kind = "probe" if any(scores.kind == "probe" for scores in analysis.steps) else "logits"
+    again = [sample for sample in analysis.dynamics if len(sample.steps) > 1]
+    return Analysis(
+        [scores for scores in analysis.steps if scores.kind == kind],
+        [comparison for comparison in analysis.comparisons if comparison.kind == kind],
+        [sample for sample in again if sample.kind == "logits"] or again,
+    )
 
 
 def _tokenizer(run: Run, logits: Path) -> Any:
@@ -234,16 +208,11 @@ def _tokenizer(run: Run, logits: Path) -> Any:
     return load_tokenizer(replace(run.config.model, base_model=source), vocab_size)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that so8t wrote; empty if an older version did not write it."""
     if not path.is_file():
-        return None
+        return {}
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); delete it to leave it out") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no JSON object; delete it to leave it out")
-    for name in ("rows", "moments"):
-        if not all(isinstance(row, dict) for row in content.get(name) or []):
-            raise InputError(f"{path}: {name} is no list of objects; delete the file to leave it out")
-    return content
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is no JSON object ({error}); delete it to leave it out") from error

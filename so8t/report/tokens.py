@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -69,15 +70,10 @@ def token_map(folder: Path, tokenizer: Any, other_folder: Path | None = None) ->
 def _some_steps(folder: Path) -> list[LogitsRecord]:
     """The records of at most MAX_STEPS of the saved steps."""
     records = list(read_logits(folder))
-    steps = _spread(sorted({record.step for record in records}), MAX_STEPS)
-    return [record for record in records if record.step in steps]
-
-
-def _spread(steps: list[int], count: int) -> list[int]:
-    """At most `count` of them at even distances, the first and the last among them."""
-    if len(steps) <= count:
-        return steps
-    return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
+    steps = sorted({record.step for record in records})
+    evenly = np.linspace(0, len(steps) - 1, MAX_STEPS).round()  # of a few, all
+    kept = {steps[int(index)] for index in evenly}
+    return [record for record in records if record.step in kept]
 
 
 def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:

@@ -9,22 +9,19 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from so8t.config import InputError
 from so8t.serve import chat
@@ -35,8 +32,6 @@ from so8t.thinking import SafetyLabel, is_blank
 MAX_BODY_BYTES = 64 * 1024
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 MODEL_NAME = "so8t"  # in the shape of OpenAI
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-HEALTH_SECONDS = 1.0  # how long a look at the audit trail counts
 
 logger = logging.getLogger("so8t.serve")
 
@@ -95,10 +90,18 @@ class Problem(BaseModel):
     detail: Annotated[str, Field(description="what is wrong, in plain words")]
 
 
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Problem, "description": "The token is missing or wrong"},
+    413: {"model": Problem, "description": f"The body is longer than {MAX_BODY_BYTES} bytes"},
+    415: {"model": Problem, "description": "The body is not declared as JSON"},
+    422: {"model": Problem, "description": "A field is not what it must be"},
+    503: {"model": Problem, "description": "No answer now: too many requests, no time left, or no audit row"},
+}
+
 Asking = TypeVar("Asking", ThinkRequest, chat.ChatRequest)
 
 
-def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
+def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
     """The web application; if there is a token, requests to the model must carry it.
 
     A request whose Host is none of `allowed_hosts` is refused: without that, any web page could give its own name this
@@ -112,86 +115,46 @@ def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] =
 
     app = FastAPIOffline(title="so8t", redoc_url=None, lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
-    app.add_middleware(SecurityHeaders)
-    bearer = HTTPBearer(auto_error=False)
+    authorised = [Depends(bearer_of(token))]
 
-    async def authorise(request: Request, _: Annotated[Any, Depends(bearer)]) -> None:
-        given = request.headers.getlist("authorization")
-        # latin-1 gives back the bytes that were sent
-        scheme, _, secret = given[0].encode("latin-1").partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        if token and not (scheme.lower() == b"bearer" and hmac.compare_digest(secret.strip(), os.fsencode(token))):
-            raise HTTPException(
-                401, "send the header Authorization: Bearer with the token", {"WWW-Authenticate": "Bearer"}
-            )
-
-    async def answer(request: Request, shape: type[Asking]) -> tuple[Asking, Answer]:
-        """Read the request and wait for the answer; raises HTTPException if there is none, whatever the reason."""
-        deadline = time.monotonic() + 0.9 * thinker.request_seconds  # the rest is for what the model does not watch
-        try:
-            async with asyncio.timeout(thinker.request_seconds):
-                asked = parse_request(await read_body(request), shape)
-                return asked, await unless_gone(request, thinker.ask(asked.question(deadline)))
-        except ClientDisconnect:
-            raise HTTPException(400, "the client has gone") from None  # nobody reads it
-        except InputError as error:
-            raise HTTPException(422, str(error)) from None
-        except Busy as error:
-            raise HTTPException(503, f"{error}; try again later", RETRY_AFTER) from None
-        except TimeoutError:
-            raise HTTPException(503, "it took too long; try again later", RETRY_AFTER) from None
-        except AuditError as error:
-            logger.error("no answer: %s", error)
-            raise HTTPException(503, "the audit trail takes no rows, so there is no answer", RETRY_AFTER) from None
-
-    problems: dict[int | str, dict[str, Any]] = {
-        401: {"model": Problem, "description": "The token is missing or wrong"},
-        413: {"model": Problem, "description": f"The body is longer than {MAX_BODY_BYTES} bytes"},
-        415: {"model": Problem, "description": "The body is not declared as JSON"},
-        422: {"model": Problem, "description": "A field is not what it must be"},
-        503: {"model": Problem, "description": "No answer now: too many requests, no time left, or no audit row"},
-    }
-
-    @app.post("/think", dependencies=[Depends(authorise)], responses=problems, openapi_extra=_body(ThinkRequest))
+    @app.post("/think", dependencies=authorised, responses=PROBLEMS, openapi_extra=_body(ThinkRequest))
     async def think(request: Request, response: Response) -> ThinkResponse:
         """Answer a query. An answer that is not fit to leave is replaced by a fixed refusal, labelled ESCALATE."""
-        _, found = await answer(request, ThinkRequest)
+        _, found = await ask(thinker, request, ThinkRequest)
         response.headers.update(_headers(found))
+        row = found.row
         return ThinkResponse(
             answer=found.text,
-            safety_label=found.safety_label,
-            thinking_hash=found.thinking_hash,
-            request_id=found.request_id,
+            safety_label=row.safety_label,
+            thinking_hash=row.thinking_hash,
+            request_id=row.request_id,
         )
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(authorise)], openapi_extra=_body(chat.ChatRequest))
+    @app.post("/v1/chat/completions", dependencies=authorised, openapi_extra=_body(chat.ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """The same in the shape of OpenAI's chat completions: the final alone, its label and hashes in the headers."""
-        asked, found = await answer(request, chat.ChatRequest)
+        asked, found = await ask(thinker, request, chat.ChatRequest)
         if not asked.stream:
             return JSONResponse(chat.completion(found, MODEL_NAME), headers=_headers(found))
         with_usage = (asked.stream_options or {}).get("include_usage", False)
         events = chat.chunks(found, MODEL_NAME, with_usage)
         return StreamingResponse(events, headers=_headers(found), media_type="text/event-stream")
 
-    @app.get("/v1/models", dependencies=[Depends(authorise)])
+    @app.get("/v1/models", dependencies=authorised)
     async def models() -> dict[str, Any]:
         """The one model, in the shape of OpenAI."""
         model = {"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "so8t"}
         return {"object": "list", "data": [model]}
 
-    checked = asyncio.Lock()
-    last: tuple[float, str] = (-HEALTH_SECONDS, "")
-
     @app.get("/health", responses={503: {"model": Problem, "description": "The audit trail takes no rows"}})
-    async def health() -> Health:
+    def health() -> Health:
         """Say that the server is up and could answer, and with which model."""
-        nonlocal last
-        async with checked:  # however often it is asked, it writes to the disk once a second at most
-            if time.monotonic() - last[0] >= HEALTH_SECONDS:
-                last = time.monotonic(), await run_in_threadpool(_problem_of, thinker)
-        if last[1]:
-            raise HTTPException(503, "the audit trail takes no rows, so there are no answers", RETRY_AFTER)
-        return Health(status="ok", model_hash=thinker.model_hash)
+        try:
+            thinker.audit.check()
+        except AuditError as error:
+            logger.error("not ready: %s", error)
+            raise HTTPException(503, "the audit trail takes no rows, so there are no answers", RETRY_AFTER) from None
+        return Health(status="ok", model_hash=thinker.generate.model_hash)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -208,13 +171,19 @@ def make_app(thinker: Thinker, token: str | None, allowed_hosts: Sequence[str] =
     return app
 
 
-def _problem_of(thinker: Thinker) -> str:
-    try:
-        thinker.audit.check()
-    except AuditError as error:
-        logger.error("not ready: %s", error)
-        return str(error)
-    return ""
+def bearer_of(token: str) -> Callable[..., Awaitable[None]]:
+    """What lets a request through only with this token; "" lets all through."""
+
+    async def authorise(request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:
+        given = request.headers.getlist("authorization")
+        # latin-1 gives back the bytes that were sent
+        scheme, _, secret = given[0].encode("latin-1").partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        if token and not (scheme.lower() == b"bearer" and hmac.compare_digest(secret.strip(), os.fsencode(token))):
+            raise HTTPException(
+                401, "send the header Authorization: Bearer with the token", {"WWW-Authenticate": "Bearer"}
+            )
+
+    return authorise
 
 
 def _body(shape: type[BaseModel]) -> dict[str, Any]:
@@ -225,11 +194,31 @@ def _body(shape: type[BaseModel]) -> dict[str, Any]:
 
 def _headers(answer: Answer) -> dict[str, str]:
     return {
-        "X-Safety-Label": answer.safety_label,
-        "X-Answer-Hash": answer.answer_hash,
-        "X-Thinking-Hash": answer.thinking_hash,
-        "X-Request-Id": answer.request_id,
+        "X-Safety-Label": answer.row.safety_label,
+        "X-Answer-Hash": answer.row.answer_hash,
+        "X-Thinking-Hash": answer.row.thinking_hash,
+        "X-Request-Id": answer.row.request_id,
     }
+
+
+async def ask(thinker: Thinker, request: Request, shape: type[Asking]) -> tuple[Asking, Answer]:
+    """Read the request and wait for the answer; raises HTTPException if there is none, whatever the reason."""
+    deadline = time.monotonic() + 0.9 * thinker.request_seconds  # the rest is for what the model does not watch
+    try:
+        async with asyncio.timeout(thinker.request_seconds):
+            asked = parse_request(await read_body(request), shape)
+            return asked, await unless_gone(request, thinker.ask(asked.question(deadline)))
+    except ClientDisconnect:
+        raise HTTPException(400, "the client has gone") from None  # nobody reads it
+    except InputError as error:
+        raise HTTPException(422, str(error)) from None
+    except Busy as error:
+        raise HTTPException(503, f"{error}; try again later", RETRY_AFTER) from None
+    except TimeoutError:
+        raise HTTPException(503, "it took too long; try again later", RETRY_AFTER) from None
+    except AuditError as error:
+        logger.error("no answer: %s", error)
+        raise HTTPException(503, "the audit trail takes no rows, so there is no answer", RETRY_AFTER) from None
 
 
 async def unless_gone(request: Request, answer: Awaitable[Answer]) -> Answer:
@@ -296,26 +285,14 @@ PAGE_POLICY = (
     f"default-src 'none'; script-src {_sources('script')}; style-src {_sources('style')}; connect-src 'self'; "
     f"{EVERYWHERE}"
 )
-
-
-class SecurityHeaders:
-    """No other site shows these pages in a frame, guesses their types, or learns their addresses."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.setdefault("Content-Security-Policy", EVERYWHERE)
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-                headers["Cross-Origin-Resource-Policy"] = "same-origin"
-                headers["Cache-Control"] = "no-store"
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
+# on all that the server sends: no other site shows these pages in a frame, guesses their types, learns their addresses
+HEADERS = [
+    ("Content-Security-Policy", EVERYWHERE),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cache-Control", "no-store"),
+]
 
 
 class QuietFormatter(logging.Formatter):

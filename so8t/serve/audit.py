@@ -18,6 +18,7 @@ import secrets
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
@@ -27,6 +28,7 @@ from typing import Any
 
 from so8t.config import InputError
 from so8t.files import atomic_write
+from so8t.thinking import SafetyLabel
 
 
 class AuditError(Exception):
@@ -42,7 +44,7 @@ class AuditRow:
     query_hash: str
     thinking_hash: str
     answer_hash: str
-    safety_label: str
+    safety_label: SafetyLabel
     model_hash: str
     num_tokens: int  # generated
     duration_ms: int  # of the generation
@@ -51,6 +53,7 @@ class AuditRow:
 COLUMNS = ("number", "time", *(field.name for field in fields(AuditRow)), "previous_hash", "row_hash")
 FIRST_PREVIOUS_HASH = "0" * 64
 ROOM_BYTES = 2**20
+CHECK_SECONDS = 1.0
 
 
 class AuditTrail:
@@ -65,7 +68,7 @@ class AuditTrail:
         self._path = path.absolute()
         self._key_file = Path(f"{path}.key")
         self._lock = threading.Lock()
-        self._last_number = 0
+        self._last_number, self._checked = 0, -CHECK_SECONDS
         if read_only and not path.is_file():
             raise InputError(f"there is no audit file {path}")
         if not read_only and self._key_file.exists() and not path.exists():
@@ -172,11 +175,18 @@ class AuditTrail:
         return written
 
     def check(self) -> None:
-        """Raise AuditError unless rows can be written: seals the last one once more, and looks for room for others."""
-        with self._lock, self._writing():
-            self._seal(*self._head())
-        if shutil.disk_usage(self._path.parent).free < ROOM_BYTES:
-            raise AuditError(f"the disk of {self._path} is full")
+        """Raise AuditError unless rows can be written: seals the last one once more, and looks for room for others.
+
+        However often it is asked, it writes to the disk once in CHECK_SECONDS at most, while all is well.
+        """
+        with self._lock:
+            if time.monotonic() < self._checked + CHECK_SECONDS:
+                return
+            with self._writing():
+                self._seal(*self._head())
+            if shutil.disk_usage(self._path.parent).free < ROOM_BYTES:
+                raise AuditError(f"the disk of {self._path} is full")
+            self._checked = time.monotonic()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

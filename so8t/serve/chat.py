@@ -17,6 +17,9 @@ DEFAULT_NEW_TOKENS = 512
 
 USER_ID = f"text of at most {MAX_USER_ID_CHARACTERS} characters or null"
 NEW_TOKENS = f"a whole number from 1 to {MAX_NEW_TOKENS}"
+NewTokens = Annotated[
+    int | None, Field(ge=1, le=MAX_NEW_TOKENS, description=f"{NEW_TOKENS}; it counts the thinking too")
+]
 TEMPERATURE = "a number from 0 (always the likeliest token) to 2"
 TOP_P = "a number above 0 and up to 1"
 
@@ -63,12 +66,8 @@ class ChatRequest(BaseModel):
         ),
         AfterValidator(_can_be_asked),
     ]
-    max_tokens: Annotated[
-        int | None, Field(ge=1, le=MAX_NEW_TOKENS, description=f"{NEW_TOKENS}; it counts the thinking too")
-    ] = None
-    max_completion_tokens: Annotated[
-        int | None, Field(ge=1, le=MAX_NEW_TOKENS, description=f"{NEW_TOKENS}; it counts the thinking too")
-    ] = None
+    max_tokens: NewTokens = None
+    max_completion_tokens: NewTokens = None
     temperature: Annotated[float | None, Field(ge=0, le=2, description=f"{TEMPERATURE}; 0 if left out")] = None
     top_p: Annotated[float | None, Field(gt=0, le=1, description=TOP_P)] = None
     stop: Annotated[
@@ -123,7 +122,7 @@ def finish_reason(answer: Answer) -> str:
 
 
 def usage(answer: Answer) -> dict[str, int]:
-    prompt, completion = answer.num_prompt_tokens, answer.num_tokens
+    prompt, completion = answer.num_prompt_tokens, answer.row.num_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
@@ -134,4 +133,4 @@ def error(status: int, message: str) -> dict[str, Any]:
 
 
 def _head(answer: Answer, model: str, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{answer.request_id}", "object": kind, "created": int(time.time()), "model": model}
+    return {"id": f"chatcmpl-{answer.row.request_id}", "object": kind, "created": int(time.time()), "model": model}

@@ -6,7 +6,6 @@ python -m so8t.serve --verify-audit so8t_audit.sqlite
 python -m so8t.serve --match-thinking so8t_audit.sqlite thinking.txt
 """
 
-import argparse
 import ipaddress
 import logging
 import os
@@ -27,6 +26,7 @@ if TYPE_CHECKING:  # it takes seconds to import
     from so8t.serve.generate import Generator
 
 TOKEN_VARIABLE = "SO8T_TOKEN"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 TRIAL_QUESTION = "What is the capital of Australia?"
 TRIAL_SECONDS = 30.0
 
@@ -35,29 +35,16 @@ logger = logging.getLogger("so8t.serve")
 
 def bind(host: str, port: int, has_token: bool) -> socket.socket:
     """A listening socket; InputError if the host is not this machine's own while there is no token."""
-    if not 0 <= port < 65536:  # getaddrinfo would take it modulo 65536
-        raise InputError(f"--port {port} is no port; choose one from 0 to 65535")
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, *_, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
         if not (has_token or ipaddress.ip_address(address[0]).is_loopback):
             raise InputError(
                 f"--host {host} lets other machines in; set the environment variable {TOKEN_VARIABLE} to a secret that "
                 "they must send, or leave --host out"
             )
-        return socket.create_server(address, family=family)
-    except (OSError, UnicodeError) as error:
+        return socket.create_server((address[0], port), family=family)
+    except (OSError, UnicodeError, OverflowError) as error:
         raise InputError(f"cannot listen on {host}, port {port} ({error}); choose another --host or --port") from error
-
-
-def read_token() -> str | None:
-    """The secret that must be sent, or None; InputError for one that no client can send."""
-    token = os.environ.get(TOKEN_VARIABLE)
-    if token and (token != token.strip() or any(ord(character) < 32 or ord(character) == 127 for character in token)):
-        raise InputError(
-            f"{TOKEN_VARIABLE} begins or ends with white space or holds a control character, such as the end of a "
-            "line; no header can carry that, so write it without"
-        )
-    return token or None
 
 
 def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Sequence[str]) -> None:
@@ -65,7 +52,7 @@ def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Seq
     try:  # here, because checking an audit file needs none of them
         import uvicorn
 
-        from so8t.serve.api import LOOPBACK_NAMES, QuietFormatter, make_app
+        from so8t.serve.api import HEADERS, QuietFormatter, make_app
         from so8t.serve.protocol import BoundedProtocol, most_connections
         from so8t.serve.thinker import REQUEST_SECONDS, Thinker
     except ModuleNotFoundError as error:
@@ -75,18 +62,15 @@ def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Seq
     handler.setFormatter(QuietFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
     logger.setLevel(logging.INFO)
-    token = read_token()
-    with bind(host, port, bool(token)) as listener:
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()  # the end of a line, which no header can carry
+    with bind(host, port, has_token=bool(token)) as listener:
         audit = AuditTrail(audit_file)
         from so8t.serve.generate import load_generator  # takes seconds; whatever can be refused has been refused by now
 
         generator = load_generator(path)
-        name = f"[{host}]" if ":" in host else host
-        # a web page that points its name at this machine has no token
-        allowed_hosts = ["*"] if token and not allowed_hosts else [*LOOPBACK_NAMES, name, *allowed_hosts]
         try_out(generator)
-        app = make_app(Thinker(generator, generator.model_hash, audit), token, allowed_hosts)
-        address = f"http://{name}:{listener.getsockname()[1]}"
+        app = make_app(Thinker(generator, audit), token, hosts_that_may_be_named(host, bool(token), allowed_hosts))
+        address = f"http://{in_url(host)}:{listener.getsockname()[1]}"
         logger.info("serving %s, model hash %s, audit trail %s", generator.folder, generator.model_hash, audit_file)
         logger.info("POST %s/think; the API is explained at %s/docs; Ctrl-C stops", address, address)
         config = uvicorn.Config(
@@ -97,10 +81,20 @@ def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Seq
             log_level="warning",
             access_log=False,
             server_header=False,
+            headers=HEADERS,
             ws="none",
             timeout_graceful_shutdown=int(REQUEST_SECONDS) + 1,
         )
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def hosts_that_may_be_named(host: str, has_token: bool, allowed: Sequence[str]) -> list[str]:
+    """What the Host of a request may be; a web page that points its name at this machine has no token."""
+    return ["*"] if has_token and not allowed else [*LOOPBACK_NAMES, in_url(host), *allowed]
+
+
+def in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def try_out(generator: "Generator") -> None:
@@ -164,9 +158,7 @@ def match_thinking(audit_file: Path, text_file: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m so8t.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("python -m so8t.serve", __doc__)
     parser.add_argument("model", nargs="?", type=Path, metavar="MODEL_OR_RUN", help="a model's or a run's folder")
     parser.add_argument("--host", default="127.0.0.1", help=f"any but this machine's own needs {TOKEN_VARIABLE}")
     parser.add_argument("--port", type=int, default=8000, help="0 = any free one")

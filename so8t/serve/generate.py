@@ -11,17 +11,17 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
+    EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
-    TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
-from so8t.checkpoint import STATE_FILE, checkpoint_folders
+from so8t.checkpoint import checkpoint_at
 from so8t.config import (
     CONFIG_FILE,
     InputError,
@@ -32,7 +32,7 @@ from so8t.config import (
     So8tConfig,
     load_config,
 )
-from so8t.model import GATES_FILE, causal_lm, load_model, load_model_config, load_tokenizer
+from so8t.model import causal_lm, load_model, load_model_config, load_tokenizer
 from so8t.serve.thinker import Question, Written
 from so8t.thinking import neutralise
 
@@ -50,7 +50,10 @@ class Generator:
         self._tokenizer = tokenizer
         self._markers = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
         # made once: it spells out the whole vocabulary, 0.2 s for one of 49152
-        self._end = StopStringCriteria(tokenizer, [END])
+        self.is_at_end = StoppingCriteriaList([StopStringCriteria(tokenizer, [END])])
+        end_of_turn: Any = model.generation_config.eos_token_id
+        if end_of_turn is not None:
+            self.is_at_end.append(EosTokenCriteria(end_of_turn))
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends with the user's turn.
@@ -107,7 +110,7 @@ class Generator:
             min(question.max_new_tokens, config.max_position_embeddings - len(prompt))
             for question, prompt in zip(questions, prompts, strict=True)
         ]
-        ending = _Ending(questions, limits, width, self._is_at_end, self._decode, written)
+        ending = _Ending(self, questions, limits, width, written)
         sampling: dict[str, Any] = {"do_sample": False}
         if any(question.temperature > LOWEST_TEMPERATURE for question in questions):
             sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -122,16 +125,7 @@ class Generator:
         )
         ending.finish([row for row in range(len(prompts)) if not ending.is_done[row]], output)
 
-    def _is_at_end(self, input_ids: Tensor, scores: Any) -> list[bool]:
-        """For each row, whether its last token ends the turn or the final."""
-        is_at_end: Tensor = self._end(input_ids, scores)
-        end_of_turn = self._model.generation_config.eos_token_id
-        if end_of_turn is not None:
-            is_at_end = is_at_end | torch.isin(input_ids[:, -1], torch.tensor(end_of_turn, device=input_ids.device))
-        flags: list[bool] = is_at_end.tolist()
-        return flags
-
-    def _decode(self, tokens: Tensor) -> str:
+    def decode(self, tokens: Tensor) -> str:
         before, end, _ = self._tokenizer.decode(tokens, skip_special_tokens=True).partition(END)
         return f"{before}{end}"  # the last token may reach beyond it
 
@@ -140,24 +134,21 @@ class _EachItsOwn(LogitsProcessor):
     """Each row has its own temperature and top_p."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
-        self._processors = [_sampling(question) for question in questions]
+        self._questions = questions
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = zip(self._processors, input_ids.unbind(), scores.unbind(), strict=True)
-        return torch.cat([processor(ids[None], row[None]) for processor, ids, row in rows])
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        rows = zip(self._questions, scores.split(1), strict=True)
+        return torch.cat([_scores_to_draw_by(question, row) for question, row in rows])
 
 
-def _sampling(question: Question) -> Any:
+def _scores_to_draw_by(question: Question, scores: Any) -> Tensor:
+    """[1, V] each."""
     if question.temperature <= LOWEST_TEMPERATURE:
-        return _likeliest
-    warpers: list[Any] = [TemperatureLogitsWarper(float(question.temperature))]
-    if question.top_p < 1:
-        warpers.append(TopPLogitsWarper(question.top_p))
-    return LogitsProcessorList(warpers)
-
-
-def _likeliest(input_ids: Tensor, scores: Tensor) -> Tensor:
-    return torch.full_like(scores, -torch.inf).scatter(1, scores.argmax(dim=1, keepdim=True), 0.0)
+        likeliest: Tensor = scores.argmax(dim=1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, likeliest, 0.0)
+    drawn_by: Any = scores / question.temperature
+    nucleus: Tensor = TopPLogitsWarper(question.top_p)(drawn_by, drawn_by)
+    return nucleus
 
 
 class _Ending(StoppingCriteria):
@@ -165,24 +156,22 @@ class _Ending(StoppingCriteria):
 
     def __init__(
         self,
+        generator: Generator,
         questions: Sequence[Question],
         limits: Sequence[int],
         width: int,
-        is_at_end: Callable[[Tensor, Any], list[bool]],
-        decode: Callable[[Tensor], str],
         written: Callable[[Sequence[Written]], None],
     ) -> None:
         self.is_done = [False] * len(questions)
+        self._generator = generator
         self._questions = questions
         self._limits = limits
         self._width = width
-        self._is_at_end = is_at_end
-        self._decode = decode
         self._written = written
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         now, num_tokens = time.monotonic(), input_ids.shape[1] - self._width
-        ended = self._is_at_end(input_ids, scores)
+        ended = self._generator.is_at_end(input_ids, scores).tolist()
         done = []
         for row, question in enumerate(self._questions):
             is_over = num_tokens >= self._limits[row] or now >= question.deadline or question.gone.is_set()
@@ -197,7 +186,7 @@ class _Ending(StoppingCriteria):
         for row in rows:
             self.is_done[row] = True
         tokens = input_ids[:, self._width :]
-        self._written([Written(row, self._decode(tokens[row]), tokens.shape[1]) for row in rows])
+        self._written([Written(row, self._generator.decode(tokens[row]), tokens.shape[1]) for row in rows])
 
 
 def load_generator(path: Path) -> Generator:
@@ -205,22 +194,18 @@ def load_generator(path: Path) -> Generator:
 
     On the GPU if there is one. Raises InputError if `path` is none of them or cannot be loaded.
     """
-    checkpoints = checkpoint_folders(path)
-    if not checkpoints and any((path / name).is_file() for name in (STATE_FILE, GATES_FILE)):
-        checkpoints = [path]  # it would load by its config.json, but without the gates
-    if checkpoints:
-        folder = checkpoints[-1]
-        config = load_config(folder / CONFIG_FILE)
-        spec = config.model_spec
+    checkpoint = checkpoint_at(path)
+    folder = checkpoint or path
+    if checkpoint:
+        spec = load_config(checkpoint / CONFIG_FILE).model_spec
     elif (path / "config.json").is_file():
-        folder = path
         stored: Any = load_model_config(ModelConfig(str(path))).dtype or torch.float32
         plain = ModelConfig(str(path), dtype=str(stored).removeprefix("torch."))  # type: ignore[arg-type]
         spec = ModelSpec(plain, QuantizationConfig(), QloraConfig(enabled=False), So8tConfig(enabled=False))
     else:
         raise InputError(f"{path} is neither a run with a checkpoint nor a model folder with a config.json")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = causal_lm(load_model(spec, device, seed=0, checkpoint=folder if checkpoints else None)).eval()
+    model = causal_lm(load_model(spec, device, seed=0, checkpoint=checkpoint)).eval()
     tokenizer = load_tokenizer(replace(spec.model, base_model=str(folder)), model.config.vocab_size)
     if tokenizer.chat_template is None:
         raise InputError(f"the tokenizer of {folder} has no chat template; put one there as chat_template.jinja")

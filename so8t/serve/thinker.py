@@ -13,15 +13,18 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from so8t.config import InputError
 from so8t.serve.audit import AuditError, AuditRow, AuditTrail
-from so8t.thinking import REFUSAL, SafetyLabel, release
+from so8t.thinking import REFUSAL, release
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from so8t.serve.generate import Generator
 
 QUEUE_LENGTH = 32  # requests that wait or are being answered
 REQUEST_SECONDS = 120.0  # from the first byte of a request to its answer
@@ -57,12 +60,8 @@ class Answer:
     """What may leave."""
 
     text: str
-    safety_label: SafetyLabel
-    thinking_hash: str
-    answer_hash: str
-    request_id: str
+    row: AuditRow
     num_prompt_tokens: int
-    num_tokens: int
     ended: bool
     """False if the model was stopped before the end of its final."""
 
@@ -72,19 +71,6 @@ class Written(NamedTuple):
     """Which of the questions."""
     text: str
     num_tokens: int
-
-
-class Generate(Protocol):
-    """What `so8t.serve.generate.Generator` does."""
-
-    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]: ...
-
-    def __call__(
-        self,
-        questions: Sequence[Question],
-        prompts: Sequence[list[int]],
-        written: Callable[[Sequence[Written]], None],
-    ) -> None: ...
 
 
 class Busy(Exception):
@@ -110,16 +96,14 @@ class Thinker:
 
     def __init__(
         self,
-        generate: Generate,
-        model_hash: str,
+        generate: "Generator",
         audit: AuditTrail,
         queue_length: int = QUEUE_LENGTH,
         request_seconds: float = REQUEST_SECONDS,
     ) -> None:
-        self.model_hash = model_hash
         self.request_seconds = request_seconds
         self.audit = audit
-        self._generate = generate
+        self.generate = generate
         self._places = threading.BoundedSemaphore(queue_length)
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()  # None = there will be no more
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
@@ -172,7 +156,7 @@ class Thinker:
         if not asked.answer.set_running_or_notify_cancel():
             return False
         try:
-            asked.prompt = self._generate.encode(asked.question.messages)
+            asked.prompt = self.generate.encode(asked.question.messages)
         except InputError as error:
             asked.answer.set_exception(error)
             return False
@@ -192,7 +176,7 @@ class Thinker:
         if not batch:
             return
         try:
-            self._generate(
+            self.generate(
                 [asked.question for asked in batch],
                 [asked.prompt for asked in batch],
                 lambda finished: self._finish([(batch[row], text, count) for row, text, count in finished]),
@@ -212,47 +196,38 @@ class Thinker:
 
     def _finish(self, finished: Sequence[tuple[_Asked, str, int]]) -> None:
         """Release what was written, write the audit rows; then there are answers."""
-        released = [release(text, asked.question.text) for asked, text, _ in finished]
-        answers, rows = [], []
-        for (asked, text, num_tokens), (final, safety_label, thinking) in zip(finished, released, strict=True):
-            question, hashed = asked.question, self.audit.keyed_hash
-            answer = final if final == REFUSAL else _cut(final, question.stop)
-            row = AuditRow(
-                request_id=asked.request_id,
-                user_id_hash=None if question.user_id is None else hashed("user_id_hash", question.user_id),
-                query_hash=hashed("query_hash", question.text),
-                thinking_hash=hashed("thinking_hash", thinking),
-                answer_hash=hashed("answer_hash", answer),
-                safety_label=safety_label,
-                model_hash=self.model_hash,
-                num_tokens=num_tokens,
-                duration_ms=round(1000 * (time.monotonic() - asked.started)),
-            )
-            rows.append(row)
-            answers.append(
-                Answer(
-                    text=answer,
-                    safety_label=safety_label,
-                    thinking_hash=row.thinking_hash,
-                    answer_hash=row.answer_hash,
-                    request_id=asked.request_id,
-                    num_prompt_tokens=len(asked.prompt),
-                    num_tokens=num_tokens,
-                    ended=num_tokens == 0 or text.endswith("</final>"),
-                )
-            )
+        answers = [self._release(asked, text, num_tokens) for asked, text, num_tokens in finished]
         try:
-            written = self.audit.append(rows)
+            written = self.audit.append([answer.row for answer in answers])
         except AuditError as error:
             for asked, _, _ in finished:
                 asked.answer.set_exception(error)
             return
-        for (asked, _, _), found, row, (number, row_hash) in zip(finished, answers, rows, written, strict=True):
+        for (asked, _, _), answer, (number, row_hash) in zip(finished, answers, written, strict=True):
+            row = answer.row
             logger.info(
                 "request %s: %s, %d tokens in %d ms, audit row %d %s",
                 *(row.request_id, row.safety_label, row.num_tokens, row.duration_ms, number, row_hash),
             )
-            asked.answer.set_result(found)
+            asked.answer.set_result(answer)
+
+    def _release(self, asked: _Asked, text: str, num_tokens: int) -> Answer:
+        question, hashed = asked.question, self.audit.keyed_hash
+        final, safety_label, thinking = release(text, question.text)
+        answer = final if final == REFUSAL else _cut(final, question.stop)
+        row = AuditRow(
+            request_id=asked.request_id,
+            user_id_hash=None if question.user_id is None else hashed("user_id_hash", question.user_id),
+            query_hash=hashed("query_hash", question.text),
+            thinking_hash=hashed("thinking_hash", thinking),
+            answer_hash=hashed("answer_hash", answer),
+            safety_label=safety_label,
+            model_hash=self.generate.model_hash,
+            num_tokens=num_tokens,
+            duration_ms=round(1000 * (time.monotonic() - asked.started)),
+        )
+        ended = num_tokens == 0 or text.endswith("</final>")
+        return Answer(answer, row, len(asked.prompt), ended)
 
 
 def _cut(final: str, stop: Sequence[str]) -> str:

@@ -26,17 +26,11 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchmetrics.functional.classification.calibration_error import _ce_compute
 from torchmetrics.functional.text import perplexity
 
-from so8t.analyze import (
-    Bounds,
-    StepScores,
-    analyze,
-    compare,
-    score_step,
-    token_changes,
-    training_dynamics,
-)
+from so8t.analyze import StepScores, analyze
+from so8t.analyze.changes import compare, token_changes
 from so8t.analyze.command import main
-from so8t.analyze.scores import calibration
+from so8t.analyze.dynamics import training_dynamics
+from so8t.analyze.scores import Bounds, calibration, score_step
 from so8t.config import load_config
 from so8t.data import TrainingBatches, load_dataset
 from so8t.logits import LogitsRecord, read_logits
@@ -474,16 +468,16 @@ def test_files_that_a_running_training_deletes_meanwhile_are_passed_over(
         if record.step == 2:
             paths[2].unlink()  # before it is read ..
         scores = score_step(record)
-        if record.step == 5:
-            paths[1].unlink()  # .. and between two readings
+        if record.step == 4:
+            paths[3].unlink()  # .. and before it is compared
         return scores
 
     monkeypatch.setattr("so8t.analyze.run.score_step", delete_and_score)
     analysis = analyze(tmp_path)
     assert [step.step for step in analysis.steps] == [1, 3, 4, 5]
-    assert [(one.earlier_step, one.later_step) for one in analysis.comparisons] == [(3, 4), (4, 5)]
-    assert [sample.steps for sample in analysis.dynamics] == [(3, 4, 5)] * 2
-    assert all(paths[step].name in caplog.text for step in (1, 2))
+    assert [(one.earlier_step, one.later_step) for one in analysis.comparisons] == [(1, 3), (4, 5)]
+    assert [sample.steps for sample in analysis.dynamics] == [(1, 3, 4, 5)] * 2
+    assert all(paths[step].name in caplog.text for step in (2, 3))
 
 
 def test_numbers_that_are_not_finite_show_as_nan_and_as_null(

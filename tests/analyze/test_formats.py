@@ -15,8 +15,8 @@ from analyze_cases import PROMPT, VOCAB, make_rows, random_logits, save_steps
 from memory_cases import PeakBytes
 from torch import Tensor
 
-from so8t.analyze import training_dynamics
 from so8t.analyze.command import main
+from so8t.analyze.dynamics import training_dynamics
 from so8t.analyze.formats import EXPORTS, KD_PADDING
 from so8t.logits import read_logits
 from so8t.losses import NO_TARGET

@@ -34,6 +34,8 @@ QUERIES = [
 
 
 class Instant:
+    model_hash = "m" * 64
+
     def encode(self, messages: Any) -> list[int]:
         return [1]
 
@@ -44,9 +46,9 @@ class Instant:
 @contextmanager
 def serving(generate: Any, folder: str) -> Iterator[int]:
     """A server on a thread of this process; yields its port."""
-    thinker = Thinker(generate, "m" * 64, AuditTrail(Path(folder) / "audit.sqlite"))
+    thinker = Thinker(generate, AuditTrail(Path(folder) / "audit.sqlite"))
     listener = bind("127.0.0.1", 0, has_token=False)
-    server = uvicorn.Server(uvicorn.Config(make_app(thinker, None), log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(make_app(thinker, ""), log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     yield listener.getsockname()[1]

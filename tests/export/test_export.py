@@ -32,7 +32,7 @@ from so8t.config import (
 from so8t.data import collate, load_dataset
 from so8t.export.check import check_batches, compute
 from so8t.export.command import main
-from so8t.export.merge import DTYPES, REPORT_FILE, export, merge, newest_checkpoint
+from so8t.export.merge import REPORT_FILE, export, merge, newest_checkpoint
 from so8t.export.model_card import model_card
 from so8t.gates import bake, gates_of, largest_angle, rotation
 from so8t.logits import read_logits
@@ -154,16 +154,6 @@ def test_a_run_that_learns_nothing_exports_the_logits_that_it_saved(bases: dict[
     assert (plain_logits(bases["phi3"], record.input_ids) - saved).abs().amax() > 0.1  # the gates do turn
 
 
-def test_a_model_trained_from_scratch_needs_no_weights_of_its_base(
-    make_run: MakeRun, tokenizer: Any, tmp_path: Path
-) -> None:
-    run, model = make_run("phi3", *FULL, "model.from_scratch=true", "model.base_model=so8t/demo")
-    export(run, tmp_path / "out", "fp32")
-    batch = some_batch(run, tokenizer)
-    expected = logits_of(model, batch)
-    torch.testing.assert_close(plain_logits(tmp_path / "out", batch.input_ids), expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.fixture(scope="session")
 def scratch_run(bases: dict[str, Path], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained from scratch on a base that is named relative to the working directory, as config.toml does."""
@@ -171,7 +161,7 @@ def scratch_run(bases: dict[str, Path], tokenizer: Any, tmp_path_factory: pytest
     return write_run(bases["phi3"], tokenizer, tmp_path_factory.mktemp("scratch_run"), *overrides)[0]
 
 
-def test_a_checkpoint_exports_from_any_folder_and_without_its_optimizers_state(
+def test_a_checkpoint_exports_from_any_folder_and_without_base_weights_or_its_optimizers_state(
     scratch_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(scratch_run, tmp_path / "run")
@@ -197,42 +187,30 @@ def test_a_file_of_the_checkpoint_that_cannot_be_read_is_named(
     assert name in error or name == "tokenizer.json"  # of which the library says only that it is torn
 
 
-@pytest.mark.parametrize(
-    ("name", "contents"),
-    [
-        ("policy.json", b""),
-        ("policy.json", b"\xff\xfe"),
-        ("policy.json", b"{}"),
-        ("policy.json", b'{"mode": "error", "rows_read": 1, "rows_used": 1, "counts": [], "dropped": []}'),
-        ("metrics.jsonl", b"{}\n"),
-        ("metrics.jsonl", b'{"step": 1, "loss": [2]}\n'),
-    ],
-)
-def test_documents_of_another_make_are_refused_before_anything_is_merged(
+@pytest.mark.parametrize("contents", [b"\xff\xfe", b"{}"])
+def test_a_policy_report_of_another_make_is_refused_before_anything_is_merged(
     phi3_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    name: str,
     contents: bytes,
 ) -> None:
     monkeypatch.setattr("so8t.export.merge.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     run = shutil.copytree(phi3_run, tmp_path / "run")
-    (run / name).write_bytes(contents)
+    (run / "policy.json").write_bytes(contents)
     assert main([str(run), str(tmp_path / "out")]) == 2
-    assert name in complaint(capsys)
+    assert "policy.json" in complaint(capsys)
     assert "out" not in names(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_are_merged_in_float32_and_rounded_once(
-    bases: dict[str, Path], make_run: MakeRun, tmp_path: Path, dtype: str
+    bases: dict[str, Path], make_run: MakeRun, tmp_path: Path
 ) -> None:
     run, model = make_run("llama")
-    export(run, tmp_path / "out", dtype)
+    export(run, tmp_path / "out", "fp16")
     exported, base = weights_of(tmp_path / "out"), weights_of(bases["llama"])
-    assert {tensor.dtype for tensor in exported.values()} == {DTYPES[dtype]}
-    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == str(DTYPES[dtype])[6:]
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == "float16"
 
     adapter = {name: tensor.double() for name, tensor in weights_of(run / "checkpoints" / "step_000001").items()}
     for layer, gate in gates_of(model).items():
@@ -241,7 +219,7 @@ def test_weights_are_merged_in_float32_and_rounded_once(
         turn = torch.block_diag(*rotation(gate.angles.detach().double()))  # type: ignore[no-untyped-call]
         expected = (base[f"{name}.weight"].double() + 8 / 4 * b @ a) @ turn
         # but for what lies in the middle between two numbers; rounded twice, a quarter would differ
-        same = exported[f"{name}.weight"] == expected.to(DTYPES[dtype])
+        same = exported[f"{name}.weight"] == expected.to(torch.float16)
         assert same.float().mean() > 0.99
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):  # no LoRA there
         torch.testing.assert_close(exported[name], base[name].to(exported[name].dtype), rtol=0, atol=0)
@@ -300,13 +278,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert names(small_disk) == {"other"}
 
 
-def test_a_read_only_disk_is_bad_input(phi3_run: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_read_only_disk_is_one_sentence(phi3_run: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert main([str(phi3_run), str(small_disk / "out")]) == 2
-    assert (
-        complaint(capsys)
-        == f"so8t.export: cannot write into {small_disk} (Read-only file system); choose another folder"
-    )
+    assert main([str(phi3_run), str(small_disk / "out")]) == 1
+    assert complaint(capsys).startswith(f"so8t.export: {small_disk / 'out'} was not written: [Errno 30] Read-only")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -360,10 +335,8 @@ def test_a_quantized_base_is_bad_input(make_run: MakeRun, tmp_path: Path, bases:
     ("base", "overrides"),
     [
         ("phi3", ('model.dtype="bfloat16"',)),
-        ("phi3", FULL),
         ("llama", ("so8t.layer_indices=[1]",)),
-        ("llama", ("so8t.enabled=false",)),
-        ("llama, tied", ('model.dtype="bfloat16"',)),
+        ("llama, tied", ("so8t.enabled=false",)),
         ("llama, tied", FULL),
     ],
 )

@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     policy = {"mode": "exclude", "rows_read": 9, "rows_used": 7, "counts": {"<i>rule</i>": 2}, "dropped": []}
     weights = {"name": "base weights", "where": "device", "predicted_bytes": 2**20, "measured_bytes": 3 * 2**19}
     moments = [{"name": "peak", "predicted_bytes": None, "measured_bytes": None}]
-    peak = {"peak": {"predicted_bytes": 2**24, "measured_bytes": 2**25}, "process_bytes_at_start": 2**28}
+    peak = {"peak": {"predicted_bytes": 2**24, "measured_bytes": 2**25}}
     (output_dir / "policy.json").write_text(json.dumps(policy), encoding="utf-8")
     (output_dir / "memory.json").write_text(
         json.dumps({"rows": [weights], "moments": moments, "more": 1} | peak), encoding="utf-8"
@@ -269,7 +269,6 @@ def test_the_page_tells_policy_memory_and_configuration(page: str) -> None:
     assert "1.5 MiB" in page
     assert "1.50" in page
     assert "save_logits_steps = 2" in page
-    assert "the tensors of a step 0.03 GiB. 0.25 GiB of it were there before the model" in page
 
 
 def test_the_curves_say_what_the_metrics_say(run: Path, page: str) -> None:
@@ -314,10 +313,8 @@ def test_a_run_without_logits_and_a_ledger_of_few_keys_have_a_report_too(run: Pa
         ({"metrics.jsonl": ""}, "has no step in its metrics.jsonl"),
         ({"policy.json": "{"}, "policy.json is no policy report of so8t"),
         ({"policy.json": '{"mode": "exclude"}'}, "policy.json is no policy report of so8t"),
-        ({"metrics.jsonl": '{"loss": 1}'}, "metrics.jsonl, line 1 is no step"),
-        ({"metrics.jsonl": '{"step": 1, "loss": "low"}'}, "metrics.jsonl, line 1 is no step"),
-        ({"memory.json": '{"rows": "x"}'}, "memory.json: rows is no list of objects"),
-        ({"memory.json": "[]"}, "memory.json is no JSON object"),
+        ({"metrics.jsonl": '{"loss": 1}'}, "has no step in its metrics.jsonl"),
+        ({"memory.json": "[1]"}, "memory.json is no JSON object"),
     ],
 )
 def test_what_is_no_finished_run_is_one_sentence(

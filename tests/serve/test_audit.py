@@ -165,7 +165,10 @@ def test_no_row_is_added_to_a_file_whose_end_was_tampered_with(path: Path) -> No
 
 
 @pytest.mark.parametrize("what", ["removed", "moved", "replaced", "log removed"])
-def test_no_row_is_written_to_a_file_that_the_path_no_longer_names(path: Path, what: str) -> None:
+def test_no_row_is_written_to_a_file_that_the_path_no_longer_names(
+    path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("so8t.serve.audit.CHECK_SECONDS", 0.0)
     audit, moved = AuditTrail(path), path.with_name("moved")
     audit.append([ROW])
     audit.check()

@@ -233,7 +233,7 @@ def test_a_model_that_gives_no_fit_answer_is_told_before_it_serves(
 ) -> None:
     caplog.set_level("INFO")
     try_out(generator)
-    monkeypatch.setattr(generator, "_decode", lambda tokens: "no tags")
+    monkeypatch.setattr(generator, "decode", lambda tokens: "no tags")
     try_out(generator)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert "no answer that may leave" in caplog.text

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from serve_cases import QUESTION, SAFE, WELL_FORMED, Reply, Server, pieces, rows_of, running, stub_server, until
 
-from so8t.serve.command import main
+from so8t.serve.command import hosts_that_may_be_named, main
 from so8t.serve.thinker import QUEUE_LENGTH
 from so8t.thinking import REFUSAL
 
@@ -190,7 +190,7 @@ def test_another_name_than_this_machines_is_refused(server: Server, path: str) -
 
 def test_allowed_hosts_and_the_token(tmp_path: Path) -> None:
     options = ["--allowed-host", "so8t.example", "--allowed-host", "*.lan"]
-    with stub_server(tmp_path / "audit.sqlite", tmp_path / "log", *options, token="a b") as server:
+    with stub_server(tmp_path / "audit.sqlite", tmp_path / "log", *options, token="a b\n") as server:
         for host, status in (("so8t.example", 200), ("box.lan", 200), ("localhost", 200), ("evil.example", 400)):
             assert server.send("GET", "/health", None, {"Host": host}).status == status
         for path, body in (("/think", QUESTION), ("/v1/chat/completions", CHAT)):
@@ -202,8 +202,7 @@ def test_allowed_hosts_and_the_token(tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(f"POST /think HTTP/1.1\r\nHost: localhost\r\n{twice}Content-Length: 0\r\n\r\n".encode())
             assert connection.recv(99).startswith(b"HTTP/1.1 401 ")
-    with stub_server(tmp_path / "other.sqlite", tmp_path / "log", token="secret") as server:
-        assert server.send("GET", "/health", None, {"Host": "any.example"}).status == 200
+    assert hosts_that_may_be_named("0.0.0.0", True, []) == ["*"]
 
 
 def test_no_page_may_be_framed_or_guessed(server: Server) -> None:
@@ -268,92 +267,57 @@ def test_when_descriptors_are_few_others_are_served_and_the_log_stays_short(tmp_
         assert server.log.stat().st_size < 5000
 
 
-@pytest.mark.parametrize("token", ["a\nb", "   ", " secret", "secret\r"])
-def test_a_token_that_no_client_can_send_is_refused(
-    token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SO8T_TOKEN", token)
-    assert main([str(tmp_path), "--audit", str(tmp_path / "audit.sqlite")]) == 2
-    assert "SO8T_TOKEN begins or ends with white space" in capsys.readouterr().err
-
-
 # ---- no audit row, no answer
 
 
-@pytest.mark.parametrize("what", ["removed", "moved"])  # the other ways are in test_audit.py
-def test_no_answer_once_the_audit_file_is_not_the_one_that_was_opened(tmp_path: Path, what: str) -> None:
+def test_no_answer_once_the_audit_file_is_not_the_one_that_was_opened(tmp_path: Path) -> None:
+    """The other ways in which that may be are in test_audit.py."""
     audit, moved = tmp_path / "audit.sqlite", tmp_path / "moved.sqlite"
     with stub_server(audit, tmp_path / "log") as server:
+
+        def is_refused() -> bool:
+            refused = [server.post(), server.send("POST", "/v1/chat/completions", CHAT)]
+            assert SAFE["final"] not in str(refused)
+            until(lambda: server.send("GET", "/health").status == 503)
+            return statuses(refused) == {503: 2}
+
         assert server.post().status == server.send("GET", "/health").status == 200
-        for name in ("", "-wal", "-shm"):
-            if what == "moved":
-                Path(f"{audit}{name}").rename(f"{moved}{name}")
-            else:
-                Path(f"{audit}{name}").unlink()
-        refused = [server.post(), server.send("POST", "/v1/chat/completions", CHAT)]
-        assert statuses(refused) == {503: 2}
-        assert SAFE["final"] not in str(refused)
-        until(lambda: server.send("GET", "/health").status == 503)
-        if what == "moved":  # put back by a person
-            for name in ("", "-wal", "-shm"):
-                Path(f"{moved}{name}").rename(f"{audit}{name}")
-            assert server.post().status == 200
-            until(lambda: server.send("GET", "/health").status == 200)
-    assert "is gone, moved or exchanged" in (tmp_path / "log").read_text(encoding="utf-8")
-    if what == "removed":
-        for _ in range(2):  # no new one is begun beside the key of the old one
-            assert main(["stub", "--audit", str(audit), "--port", "0"]) == 2
-
-
-def test_two_servers_write_one_audit_file(tmp_path: Path) -> None:
-    audit = tmp_path / "audit.sqlite"
-    with stub_server(audit, tmp_path / "log1") as one, stub_server(audit, tmp_path / "log2") as other:
-        with ThreadPoolExecutor(8) as clients:
-            replies = list(clients.map(lambda server: server.post(), [one, other] * 40))
-        assert statuses(replies) == {200: 80}
-    assert {row["request_id"] for row in rows_of(audit)} == {reply.fields["request_id"] for reply in replies}
-    assert main(["--verify-audit", str(audit)]) == 0
-
-
-def test_a_full_disk_means_no_answer_and_a_freed_one_answers_again(small_disk: Path, tmp_path: Path) -> None:
-    audit, ballast = small_disk / "audit.sqlite", small_disk / "ballast"
-    with stub_server(audit, tmp_path / "log") as server:
-        replies = [server.post()]
-        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
-        while replies[-1].status == 200 and len(replies) < 100:  # what was allotted before takes some rows
-            replies.append(server.post())
-        refused = replies.pop()
-        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
-        assert refused.fields == {"detail": "the audit trail takes no rows, so there is no answer"}
-        until(lambda: server.send("GET", "/health").status == 503)
-        ballast.unlink()
-        replies.append(server.post())
-        assert statuses(replies) == {200: len(replies)}
+        rename(audit, moved)
+        assert is_refused()
+        rename(moved, audit)  # put back by a person
+        assert server.post().status == 200
         until(lambda: server.send("GET", "/health").status == 200)
-    assert [row["request_id"] for row in rows_of(audit)] == [reply.fields["request_id"] for reply in replies]
-    assert "database or disk is full" in (tmp_path / "log").read_text(encoding="utf-8")
-    assert main(["--verify-audit", str(audit)]) == 0
+        for name in ("", "-wal", "-shm"):
+            Path(f"{audit}{name}").unlink()
+        assert is_refused()
+    assert "is gone, moved or exchanged" in (tmp_path / "log").read_text(encoding="utf-8")
+    for _ in range(2):  # no new one is begun beside the key of the old one
+        assert main(["stub", "--audit", str(audit), "--port", "0"]) == 2
+
+
+def rename(old: Path, new: Path) -> None:
+    for name in ("", "-wal", "-shm"):
+        Path(f"{old}{name}").rename(f"{new}{name}")
 
 
 # ---- clients that go, signals, kills
 
 
-def test_a_client_that_has_gone_stops_its_generation_and_leaves_its_place(tmp_path: Path) -> None:
-    audit, body = tmp_path / "audit.sqlite", json.dumps({"query": "forever"}).encode()
+def test_a_client_that_has_gone_stops_its_generation_and_leaves_its_place(server: Server) -> None:
+    body, rows_before = json.dumps({"query": "forever"}).encode(), len(rows(server))
     head = b"POST /think HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    with stub_server(audit, tmp_path / "log") as server:
-        with ExitStack() as stack:
-            for sent in [body] * QUEUE_LENGTH + [body[:5]]:
-                other = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-                other.sendall(head % len(body) + sent)
-            server.wait_for_log("begun: forever")
-            assert server.send("GET", "/health").status == 200  # what was sent before has been read by now
-            assert server.post().status == 503
-        until(lambda: server.post().status == 200)  # with one of them still under way it would never be
-        assert server.process.poll() is None
-    begun = (tmp_path / "log").read_text(encoding="utf-8").count("begun: forever")
-    assert sum(row["safety_label"] == "ALLOW" for row in rows_of(audit)) == begun + 1
-    assert "Exception" not in (tmp_path / "log").read_text(encoding="utf-8")
+    with ExitStack() as stack:
+        for sent in [body] * QUEUE_LENGTH + [body[:5]]:
+            other = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            other.sendall(head % len(body) + sent)
+        server.wait_for_log("begun: forever")
+        assert server.send("GET", "/health").status == 200  # what was sent before has been read by now
+        assert server.post().status == 503
+    until(lambda: server.post().status == 200)  # with one of them still under way it would never be
+    assert server.process.poll() is None
+    log = server.log.read_text(encoding="utf-8")
+    assert len(rows(server)) == rows_before + log.count("begun: forever") + 1
+    assert "Exception" not in log
 
 
 def knock_until_refused(port: int) -> None:
@@ -399,22 +363,22 @@ def test_a_run_answers_many_together_and_a_kill_under_load_loses_no_row_of_an_an
     row = json.loads((memorised_run.parent / "rows.jsonl").read_text(encoding="utf-8"))
     audit = tmp_path / "audit.sqlite"
     arguments = ["-m", "so8t.serve", memorised_run, "--port", "0", "--audit", audit]
-    with running(arguments, tmp_path / "log") as server, ThreadPoolExecutor(90) as many, ThreadPoolExecutor(20) as few:
+    with running(arguments, tmp_path / "log") as server, ThreadPoolExecutor(60) as many, ThreadPoolExecutor(20) as few:
         known = {"query": row["query"], "user_id": "user 7"}
         replies = [server.post(known)]
         assert replies[0].fields["answer"] == row["final"]
         assert replies[0].fields["safety_label"] == "ALLOW"
-        burst = list(many.map(server.post, [known | {"max_new_tokens": 1}] * 90))
+        burst = list(many.map(server.post, [known | {"max_new_tokens": 1}] * 60))
         assert statuses(burst)[200] >= QUEUE_LENGTH
         assert statuses(burst).keys() <= {200, 503}
         assert {reply.headers["retry-after"] for reply in burst if reply.status == 503} <= {"5"}
-        load = [few.submit(server.post, known | {"max_new_tokens": 1}) for _ in range(300)]
-        until(lambda: sum(post.done() for post in load) >= 30)
+        load = [few.submit(server.post, known | {"max_new_tokens": 1}) for _ in range(200)]
+        until(lambda: sum(post.done() for post in load) >= 20)
         server.process.kill()
         server.process.wait()
         under_load = [post.result() for post in load if post.exception() is None]  # the rest got no reply
-    assert statuses(under_load)[200] >= 30
-    assert len(under_load) < 300
+    assert statuses(under_load)[200] >= 20
+    assert len(under_load) < 200
     replies += [*burst, *under_load]
     answered = {reply.fields["request_id"] for reply in replies if reply.status == 200}
     assert len(answered) == statuses(replies)[200]
