@@ -155,9 +155,9 @@ def _chunk(
     if show is not None:
         show(logits)
     slope, label_logits = head.slope(logits), logits.gather(1, labels)
-    maximum, likeliest = logits.max(dim=-1, keepdim=True)
+    maximum = logits.amax(dim=-1, keepdim=True)  # max() would look for its place too, which takes six times as long
     softmax = torch.softmax(logits, dim=-1, out=logits)  # in place: logits are not needed again
-    log_normalizer = maximum - softmax.gather(1, likeliest).log()
+    log_normalizer = maximum - softmax.amax(dim=-1, keepdim=True).log()
     ce = (log_normalizer - label_logits).sum()
     if grad_rows is None and grad_weight is None:
         return ce

@@ -1,37 +1,35 @@
-"""What saving logits costs a real run: seconds a step, the loop's own wait, and peak tensor memory.
+"""What saving the logits of every step costs a real run, by form: seconds, CPU seconds, the loop's wait, peak memory.
 
-    python tests/benchmarks/saving_cost.py MODEL_FOLDER
+    python tests/benchmarks/saving_cost.py MODEL_FOLDER [--length 512] [--rows 4] [--rounds 5] [--load]
 
-MODEL_FOLDER: a real small model, such as a downloaded SmolLM2-135M-Instruct. Every run is the whole job, with LoRA
-and gates, in float32, on rows of exactly 512 tokens. Runs without saving, with a full file at every step, and
-with one at every tenth step take turns (A B C A B C ..) in this one process; a run's first two steps do not count.
+MODEL_FOLDER: a real small model, such as a downloaded SmolLM2-135M-Instruct, with LoRA and gates, in float32. Half of
+every row are targets. A step without saving and one with each form take turns (A B C .. A B C ..); the time of a
+saving step ends when its file is on the disk, so nothing that the writer's thread still has to do is left out.
 """
 
 import argparse
 import gc
-import itertools
-import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from memory_cases import PeakBytes  # noqa: E402
+from memory_cases import PeakBytes, take_step  # noqa: E402
+from peers import busy_process  # noqa: E402
 
 import train  # noqa: E402
-from so8t.config import load_config  # noqa: E402
-from so8t.data import Row, collate  # noqa: E402
+from so8t.config import Config, load_config  # noqa: E402
+from so8t.data import Batch, Row, collate  # noqa: E402
 from so8t.logits import LogitsSaver, plan_logits  # noqa: E402
 from so8t.logits.score import HostBuffer  # noqa: E402
-from so8t.metrics import read_metrics  # noqa: E402
-from so8t.model import head, load_model  # noqa: E402
+from so8t.model import Model, head, load_model  # noqa: E402
+from so8t.optim import make_optimizer  # noqa: E402
 
 CONFIG = """
 [model]
@@ -42,35 +40,34 @@ r = 16
 lora_dropout = 0.0
 target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 [data]
-train_data = "{folder}/rows.jsonl"
-max_seq_length = 512
+train_data = "unused"
 [training]
-output_dir = "{folder}/run"
-max_steps = 12
-gradient_accumulation_steps = 1
+output_dir = "{folder}"
 bf16 = false
 optim = "adamw_8bit"
-save_steps = 0
-save_logits_max_files = 3
+save_logits_steps = 1
+save_logits_max_files = 1
 save_logits_max_wait = 60.0
 """
-MODES = {
-    "without": ("training.save_logits=false",),
-    "every step": ("training.save_logits=true", "training.save_logits_steps=1"),
-    "every 10th": ("training.save_logits=true", "training.save_logits_steps=10"),
+FORMS = {
+    "not saved": {"save_logits": "false"},
+    "full": {},
+    "full, bf16": {"save_logits_dtype": "'bf16'"},
+    "full, fp16": {"save_logits_dtype": "'fp16'"},
+    "full, labels": {"save_logits_positions": "'labels'"},
+    "topk": {"save_logits_form": "'topk'"},
+    "topk, labels": {"save_logits_form": "'topk'", "save_logits_positions": "'labels'"},
+    "stats": {"save_logits_form": "'stats'"},
+    "stats, labels": {"save_logits_form": "'stats'", "save_logits_positions": "'labels'"},
 }
-WARM_UP = 2
 
 
-def write_rows(folder: Path) -> None:
-    """Rows far longer than 512 tokens before the answer, so that the cut leaves exactly 512."""
-    words = " ".join(f"item {number}" for number in range(700))
-    outputs = (f"{index} {words[:600]}" for index in range(12))
-    rows = (
-        json.dumps({"instruction": words, "output": output, "source": "own", "license": "CC0-1.0"}) + "\n"
-        for output in outputs
+def config_of(model: Path, folder: Path, form: str) -> Config:
+    path = folder / "config.toml"
+    path.write_text(CONFIG.format(model=model, folder=folder), encoding="utf-8")
+    return load_config(
+        path, [f"training.{key}={value}" for key, value in ({"save_logits": "true"} | FORMS[form]).items()]
     )
-    (folder / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
 def half_answered(length: int) -> Row:
@@ -79,56 +76,50 @@ def half_answered(length: int) -> Row:
     return Row(torch.arange(length, dtype=torch.int32) + 100, answer, answer.to(torch.uint8), 0, was_cut=False)
 
 
-@contextmanager
-def job(model: Path) -> Iterator[Path]:
-    """The config of a job on `model`, in a temporary folder of its own."""
-    with tempfile.TemporaryDirectory() as name:
-        write_rows(Path(name))
-        config = Path(name) / "config.toml"
-        config.write_text(CONFIG.format(model=model, folder=name), encoding="utf-8")
-        yield config
+def time_forms(model: Model, configs: dict[str, Config], folder: Path, batch: Batch, rounds: int) -> None:
+    vocab, no_autocast = len(head(model).weight), torch.autocast("cpu", enabled=False)
+    savers = {
+        form: LogitsSaver(plan_logits(config, vocab, batch.input_ids.numel()), folder / str(index))
+        for index, (form, config) in enumerate(configs.items())
+    }
+    optimizer = make_optimizer(model, configs["not saved"].training)
+    seconds: dict[str, list[float]] = {form: [] for form in savers}
+    cpu_seconds: dict[str, list[float]] = {form: [] for form in savers}
+    for step in range(1, rounds + 3):  # the first two rounds allocate the buffers and do not count
+        for form, saver in savers.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            take_step(model, [batch], optimizer, saver, step, no_autocast)
+            saver.flush(timeout=600)
+            if step > 2:
+                seconds[form].append(time.perf_counter() - start)
+                cpu_seconds[form].append(time.process_time() - cpu_start)
+    rows, length = batch.input_ids.shape
+    print(f"{rows} rows of {length} tokens, {rounds} rounds: a step in all, by one that does not save")
+    for index, form in enumerate(savers):
+        ratios = [
+            statistics.median(other / own for own, other in zip(measured["not saved"], measured[form], strict=True))
+            for measured in (seconds, cpu_seconds)
+        ]
+        sizes = [file.stat().st_size for file in (folder / str(index)).glob("logits/*.pt")]
+        size = f", {sizes[0] / 2**20:.1f} MiB a file" if sizes else ""
+        print(
+            f"  {form:15s}{statistics.median(seconds[form]):7.2f} s, {ratios[0]:.3f} x; "
+            f"{statistics.median(cpu_seconds[form]):7.2f} CPU s, {ratios[1]:.3f} x{size}",
+            flush=True,
+        )
+    for saver in savers.values():
+        saver.close()
 
 
-def time_runs(config: Path, folder: Path, rounds: int) -> None:
-    steps: dict[str, list[float]] = {mode: [] for mode in MODES}  # mean seconds a step, one number a run
-    waits: list[float] = []
-    for index, mode in itertools.product(range(rounds), MODES):
-        output_dir = folder / f"{mode} {index}".replace(" ", "_")
-        assert train.main([str(config), f"training.output_dir={output_dir}", *MODES[mode]]) == 0
-        records = read_metrics(output_dir / "metrics.jsonl")[WARM_UP:]
-        steps[mode].append(statistics.mean(record["seconds"] for record in records))
-        if mode == "every step":
-            waits += [record["logits_wait_ms"] / 1000 for record in records[:-1]]  # the last one flushes
-            assert records[-1]["logits_saved"] + records[-1]["logits_dropped"] >= len(records)
-            assert not records[-1]["logits_dropped"]
-    logits = torch.load(next((folder / "every_step_0" / "logits").iterdir()))["logits"]
-    synchronous = []
-    for _ in range(7):
-        start = time.perf_counter()
-        torch.save(logits, folder / "synchronous.pt")
-        synchronous.append(time.perf_counter() - start)
-    base = statistics.median(steps["without"])
-    for mode, seconds in steps.items():
-        ratio = statistics.median(other / one for one, other in zip(steps["without"], seconds, strict=True))
-        print(f"{mode}: {statistics.median(seconds):.2f} s a step, {ratio:.3f} x without, runs {seconds}")
-    wait, save = statistics.median(waits), statistics.median(synchronous)
-    print(f"the loop waits {1000 * wait:.2f} ms a save, {100 * wait / save:.2f} % of torch.save ({1000 * save:.0f} ms)")
-    print(f"one file holds {logits.nbytes / 2**20:.0f} MiB of logits; a step without saving takes {base:.2f} s")
-
-
-def measure_memory(config_path: Path, folder: Path) -> None:
+def measure_memory(model: Model, configs: dict[str, Config], folder: Path) -> None:
     """Peak tensor bytes of a step's forward and backward, without and with a tap."""
-    config = load_config(config_path)
-    model = load_model(config.model_spec, torch.device("cpu"), seed=0, checkpointed_layers=None)
     no_autocast = torch.autocast("cpu", enabled=False)
-    chunk = head(model).chunk_rows * len(head(model).weight) * 4
+    vocab = len(head(model).weight)
     for length in (512, 1024, 2048):
         batch = collate([half_answered(length)])
         peaks = []
-        for saves in ("false", "true"):
-            keys = [f"training.save_logits={saves}", "training.save_logits_steps=1"]
-            plan = plan_logits(load_config(config_path, keys), len(head(model).weight), length)
-            saver = LogitsSaver(plan, folder / f"memory_{length}")
+        for form in ("not saved", "full"):
+            saver = LogitsSaver(plan_logits(configs[form], vocab, length), folder / f"memory_{length}")
             for step in (1, 2, 3):  # the first two allocate the host buffers, the third uses one again
                 buffers = [thing._bytes for thing in gc.get_objects() if isinstance(thing, HostBuffer)]
                 with PeakBytes(buffers) as mode:
@@ -140,22 +131,29 @@ def measure_memory(config_path: Path, folder: Path) -> None:
             model.zero_grad()
             peaks.append(mode.peak)
             saver.close()
-        extra = peaks[1] - peaks[0]
         print(
             f"T = {length}: peak {peaks[0] / 2**20:.1f} MiB without, {peaks[1] / 2**20:.1f} MiB with saving: "
-            f"{extra / 2**20:+.1f} MiB; one chunk of logits is {chunk / 2**20:.1f} MiB"
+            f"{(peaks[1] - peaks[0]) / 2**20:+.1f} MiB"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--rounds", type=int, default=5, help="0 = memory only")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5, help="0 = none")
+    parser.add_argument("--load", action="store_true", help="keep a second process busy meanwhile")
+    parser.add_argument("--memory", action="store_true", help="measure the peak of tensors too")
     options = parser.parse_args()
-    with job(options.model) as config:
-        measure_memory(config, config.parent)
+    with tempfile.TemporaryDirectory() as name, busy_process() if options.load else nullcontext():
+        configs = {form: config_of(options.model, Path(name), form) for form in FORMS}
+        model = load_model(configs["full"].model_spec, torch.device("cpu"), seed=0)
+        if options.memory:
+            measure_memory(model, configs, Path(name))
         if options.rounds:
-            time_runs(config, config.parent, options.rounds)
+            batch = collate([half_answered(options.length)] * options.rows)
+            time_forms(model, configs, Path(name), batch, options.rounds)
 
 
 if __name__ == "__main__":
