@@ -225,5 +225,6 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks = logits.unflatten(1, (-1, math.gcd(logits.shape[1], BLOCK)))
     block = blocks.amax(dim=-1).argmax(dim=-1, keepdim=True)  # of several largest ones the first, as in max
-    maximum, place = blocks.take_along_dim(block[..., None], dim=1).squeeze(1).max(dim=-1, keepdim=True)
-    return maximum, block * blocks.shape[-1] + place
+    width = blocks.shape[-1]
+    maximum, place = blocks.gather(1, block[..., None].expand(-1, -1, width)).squeeze(1).max(dim=-1, keepdim=True)
+    return maximum, block * width + place

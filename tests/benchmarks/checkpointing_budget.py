@@ -11,12 +11,14 @@ import itertools
 import json
 import statistics
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from memory_cases import step_spec  # noqa: E402
-from saving_cost import WARM_UP, job  # noqa: E402
 
 import train  # noqa: E402
 from so8t.config import load_config  # noqa: E402
@@ -26,8 +28,51 @@ from so8t.metrics import read_metrics  # noqa: E402
 from so8t.model import load_model_config  # noqa: E402
 from so8t.text import GIB  # noqa: E402
 
+CONFIG = """
+[model]
+base_model = "{model}"
+dtype = "float32"
+[qlora]
+r = 16
+lora_dropout = 0.0
+target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+[data]
+train_data = "{folder}/rows.jsonl"
+max_seq_length = 512
+[training]
+output_dir = "{folder}/run"
+max_steps = 12
+gradient_accumulation_steps = 1
+bf16 = false
+optim = "adamw_8bit"
+save_steps = 0
+save_logits_max_files = 3
+save_logits_max_wait = 60.0
+"""
+WARM_UP = 2  # steps that do not count
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = 7
+
+
+def write_rows(folder: Path) -> None:
+    """Rows far longer than 512 tokens before the answer, so that the cut leaves exactly 512."""
+    words = " ".join(f"item {number}" for number in range(700))
+    outputs = (f"{index} {words[:600]}" for index in range(12))
+    rows = (
+        json.dumps({"instruction": words, "output": output, "source": "own", "license": "CC0-1.0"}) + "\n"
+        for output in outputs
+    )
+    (folder / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
+@contextmanager
+def job(model: Path) -> Iterator[Path]:
+    """The config of a job on `model`, in a temporary folder of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        write_rows(Path(name))
+        config = Path(name) / "config.toml"
+        config.write_text(CONFIG.format(model=model, folder=name), encoding="utf-8")
+        yield config
 
 
 def main() -> None:

@@ -204,11 +204,15 @@ def started(name: str, folder: Path) -> Iterator[Side]:
     """The side after its first step, timed from the start of its process."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "tests.benchmarks.peers_sides", name, str(folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    ) as process:
+    log = folder / f"{name}.log"
+    with (
+        log.open("w", encoding="utf-8") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
+        ) as process,
+    ):
         try:
-            side = Side(name, process)
+            side = Side(name, process, log)
             side.report()
             side.first_step = time.perf_counter() - start
             yield side

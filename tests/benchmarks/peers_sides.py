@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import train
+from so8t import data
 from so8t.config import Config, load_config
 from so8t.data import Batch
 from so8t.logits import LogitsSaver
@@ -29,7 +30,7 @@ from so8t.losses import NO_TARGET
 from so8t.memory.live_bytes import LiveBytes
 from so8t.memory.process import peak_process_bytes
 from so8t.metrics import Metrics
-from so8t.model import head, hidden_states, load_model
+from so8t.model import head, hidden_states, load_model, load_tokenizer
 from so8t.optim import make_optimizer
 
 CARD_BYTES = 12 * 2**30  # what a GPU is held to
@@ -117,7 +118,7 @@ def run_so8t(folder: Path, pace: Pace) -> None:
             torch.save(list(micro_batches), folder / "micro_batches.pt")
         return real_count(micro_batches)
 
-    real_count = train.count
+    real_count = data.count
     with (
         patch.object(LogitsPlan, "is_due", lambda plan, step: pace.saves),
         patch("train.LogitsSaver", PacedSaver),
@@ -152,7 +153,7 @@ def run_floor(folder: Path, pace: Pace) -> None:
 # ---- a Trainer subclass as people write it
 
 
-class PacedCallback(TrainerCallback):  # type: ignore[misc]
+class PacedCallback(TrainerCallback):
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
 
@@ -268,7 +269,7 @@ def run_trl(folder: Path, pace: Pace) -> None:
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=Dataset(table, fingerprint="rows"),  # from_list hashes the rows, which may fail
-        processing_class=train.load_tokenizer(config.model, sys.maxsize),
+        processing_class=load_tokenizer(config.model, sys.maxsize),
         callbacks=[PacedCallback(pace)],
     ).train()
 
