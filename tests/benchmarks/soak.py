@@ -24,6 +24,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if sys.platform == "win32":
+    sys.exit("this reads /proc and mounts a disk")
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import torch
