@@ -37,6 +37,7 @@ from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, device_
 from so8t.metrics import Metrics, write_run_file
 from so8t.model import (
     Model,
+    causal_lm,
     describe,
     head,
     hidden_states,
@@ -46,6 +47,7 @@ from so8t.model import (
     trainable_parameters,
 )
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
+from so8t.packing import pack_rows
 from so8t.schedule import lr_at, pet_weight_at
 from so8t.signals import StopSignals
 
@@ -135,6 +137,7 @@ def train(config: Config, process: parallel.Process) -> int:
             checkpointed_layers=plan.choice.checkpointed_layers,
             checkpoint=checkpoint,
         )
+        pack_rows(causal_lm(model), config.data.max_seq_length)  # where it can, no layer computes anything for padding
         cli.say(describe(model))
         trainable = trainable_parameters(model)
         optimizer = make_optimizer(model, training)

@@ -26,6 +26,7 @@ from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, Quantiz
 from so8t.data import Batch, derive_seed, stop_token_ids
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates, state_without_gates
 from so8t.losses import Head
+from so8t.packing import places_of, takes_packed_rows
 from so8t.quiet import hide_bars
 
 GATES_FILE = "so8t_gates.safetensors"
@@ -302,6 +303,8 @@ def hidden_states(model: Model, batch: Batch) -> Tensor:
     batch: on the host. Returns [batch, seq, hidden_size] on the device of the model.
     """
     base = causal_lm(model)
+    if batch.attention_mask is not None and takes_packed_rows(base):
+        return _packed_hidden_states(base, batch)
     mask = batch.attention_mask
     hidden: Tensor = base.base_model(
         input_ids=batch.input_ids.to(base.device, non_blocking=True),
@@ -309,6 +312,20 @@ def hidden_states(model: Model, batch: Batch) -> Tensor:
         use_cache=False,
     ).last_hidden_state
     return hidden
+
+
+def _packed_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
+    """The layers see the rows end to end, without padding; what reads the result sees them padded, with zeros."""
+    lengths, shape = batch.lengths, batch.input_ids.shape
+    places, positions = places_of(lengths, shape[1])
+    packed = base.base_model(
+        input_ids=batch.input_ids.flatten()[places][None].to(base.device, non_blocking=True),
+        position_ids=positions[None].to(base.device, non_blocking=True),
+        use_cache=False,
+        row_lengths=lengths,
+    ).last_hidden_state[0]
+    padded = packed.new_zeros(shape.numel(), packed.shape[1])
+    return padded.index_copy_(0, places.to(base.device, non_blocking=True), packed).view(*shape, -1)
 
 
 def head(model: Model) -> Head:

@@ -20,6 +20,7 @@ from model_cases import (
     randomize_lora,
 )
 from torch import nn
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
@@ -28,7 +29,8 @@ from so8t.export.merge import merge
 from so8t.gates import state_without_gates
 from so8t.losses import ce_sum
 from so8t.memory.fakes import BatchShape, fake_batch, fake_model
-from so8t.model import build_on_meta, head, hidden_states, load_model, load_model_config
+from so8t.model import build_on_meta, causal_lm, head, hidden_states, load_model, load_model_config
+from so8t.packing import pack_rows, takes_packed_rows
 
 SMALL: dict[str, Any] = SIZES | {"num_hidden_layers": 2, "max_position_embeddings": 128}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -69,7 +71,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "HunYuan": ("hunyuan_v1_dense", {"head_dim": 16}),
     "InternLM 3": ("internlm3", {}),
     "MiniCPM 3": ("minicpm3", LATENT),
-    "LFM 2": ("lfm2", {}),
+    "LFM 2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
     "Falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "GPT-NeoX, Pythia": ("gpt_neox", {}),
     "OPT": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
@@ -95,6 +97,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-J": ("gptj", GPT2 | {"rotary_dim": 4}),
     "Llama 4": ("llama4_text", EXPERTS | {"head_dim": 16}),
 }
+NOT_PACKED = {
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "lfm2",
+    "stablelm",
+    "nemotron",
+    "falcon",
+}  # rows are not packed
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
@@ -120,14 +131,19 @@ def test_a_family_is_planned_trained_with_the_loss_of_transformers_and_exported_
 ) -> None:
     spec = spec_of(tmp_path / "base", kind, sizes)
     config = load_model_config(spec.model)
-    with fake_model(spec, config, "cpu", 0) as (planned, live), live:
+    with fake_model(spec, config, "cpu", 0, 20) as (planned, live), live:
         share, _ = train.forward(planned, fake_batch(BatchShape(2, 20, True)), NO_AUTOCAST, 1, 1, 0.1, 0.0, None)
         torch.autograd.backward(share)
         assert live.phase().peak > 0
 
     model = load_model(spec, CPU, seed=0)
     batch = make_batch((20, 9), (7, 3))
+    model.eval()  # some have dropout in their config
+    padded = gradients(model, [batch])
+    assert pack_rows(causal_lm(model), 20) == (kind not in NOT_PACKED | ONLY_EAGER)
     found = gradients(model, [batch])
+    for name, gradient in found.items():
+        assert_close(gradient, padded[name], rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
     assert all(gradient.isfinite().all() for gradient in found.values())
     assert any(gradient.any() for gradient in found.values())
     randomize_lora(model)
@@ -145,6 +161,21 @@ def test_a_family_is_planned_trained_with_the_loss_of_transformers_and_exported_
     real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
     difference = (logits - live_logits)[real.flatten().bool()].abs().max()
     assert difference < 1e-4 * live_logits.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "gemma3_text", "olmo3", "cohere2"])
+def test_rows_longer_than_a_window_of_the_model_are_padded(tmp_path: Path, kind: str) -> None:
+    model = load_model(spec_of(tmp_path, kind, {"sliding_window": 8, "head_dim": 16}), CPU, seed=0)
+    assert not pack_rows(causal_lm(model), 9)
+    assert pack_rows(causal_lm(model), 8)
+
+
+def test_a_model_that_lets_rows_see_each_other_is_found_out(tmp_path: Path) -> None:
+    model = causal_lm(load_model(spec_of(tmp_path, "llama", {}), CPU, seed=0))
+    attention = model.base_model.layers[1].self_attn
+    attention.register_forward_hook(lambda module, args, output: (output[0] + output[0].cumsum(1), output[1]))
+    assert not pack_rows(model, 20)
+    assert not takes_packed_rows(model)
 
 
 @pytest.mark.parametrize(("kind", "sizes"), REFUSED.values(), ids=REFUSED)

@@ -33,15 +33,20 @@ class Batch:
         return torch.nn.functional.pad(self.targets[:, :-1], (1, 0), value=NO_TARGET)
 
     @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each row."""
+        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+        return [int(length) for length in mask.sum(dim=1)]
+
+    @property
     def num_targets(self) -> int:
         return int((self.targets != NO_TARGET).sum())
 
     @property
     def counts(self) -> tuple[int, int, int]:
         """What a step adds up before it begins: targets, triples of neighbouring real tokens (PET's), real tokens."""
-        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
-        lengths = mask.sum(dim=1)
-        return self.num_targets, int((lengths - 2).clamp_min(0).sum()), int(lengths.sum())
+        lengths = self.lengths
+        return self.num_targets, sum(max(length - 2, 0) for length in lengths), sum(lengths)
 
 
 def collate(rows: Sequence[Row], length: int = 0) -> Batch:

@@ -22,6 +22,7 @@ from so8t.config import ModelSpec
 from so8t.data import Batch
 from so8t.memory.live_bytes import LiveBytes
 from so8t.model import Model, adapt, build_on_meta
+from so8t.packing import pack_rows
 
 CUDA_BLOCK_BYTES = 512  # CUDA's allocator rounds up to it
 BLOCKWISE_FROM = 4096  # bitsandbytes keeps the states of smaller tensors in 32 bits
@@ -42,7 +43,12 @@ class BatchShape:
 
 
 class FakeBatch(Batch):
-    """A batch without data: every position is a target."""
+    """A batch without data: every position is a target, and in the worst case none is padding."""
+
+    @property
+    def lengths(self) -> list[int]:
+        rows, length = self.input_ids.shape
+        return [length] * rows
 
     @property
     def num_targets(self) -> int:
@@ -61,10 +67,14 @@ def fake_batch(shape: BatchShape) -> Batch:
 
 @contextmanager
 def fake_model(
-    spec: ModelSpec, model_config: Any, device_type: str, checkpointed_layers: int | None
+    spec: ModelSpec, model_config: Any, device_type: str, checkpointed_layers: int | None, longest: int
 ) -> Iterator[tuple[Model, LiveBytes]]:
-    """The model as load_model makes it, and a counter for its tensors. In the block every tensor is a fake one."""
+    """The model as the loop trains it, and a counter for its tensors. In the block every tensor is a fake one.
+
+    longest: tokens of a row.
+    """
     base = build_on_meta(spec.model, spec.quantization, model_config)
+    pack_rows(base, longest)
     model = adapt(base, spec, checkpointed_layers=checkpointed_layers).train()
     with ExitStack() as stack:
         if device_type != "cpu":

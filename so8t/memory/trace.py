@@ -88,7 +88,8 @@ class Trace:
 
 def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
     """The phases of a step whose optimizer has its states already and whose gradients add up over micro-batches."""
-    with fake_model(spec.config.model_spec, spec.model_config, spec.device_type, checkpointed_layers) as (model, live):
+    job, longest = spec.config.model_spec, spec.micro_batch.length
+    with fake_model(job, spec.model_config, spec.device_type, checkpointed_layers, longest) as (model, live):
         phases: dict[str, Phase] = {}
 
         def mark(name: str) -> None:

@@ -39,7 +39,7 @@ BASES = {
 def trainer_peak(config: Config, shape: BatchShape) -> int:
     """Bytes at the height of a Trainer's step with logits that are saved."""
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
-    with fake_model(config.model_spec, load_model_config(config.model), "cuda", None) as (model, live):
+    with fake_model(config.model_spec, load_model_config(config.model), "cuda", None, 2048) as (model, live):
         for module in model.modules() if quantized else ():  # prepare_model_for_kbit_training
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.dtype == torch.bfloat16:
