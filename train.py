@@ -135,6 +135,8 @@ def train(config: Config, process: parallel.Process) -> int:
             device,
             seed=seed,
             checkpointed_layers=plan.choice.checkpointed_layers,
+            offload=plan.spec.offload,
+            mlp_tile=plan.spec.mlp_tile,
             checkpoint=checkpoint,
         )
         pack_rows(causal_lm(model), config.data.max_seq_length)  # where it can, no layer computes anything for padding

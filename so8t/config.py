@@ -186,6 +186,9 @@ class TrainingConfig:
     fp16: bool = False  # autocast with a gradient scaler, for cards older than Ampere
     # recompute layers: as few as fit, all, none, or n
     gradient_checkpointing: Literal["auto"] | bool | Count = _free("auto")
+    # for long rows; "auto" = only where nothing else fits
+    offload_checkpoints: Literal["auto"] | bool = _free("auto")  # inputs of recomputed layers wait in host memory
+    mlp_tile_tokens: Literal["auto"] | Count = _free("auto")  # each MLP takes so many tokens at a time; 0 = all
     # GiB of tensors that "auto" may fill; 0 = what is free on the GPU, less a reserve
     memory_budget_gib: Amount = _free(0.0)
     ignore_memory_plan: bool = _free(False)  # go on although the plan says that the GPU is too small

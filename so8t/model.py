@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -82,26 +83,26 @@ def load_model(
     *,
     seed: int,
     checkpointed_layers: int | None = 0,
+    offload: bool = False,
+    mlp_tile: int = 0,
     checkpoint: Path | None = None,
 ) -> Model:
-    """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given."""
+    """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given.
+
+    checkpointed_layers, offload, mlp_tile: see `save_memory`.
+    """
     torch.manual_seed(derive_seed(seed, "initial weights"))
     model = _load_base(spec.model, spec.quantization, device, None if spec.qlora.enabled else checkpoint)
     _check_head(model, spec.model.base_model)
-    return adapt(model, spec, seed=seed, checkpointed_layers=checkpointed_layers, checkpoint=checkpoint).train()
+    adapted = adapt(model, spec, seed=seed, checkpoint=checkpoint)
+    save_memory(model, spec, checkpointed_layers, offload, mlp_tile)
+    return adapted.train()
 
 
-def adapt(
-    model: PreTrainedModel,
-    spec: ModelSpec,
-    *,
-    seed: int = 0,
-    checkpointed_layers: int | None = 0,
-    checkpoint: Path | None = None,
-) -> Model:
-    """Put adapters and gates onto a base model, and recompute its first `checkpointed_layers` in the backward pass.
+def adapt(model: PreTrainedModel, spec: ModelSpec, *, seed: int = 0, checkpoint: Path | None = None) -> Model:
+    """Put adapters and gates onto a base model.
 
-    None = all layers. LoRA and gates are float32, everything else stays as it was loaded: casting embeddings, head and
+    LoRA and gates are float32, everything else stays as it was loaded: casting embeddings, head and
     norms up, as peft's prepare_model_for_kbit_training does, turns the residual stream to float32 too and nearly
     doubles its memory.
     """
@@ -120,14 +121,43 @@ def adapt(
         attach_gates(model, spec.so8t.layer_indices, spec.so8t.init_scale, derive_seed(seed, "gates"))
     if spec.so8t.enabled and checkpoint is not None:
         load_gates(model, checkpoint / GATES_FILE)
+    return adapted
+
+
+def save_memory(
+    model: PreTrainedModel, spec: ModelSpec, checkpointed_layers: int | None, offload: bool, mlp_tile: int
+) -> None:
+    """Recompute the first `checkpointed_layers` in the backward pass, None = all.
+
+    offload: their inputs wait in pinned host memory; mlp_tile: tokens that an MLP takes at a time, 0 = all.
+    """
+    if mlp_tile:
+        for layer in checkpointable_layers(model):
+            tile_mlp(layer, mlp_tile)
     if checkpointed_layers != 0:
         # An 8-bit layer keeps its own input where non-reentrant checkpointing cannot drop it (1.06 MiB a token on
         # Phi-3.5), so that an 8-bit base takes the reentrant form; the gradients are equal to the bit.
-        model.activation_checkpointing_enable({"use_reentrant": spec.quantization.load_in_8bit})
+        model.activation_checkpointing_enable({"use_reentrant": spec.quantization.load_in_8bit}, offload=offload)
     if checkpointed_layers:  # the first ones, because the backward pass frees the last ones early anyway
         for layer in checkpointable_layers(model)[checkpointed_layers:]:
             layer.gradient_checkpointing = False
-    return adapted
+
+
+def tile_mlp(layer: nn.Module, tokens: int) -> None:
+    """Let the layer's MLP take so many tokens at a time, forward and backward, so that its wide tensors are narrow.
+
+    Each tile is computed once more in the backward pass, as in section 3.1 of Arctic Long Sequence Training
+    (https://arxiv.org/abs/2506.13996).
+    """
+    mlp = layer.get_submodule("mlp")
+    whole = mlp.forward
+
+    def in_tiles(hidden: Tensor) -> Tensor:
+        """hidden: [batch, seq, hidden_size], as the result."""
+        tiles = hidden.split(tokens, dim=1)
+        return torch.cat([checkpoint_activations(whole, tile, use_reentrant=False) for tile in tiles], dim=1)
+
+    mlp.forward = in_tiles  # type: ignore[method-assign]
 
 
 def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

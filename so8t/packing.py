@@ -53,7 +53,7 @@ def pack_rows(model: PreTrainedModel, longest: int) -> bool:
     if not replaceable or model._is_stateful or not kinds <= ATTENTION or min(windows) < longest:
         return False
     model.set_attn_implementation(ROW_BY_ROW)
-    if model.device.type == "meta" or _keeps_rows_apart(model):
+    if model.get_input_embeddings().weight.is_meta or _keeps_rows_apart(model):
         return True
     model.set_attn_implementation("sdpa")
     return False

@@ -38,6 +38,7 @@ from model_cases import (
 )
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -252,6 +253,38 @@ def test_gradients_are_equal_to_the_bit_however_many_layers_are_checkpointed(
         found.append(gradients(model, [BATCHES["padded"]]))
     for other in found[1:]:
         assert_equal(found[0], other)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradients_are_equal_to_the_bit_when_inputs_of_layers_wait_on_the_host(
+    base_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    # pinned memory needs a GPU; everything else of torch's save_on_cpu is as there
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", lambda **options: save_on_cpu())
+    found = []
+    for offload in (False, True):
+        layers = LAYERS
+        model = load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR, checkpointed_layers=layers, offload=offload)
+        randomize_lora(model)
+        found.append(gradients(model, [BATCHES["padded"]]))
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("layers", [0, 1, LAYERS])
+@pytest.mark.parametrize("bits", BITS)
+def test_an_mlp_in_tiles_has_the_same_gradients(base_models: dict[str, Path], bits: int, layers: int) -> None:
+    found = []
+    for tile in (0, 5):  # no divisor of the rows' lengths
+        model = load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR, checkpointed_layers=layers, mlp_tile=tile)
+        randomize_lora(model)
+        sizes: list[int] = []
+        causal_lm(model).get_decoder().layers[0].mlp.down_proj.register_forward_pre_hook(
+            lambda _, args, sizes=sizes: sizes.append(args[0].shape[1])
+        )
+        found.append(gradients(model, [BATCHES["padded"]]))
+        assert max(sizes) == (tile or BATCHES["padded"].input_ids.shape[1])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("architecture", ["phi3", "llama, tied"])

@@ -1,12 +1,15 @@
 """How a step is cut into micro-batches and how many layers are recomputed: the most tokens a second that fit."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 from so8t.data import PASS_TOKENS
 from so8t.memory.cache import traced
 from so8t.memory.fakes import BatchShape
 from so8t.memory.trace import LOSS, StepSpec, Trace, ledger_rows
 from so8t.text import size_of
+
+TILE = 2048  # tokens, for "auto": an MLP of Phi-3.5 then holds 64 MiB in each of its wide tensors
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def choose(spec: StepSpec, budget: int, resumed_tokens: int | None) -> Choice:
         tokens, reason = rows * tokens_of_row, f"auto: the most tokens a second in {size_of(budget)}"
     if tokens:
         spec = with_tokens(spec, tokens)
+    spec = _for_long_rows(spec, budget)
     layers, why, trace = _layers(spec, budget)
     return Choice(spec, tokens, reason, layers, why, trace)
 
@@ -93,6 +97,21 @@ def _growing(trace: Trace, accumulates: bool) -> tuple[int, int]:
     rows = ledger_rows(trace, accumulates)
     fixed = sum(trace.held.values()) + (rows["gradients"] if accumulates else 0) + rows[LOSS]
     return trace.peak - fixed, fixed
+
+
+def _for_long_rows(spec: StepSpec, budget: int) -> StepSpec:
+    """With what "auto" adds where recomputing all layers is not enough: the first that fits, or else all of it."""
+    training = spec.config.training
+    if not budget or training.gradient_checkpointing not in (True, "auto"):
+        return spec
+    tiles = [0, TILE] if training.mlp_tile_tokens == "auto" else [training.mlp_tile_tokens]
+    offloads = [False, True] if training.offload_checkpoints == "auto" else [training.offload_checkpoints]
+    for tile, offload in product(tiles, offloads):  # a tile costs a forward of the MLPs, offloading two copies
+        chosen = replace(training, mlp_tile_tokens=tile, offload_checkpoints=offload)
+        spec = replace(spec, config=replace(spec.config, training=chosen))
+        if traced(spec, None).peak <= budget:
+            break
+    return spec
 
 
 def _layers(spec: StepSpec, budget: int) -> tuple[int, str, Trace]:

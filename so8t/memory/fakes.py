@@ -17,11 +17,12 @@ from bitsandbytes.autograd import _functions as bitsandbytes_functions
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from so8t.config import ModelSpec
 from so8t.data import Batch
 from so8t.memory.live_bytes import LiveBytes
-from so8t.model import Model, adapt, build_on_meta
+from so8t.model import Model, adapt, build_on_meta, save_memory
 from so8t.packing import pack_rows
 
 CUDA_BLOCK_BYTES = 512  # CUDA's allocator rounds up to it
@@ -67,7 +68,13 @@ def fake_batch(shape: BatchShape) -> Batch:
 
 @contextmanager
 def fake_model(
-    spec: ModelSpec, model_config: Any, device_type: str, checkpointed_layers: int | None, longest: int
+    spec: ModelSpec,
+    model_config: Any,
+    device_type: str,
+    checkpointed_layers: int | None,
+    longest: int,
+    offload: bool = False,
+    mlp_tile: int = 0,
 ) -> Iterator[tuple[Model, LiveBytes]]:
     """The model as the loop trains it, and a counter for its tensors. In the block every tensor is a fake one.
 
@@ -75,7 +82,9 @@ def fake_model(
     """
     base = build_on_meta(spec.model, spec.quantization, model_config)
     pack_rows(base, longest)
-    model = adapt(base, spec, checkpointed_layers=checkpointed_layers).train()
+    model = adapt(base, spec)
+    save_memory(base, spec, checkpointed_layers, offload, mlp_tile)
+    model.train()
     with ExitStack() as stack:
         if device_type != "cpu":
             # 8-bit layers take another code path on a CPU.
@@ -89,6 +98,9 @@ def fake_model(
             # dropout keeps a mask of bytes on a GPU, of floats on a CPU.
             # Breaks with torch: with lora_dropout > 0 the activations come out up to four times too large.
             stack.enter_context(mock.patch("torch.nn.functional.dropout", _dropout_as_on_a_gpu))
+            # what is offloaded leaves the device; the fake one is the host itself.
+            # Breaks with transformers: AttributeError here, or offloaded inputs of layers are counted.
+            stack.enter_context(mock.patch("transformers.modeling_utils.save_on_cpu", _LeaveTheDevice))
         # no row is packed; transformers cannot see that in fake positions and would build a mask.
         # Breaks with transformers: AttributeError here, or DataDependentOutputException in the forward pass.
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
@@ -109,6 +121,23 @@ def optimizer_states(trainable: Sequence[nn.Parameter], optim: str) -> list[dict
         state = {name: torch.empty_like(parameter, dtype=torch.uint8) for name in ("state1", "state2")}
         states.append(state | {name: torch.empty(blocks) for name in ("absmax1", "absmax2")})
     return states
+
+
+def _shape_and_dtype(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _empty(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
+    return torch.empty(saved[0], dtype=saved[1])
+
+
+class _LeaveTheDevice(saved_tensors_hooks):
+    """In the stead of torch's save_on_cpu: of a saved tensor only its shape stays."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            lambda tensor: (tensor.shape, tensor.dtype), lambda saved: torch.empty(*saved[:1], dtype=saved[1])
+        )
 
 
 def _dropout_as_on_a_gpu(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

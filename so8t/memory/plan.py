@@ -54,6 +54,13 @@ class Plan:
         """Bytes that this plan leaves on the device, after its assumptions."""
         return None if self.capacity is None else self.capacity - CONTEXT_BYTES - self.fragmentation - self.trace.peak
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """Of the recomputed layers' inputs, which wait in host memory, if they do."""
+        hidden_size: int = self.spec.model_config.get_text_config().hidden_size
+        of_layer = self.spec.micro_batch.tokens * hidden_size * getattr(torch, self.spec.config.model.dtype).itemsize
+        return self.choice.checkpointed_layers * of_layer if self.spec.offload else 0
+
     def traced_for(self, shape: BatchShape) -> Trace:
         """The same step with other micro-batches, beside the same buffers."""
         return traced(replace(self.spec, micro_batch=shape), self.choice.checkpointed_layers)
@@ -69,6 +76,8 @@ class Plan:
             lines.append(f"  {choice.micro_batch_tokens} tokens a micro-batch at most ({choice.tokens_reason})")
         layers = f"{choice.checkpointed_layers} of {trace.num_layers} layers checkpointed"
         lines.append(f"  {layers} ({choice.layers_reason})")
+        if self.spec.mlp_tile:
+            lines.append(f"  MLPs take {self.spec.mlp_tile} tokens at a time")
         rows = ledger_rows(trace, self.spec.accumulates)
         lines += [_line(name, size, WHY.get(name, "")) for name, size in rows.items()]
         lines.append(_line("peak of all tensors", trace.peak, f"in the {peak_phase(trace)}"))
@@ -82,6 +91,8 @@ class Plan:
         if self.spec.config.training.save_logits:
             where = "host memory" if self.spec.device_type == "cpu" else "pinned host memory"
             lines.append(_line("logits buffers", self.spec.logits.host_bytes, where))
+        if self.spec.offload:
+            lines.append(_line("inputs of recomputed layers", self.offloaded_bytes, "pinned host memory"))
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

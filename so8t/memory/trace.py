@@ -67,6 +67,17 @@ class StepSpec:
         return replace(self, config=config, micro_batch=micro_batch, rows=rows, logits=logits)
 
     @property
+    def offload(self) -> bool:
+        """Whether inputs of recomputed layers wait in host memory; "auto" does not, until a choice says so."""
+        return self.config.training.offload_checkpoints is True and self.device_type != "cpu"
+
+    @property
+    def mlp_tile(self) -> int:
+        """Tokens that an MLP takes at a time, 0 = all; "auto" means all, until a choice says otherwise."""
+        tokens = self.config.training.mlp_tile_tokens
+        return 0 if tokens == "auto" else tokens
+
+    @property
     def accumulates(self) -> bool:
         """Whether gradients stay from one micro-batch to the next."""
         return self.rows > self.micro_batch.rows
@@ -88,8 +99,15 @@ class Trace:
 
 def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
     """The phases of a step whose optimizer has its states already and whose gradients add up over micro-batches."""
-    job, longest = spec.config.model_spec, spec.micro_batch.length
-    with fake_model(job, spec.model_config, spec.device_type, checkpointed_layers, longest) as (model, live):
+    with fake_model(
+        spec.config.model_spec,
+        spec.model_config,
+        spec.device_type,
+        checkpointed_layers,
+        longest=spec.micro_batch.length,
+        offload=spec.offload,
+        mlp_tile=spec.mlp_tile,
+    ) as (model, live):
         phases: dict[str, Phase] = {}
 
         def mark(name: str) -> None:

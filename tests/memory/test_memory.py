@@ -26,8 +26,9 @@ from so8t.memory.ledger import is_out_of_memory
 from so8t.memory.live_bytes import LiveBytes
 from so8t.memory.plan import CONTEXT_BYTES, Plan, device_memory
 from so8t.memory.trace import SAVING, Trace, held_bytes
-from so8t.model import load_model
+from so8t.model import causal_lm, load_model
 from so8t.optim import make_amp, make_optimizer
+from so8t.packing import pack_rows
 from so8t.text import COLUMNS, GIB
 
 LAYERS = 2
@@ -109,7 +110,9 @@ def trace(config: Config, shape: BatchShape, layers: int, device_type: str = "cp
 def real_peak(config: Config, shape: BatchShape, checkpointed_layers: int, folder: Path) -> int:
     """Bytes at the height of the second step, by the events of torch's allocator."""
     training, batch = config.training, make_batch(shape)
-    model = load_model(config.model_spec, CPU, seed=0, checkpointed_layers=checkpointed_layers)
+    tile = int(training.mlp_tile_tokens) if training.mlp_tile_tokens != "auto" else 0
+    model = load_model(config.model_spec, CPU, seed=0, checkpointed_layers=checkpointed_layers, mlp_tile=tile)
+    assert pack_rows(causal_lm(model), shape.length)
     optimizer = make_optimizer(model, training)
     autocast, _ = make_amp(training, CPU)
     saver = LogitsSaver(plan_logits(config, SIZES["vocab_size"], shape.tokens), folder)
@@ -152,6 +155,8 @@ COMBINATIONS: list[tuple[str, BatchShape, int, tuple[str, ...]]] = [
     ("llama, tied", BatchShape(2, 320, False), LAYERS, ("qlora.enabled=false", "so8t.enabled=false", *SAVES)),
     ("llama, tied", BatchShape(1, 256, False), 0, (FOUR_BIT, "training.bf16=true", "model.dtype='bfloat16'")),
     ("phi3", BatchShape(1, 256, False), LAYERS, (EIGHT_BIT, "training.bf16=true", "model.dtype='bfloat16'")),
+    ("phi3", BatchShape(1, 640, False), LAYERS, (FOUR_BIT, "training.mlp_tile_tokens=64")),
+    ("llama, tied", BatchShape(3, 192, True), 1, ("training.mlp_tile_tokens=50",)),
 ]
 
 
