@@ -221,6 +221,40 @@ def test_auto_checkpointing_keeps_to_its_budget(tmp_path: Path, record: Any, phi
     assert abs(figures["plan_error"]) < 0.1
 
 
+LONG = 32768
+
+
+def test_row_of_32768_tokens_trains_in_ten_gib(tmp_path: Path, record: Any, phi35: Path, twelve_gib: None) -> None:
+    rows = rows_of(tmp_path / "rows.jsonl", 2 * [2 * LONG])
+    data = (f"model.base_model={phi35}", f"data.train_data={rows}", f"data.max_seq_length={LONG}", *ANY_ROWS)
+    options = ("training.max_steps=3", "training.gradient_accumulation_steps=1", "training.memory_budget_gib=10")
+    records = run(PHI35_JOB, tmp_path / "run", *data, *options, "training.save_logits=false", "qlora.r=16")
+    figures = memory(tmp_path / "run")
+    record(losses=[step["loss"] for step in records], **speed(records, skipped=1), **figures)
+    assert records[-1]["num_tokens"] == LONG
+    assert records[-1]["peak_memory_bytes"] <= 10 * GIB * 1.02
+    assert abs(figures["plan_error"]) < 0.1
+
+
+def test_what_long_rows_cost(tmp_path: Path, record: Any, phi35: Path) -> None:
+    rows = rows_of(tmp_path / "rows.jsonl", 2 * [LONG])
+    data = (f"model.base_model={phi35}", f"data.train_data={rows}", "data.max_seq_length=16384", *ANY_ROWS)
+    options = ("training.max_steps=3", "training.gradient_accumulation_steps=1", "training.gradient_checkpointing=true")
+    losses = {}
+    for name, offload, tile in (("neither", "false", 0), ("offload", "true", 0), ("both", "true", 2048)):
+        saving = (
+            f"training.offload_checkpoints={offload}",
+            f"training.mlp_tile_tokens={tile}",
+            "qlora.lora_dropout=0.0",
+        )
+        records = run(PHI35_JOB, tmp_path / name, *data, *options, *saving, "training.save_logits=false", "qlora.r=16")
+        losses[name] = [step["loss"] for step in records]
+        record(**{name: speed(records, skipped=1) | {"peak_mib": round(records[-1]["peak_memory_bytes"] / MIB)}})
+    record(losses=losses)
+    assert losses["offload"] == pytest.approx(losses["neither"], rel=1e-3)
+    assert losses["both"] == pytest.approx(losses["neither"], rel=1e-2)
+
+
 # ---- SmolLM2: speed, with saving and without, and beside Trainer
 
 
