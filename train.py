@@ -139,7 +139,9 @@ def train(config: Config, process: parallel.Process) -> int:
             mlp_tile=plan.spec.mlp_tile,
             checkpoint=checkpoint,
         )
-        pack_rows(causal_lm(model), config.data.max_seq_length)  # where it can, no layer computes anything for padding
+        packed = pack_rows(
+            causal_lm(model), config.data.max_seq_length
+        )  # where it can, no layer computes anything for padding
         cli.say(describe(model))
         trainable = trainable_parameters(model)
         optimizer = make_optimizer(model, training)
@@ -166,7 +168,7 @@ def train(config: Config, process: parallel.Process) -> int:
             set_learning_rate(optimizer, lr)
 
             # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
-            micro_batches = data.micro_batches(step, tokens, process.rank, process.world_size)
+            micro_batches = data.micro_batches(step, tokens, process.rank, process.world_size, packed)
             num_targets, num_pet_terms, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
 
             # forward and backward; the sums stay on the device

@@ -53,6 +53,8 @@ def pack_rows(model: PreTrainedModel, longest: int) -> bool:
     if not replaceable or model._is_stateful or not kinds <= ATTENTION or min(windows) < longest:
         return False
     model.set_attn_implementation(ROW_BY_ROW)
+    # it builds a plan for every new length, for longer than it computes (Hopper and later; modelscope/FunASR#3705)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if model.get_input_embeddings().weight.is_meta or _keeps_rows_apart(model):
         return True
     model.set_attn_implementation("sdpa")

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -78,13 +79,14 @@ def split(rows: Sequence[Row], rows_per_batch: int, one_length: bool = False) ->
     return [collate(rows[start : start + rows_per_batch], length) for start in range(0, len(rows), rows_per_batch)]
 
 
-def cut(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
+def cut(rows: Sequence[Row], max_tokens: int, packed: bool = False) -> list[Batch]:
     """Rows as batches of at most `max_tokens` with padding, where a longer row stands alone, that cost the least.
 
-    A batch costs its tokens with padding and PASS_TOKENS. Only neighbours in the order of length share one: the best
-    cut of the first n rows is the best one of fewer and a last batch of the rest.
+    A batch costs PASS_TOKENS and its tokens, with padding unless the model takes rows packed. Only neighbours in the
+    order of length share one: the best cut of the first n rows is the best one of fewer and a last batch of the rest.
     """
     rows = sorted(rows, key=lambda row: -len(row.input_ids))
+    ends = list(accumulate((len(row.input_ids) for row in rows), initial=0))
     costs, starts = [0], [0]  # of the best cut of the first n rows, and where its last batch begins
     for end in range(1, len(rows) + 1):
         choices = [(costs[end - 1] + len(rows[end - 1].input_ids) + PASS_TOKENS, end - 1)]
@@ -92,7 +94,8 @@ def cut(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
             tokens = (end - start) * len(rows[start].input_ids)
             if tokens > max_tokens:
                 break
-            choices.append((costs[start] + tokens + PASS_TOKENS, start))
+            computed = ends[end] - ends[start] if packed else tokens
+            choices.append((costs[start] + computed + PASS_TOKENS, start))
         cost, start = min(choices)
         costs.append(cost)
         starts.append(start)
@@ -160,9 +163,12 @@ class TrainingBatches:
         """The epoch, counted from 0, that `step`, counted from 1, belongs to."""
         return (step - 1) // self.steps_per_epoch
 
-    def micro_batches(self, step: int, max_tokens: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    def micro_batches(
+        self, step: int, max_tokens: int = 0, rank: int = 0, world_size: int = 1, packed: bool = False
+    ) -> list[Batch]:
         """This rank's part of the step. max_tokens: of a micro-batch, with padding; 0 = by rows_per_micro_batch.
 
+        packed: whether the model computes nothing for padding, so that fewer micro-batches cost less than less of it.
         How a step is cut decides its speed and memory only, because its sums are divided once, by the whole step's
         counts. The order is random, so that the last micro-batch, which is saved, is not always one of short rows.
         """
@@ -171,6 +177,6 @@ class TrainingBatches:
         rows = [self.rows[int(place)] for place in self._epoch_rows[order[start : start + self.rows_per_step]]]
         if not max_tokens:
             return split(rows, self.rows_per_micro_batch)[rank::world_size]
-        batches = cut(share_out(rows, world_size)[rank], max_tokens)
+        batches = cut(share_out(rows, world_size)[rank], max_tokens, packed)
         random.Random(derive_seed(self.seed, "micro-batches", step)).shuffle(batches)
         return batches

@@ -34,13 +34,14 @@ def contents(batches: list[Batch]) -> list[tuple[int, list[int], list[int]]]:
     return sorted(found)
 
 
-@given(lengths=lengths, max_tokens=st.integers(1, 200), world_size=st.integers(1, 4), step=st.integers(1, 9))
+@given(lengths=lengths, max_tokens=st.integers(1, 200), world_size=st.integers(1, 4), packed=st.booleans())
 def test_no_row_is_lost_doubled_or_mixed_by_any_cut(
-    lengths: list[int], max_tokens: int, world_size: int, step: int
+    lengths: list[int], max_tokens: int, world_size: int, packed: bool
 ) -> None:
+    step = 1 + max_tokens % 9
     data = TrainingBatches(rows_of(lengths), 2, 3, seed=5)
     by_rows = data.micro_batches(step)
-    ranks = [data.micro_batches(step, max_tokens, rank, world_size) for rank in range(world_size)]
+    ranks = [data.micro_batches(step, max_tokens, rank, world_size, packed) for rank in range(world_size)]
     every = [batch for batches in ranks for batch in batches]
     assert contents(every) == contents(by_rows)
     assert count(every).tolist() == count(by_rows).tolist()
@@ -73,12 +74,15 @@ def test_of_lengths_like_those_of_chats_hardly_any_token_is_padding() -> None:
     lengths = [min(1000, max(40, round(generator.lognormvariate(5.3, 0.7)))) for _ in range(256)]
     data = TrainingBatches(rows_of(lengths), 8, 4, seed=5)
 
-    def padding(max_tokens: int) -> float:
-        batches = [batch for step in range(1, 9) for batch in data.micro_batches(step, max_tokens)]
+    def batches(max_tokens: int, packed: bool = False) -> list[Batch]:
+        return [batch for step in range(1, 9) for batch in data.micro_batches(step, max_tokens, packed=packed)]
+
+    def padding(batches: list[Batch]) -> float:
         return 1 - int(count(batches)[2]) / sum(map(tokens_with_padding, batches))
 
-    assert padding(0) > 0.4
-    assert padding(2048) < 0.07
+    assert padding(batches(0)) > 0.4
+    assert padding(batches(2048)) < 0.07
+    assert len(batches(2048, packed=True)) < 0.75 * len(batches(2048))  # where padding costs nothing
 
 
 def test_eval_rows_are_cut_the_same_way() -> None:
