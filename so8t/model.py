@@ -157,7 +157,7 @@ def tile_mlp(layer: nn.Module, tokens: int) -> None:
         tiles = hidden.split(tokens, dim=1)
         return torch.cat([checkpoint_activations(whole, tile, use_reentrant=False) for tile in tiles], dim=1)
 
-    mlp.forward = in_tiles  # type: ignore[method-assign]
+    mlp.forward = in_tiles
 
 
 def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -348,7 +348,7 @@ def _packed_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
     """The layers see the rows end to end, without padding; what reads the result sees them padded, with zeros."""
     lengths, shape = batch.lengths, batch.input_ids.shape
     places, positions = places_of(lengths, shape[1])
-    packed = base.base_model(
+    packed: Tensor = base.base_model(
         input_ids=batch.input_ids.flatten()[places][None].to(base.device, non_blocking=True),
         position_ids=positions[None].to(base.device, non_blocking=True),
         use_cache=False,

@@ -171,7 +171,7 @@ def test_rows_longer_than_a_window_of_the_model_are_padded(tmp_path: Path, kind:
 
 
 def test_a_model_that_lets_rows_see_each_other_is_found_out(tmp_path: Path) -> None:
-    model = causal_lm(load_model(spec_of(tmp_path, "llama", {}), CPU, seed=0))
+    model: Any = causal_lm(load_model(spec_of(tmp_path, "llama", {}), CPU, seed=0))
     attention = model.base_model.layers[1].self_attn
     attention.register_forward_hook(lambda module, args, output: (output[0] + output[0].cumsum(1), output[1]))
     assert not pack_rows(model, 20)

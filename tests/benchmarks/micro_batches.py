@@ -83,9 +83,9 @@ def main() -> None:
             times[way] += [taken] if round_number else []
     slowest = statistics.median(times["by rows, 4, padded"])
     print(f"{sum(lengths)} real tokens in {len(rows)} rows; {device}, {torch.get_num_threads()} threads")
-    for way, taken in times.items():
+    for way, rounds in times.items():
         padded = sum(batch.input_ids.numel() for batch in ways[way][1])
-        median = statistics.median(taken)
+        median = statistics.median(rounds)
         print(
             f"{way:32s} {len(ways[way][1]):3d} micro-batches, {padded / sum(lengths) - 1:6.1%} padding, "
             f"{median:7.3f} s, {sum(lengths) / median:8.0f} tokens/s, {slowest / median:.2f} x rows of 4"
