@@ -40,11 +40,12 @@ def attend_row_by_row(
 AttentionInterface.register(ROW_BY_ROW, attend_row_by_row)
 
 
-def pack_rows(model: PreTrainedModel, longest: int) -> bool:
+def pack_rows(model: PreTrainedModel, longest: int, has_weights: bool = True) -> bool:
     """Let `model` take rows of up to `longest` tokens end to end, without padding between them.
 
     It can if only attention mixes its tokens, over the whole row, and transformers lets us replace that. Returns
-    whether it does; otherwise it is as it was. For training only: this attention generates nothing.
+    whether it does; otherwise it is as it was. has_weights: so that this can be tried out. For training only: this
+    attention generates nothing.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ATTENTION)
@@ -55,7 +56,7 @@ def pack_rows(model: PreTrainedModel, longest: int) -> bool:
     model.set_attn_implementation(ROW_BY_ROW)
     # it builds a plan for every new length, for longer than it computes (Hopper and later; modelscope/FunASR#3705)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if model.get_input_embeddings().weight.is_meta or _keeps_rows_apart(model):
+    if not has_weights or _keeps_rows_apart(model):
         return True
     model.set_attn_implementation("sdpa")
     return False

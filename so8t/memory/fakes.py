@@ -81,7 +81,7 @@ def fake_model(
     longest: tokens of a row.
     """
     base = build_on_meta(spec.model, spec.quantization, model_config)
-    pack_rows(base, longest)
+    pack_rows(base, longest, has_weights=False)
     model = adapt(base, spec)
     save_memory(base, spec, checkpointed_layers, offload, mlp_tile)
     model.train()
