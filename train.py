@@ -99,7 +99,7 @@ def train(config: Config, process: parallel.Process) -> int:
     eval_rows = fixed_rows("data.eval_data", config.data.eval_data, tokenizer, config.data, folder)
     probe_data = training.save_logits_probe if training.save_logits else ()
     probe_rows = fixed_rows("training.save_logits_probe", probe_data, tokenizer, config.data, folder)
-    probe_batches = split(probe_rows, rows_per_batch, one_length=True)
+    probe_batches = split(probe_rows, rows_per_batch, one_length=True) if process.is_main else []
     fingerprint = dataset.fingerprint()
     state = load_training_state(checkpoint, fingerprint)
     micro_batches_per_step, resumed_tokens = training.gradient_accumulation_steps * process.world_size, None
@@ -115,9 +115,11 @@ def train(config: Config, process: parallel.Process) -> int:
     largest = BatchShape(rows_per_batch, dataset.longest, is_padded=rows_per_batch > 1)
     probe_shapes = tuple(map(shape_of, probe_batches))
     probe_tokens = sum(shape.tokens for shape in probe_shapes)
-    logits_plan = plan_logits(config, model_config.vocab_size, largest.tokens, probe_tokens)
+    logits_plan = plan_logits(config, model_config.vocab_size, largest.tokens, probe_tokens, process.world_size)
     step_rows = -(-data.rows_per_step // process.world_size)
-    step_spec = StepSpec(config, model_config, device.type, forward, logits_plan, largest, step_rows, probe_shapes)
+    step_spec = StepSpec(
+        config, model_config, device.type, forward, logits_plan, largest, step_rows, probe_shapes, process.world_size
+    )
     free, capacity = device_memory(device)
     plan = plan_memory(step_spec, free, capacity, resumed_tokens)
     cli.say(plan.spec.logits.describe(total_steps, output_dir))
@@ -157,7 +159,7 @@ def train(config: Config, process: parallel.Process) -> int:
         checkpoints = Checkpoints(config, total_steps, fingerprint, micro_batches_per_step, tokens, process.is_main)
         signals = stack.enter_context(StopSignals())
         metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
-        logits_saver = stack.enter_context(closing(LogitsSaver(plan.spec.logits, output_dir, process.is_main)))
+        logits_saver = stack.enter_context(closing(LogitsSaver(plan.spec.logits, output_dir, process.rank)))
         probe = Probe(probe_batches, autocast, logits_saver)
         validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
         memory.start(model, optimizer, first_step, total_steps)
@@ -236,12 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = cli.train_parser(__doc__).parse_args(arguments)
 
     def command() -> int:
-        try:
-            return train(load_config(options.config, options.overrides), parallel.start())
-        finally:
-            parallel.stop()
+        exit_code = train(load_config(options.config, options.overrides), parallel.start())
+        parallel.stop()
+        return exit_code
 
-    return cli.run("train.py", command, NonFiniteStep, OutOfMemory, CheckpointError)
+    return cli.run("train.py", command, NonFiniteStep, OutOfMemory, CheckpointError, parallel.LostRank)
 
 
 if __name__ == "__main__":

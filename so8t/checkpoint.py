@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from so8t import parallel
 from so8t.config import CONFIG_FILE, Config, InputError, changed_keys, load_config, to_toml
 from so8t.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write, delete_folder, sweep_temporaries
 from so8t.model import GATES_FILE, Model, save_model
@@ -110,8 +111,15 @@ def find_checkpoint(config: Config) -> Path | None:
 def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[str, Any] | None:
     """What training_state.pt holds: step, optimizer, scaler, micro_batches_per_step of all ranks, micro_batch_tokens.
 
-    Raises InputError if the rows have changed.
+    Raises InputError if the rows have changed, or if other ranks resume from a later step.
     """
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    latest = parallel.all_max(step)
+    if step < latest:
+        raise InputError(
+            f"training.output_dir: another rank resumes after step {latest} and this one after step {step}; "
+            "write one folder that all machines share"
+        )
     if checkpoint is None:
         return None
     state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu")

@@ -212,6 +212,7 @@ class TrainingConfig:
     save_logits_probe: tuple[Name, ...] = _free(())  # JSONL of fixed rows scored beside every saved batch; "" = off
     save_logits_max_gib: Amount = _free(0.0)  # GiB of files kept; 0 = no limit by bytes
     save_logits_keep_every: Count = _free(0)  # every n-th file is kept for ever; 0 = none
+    save_logits_ranks: Literal["main", "all"] = _free("main")  # whose micro-batches, where torchrun started several
 
 
 @dataclass(frozen=True)

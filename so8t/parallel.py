@@ -2,12 +2,16 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+class LostRank(Exception):
+    """Another process of the job has ended, and that one says why."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def start() -> Process:
 
 
 def stop() -> None:
+    """Leave the others, at the end of the job; after an error it might wait for one that is gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -51,25 +56,41 @@ def is_main() -> bool:
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+    """The sum of `tensor` over all ranks, in place. Raises LostRank, as all that follow."""
+    _all_reduce(tensor, dist.ReduceOp.SUM)
     return tensor
 
 
 def all_max(number: int) -> int:
     """The largest `number` of all ranks, so that all of them stop at the same step, with the same exit code."""
     largest = torch.tensor(number)
-    if dist.is_initialized():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    _all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up every gradient over all ranks. Losses are divided by the whole step's counts, so nothing is averaged."""
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Add up every gradient over all ranks, all of them in one sum, in float32.
+
+    Losses are divided by the whole step's counts, so nothing is averaged.
+    """
     if not dist.is_initialized():
         return
-    for parameter in parameters:
-        if parameter.grad is None:  # this rank had no rows in a short last step of an epoch
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+    flat = all_sum(flat_gradients(parameters))
+    for parameter, total in zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True):
+        parameter.grad = total.view_as(parameter).to(parameter.dtype)
+
+
+def flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """[numbers of all parameters] float32: the gradients end to end, 0 where this rank had no rows."""
+    gradients = (torch.zeros_like(one) if one.grad is None else one.grad for one in parameters)
+    return torch.cat([gradient.flatten().float() for gradient in gradients])
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+    if not dist.is_initialized():
+        return
+    try:
+        dist.all_reduce(tensor, operation)
+    except RuntimeError as error:  # what gloo and NCCL raise has no type of its own
+        reason = str(error).splitlines()[0]
+        raise LostRank(f"rank {dist.get_rank()} lost another, whose own message says why ({reason})") from error

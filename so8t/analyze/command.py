@@ -71,7 +71,8 @@ def _export(run: Path, name: str, out: str) -> str:
         raise InputError(f"--export: {path} exists already; write a name that is free")
     if not path.parent.is_dir():
         raise InputError(f"--export: there is no folder {path.parent} to write {path.name} into")
-    return EXPORTS[name]([record.path for record in records_of(logits_folder(run))], path)
+    paths = [file for record in records_of(logits_folder(run)) for file in record.paths]
+    return EXPORTS[name](paths, path)
 
 
 def _finite(value: Any) -> Any:

@@ -11,7 +11,7 @@ from so8t.analyze.changes import Changes, Comparison, Key, compare, row_keys, to
 from so8t.analyze.dynamics import SampleDynamics, training_dynamics
 from so8t.analyze.scores import StepScores, score_step
 from so8t.config import CONFIG_FILE, InputError, TrainingConfig, load_config
-from so8t.logits import LogitsRecord, NotLogitsError, logits_paths, read_file, read_logits
+from so8t.logits import LogitsRecord, NotLogitsError, logits_paths, read_file, read_files, read_logits, record_paths
 
 log = logging.getLogger("so8t")
 
@@ -46,7 +46,7 @@ def analyze(run: Path) -> Analysis:
     steps, comparisons = [], []
 
     def scored() -> Iterator[LogitsRecord]:
-        last_seen: dict[tuple[str, Key], Path] = {}  # row -> the last file that holds it
+        last_seen: dict[tuple[str, Key], tuple[Path, ...]] = {}  # row -> the files of the last step that holds it
         for record in records_of(logits_folder(run)):
             keys = [(record.kind, key) for key in row_keys(record)]
             with _if_still_there():
@@ -54,8 +54,8 @@ def analyze(run: Path) -> Analysis:
                 yield record
                 for earlier in dict.fromkeys(last_seen[key] for key in keys if key in last_seen):
                     with _if_still_there():
-                        comparisons.append(compare(token_changes(read_file(earlier), record)))
-                last_seen |= dict.fromkeys(keys, record.path)
+                        comparisons.append(compare(token_changes(read_files(earlier), record)))
+                last_seen |= dict.fromkeys(keys, record.paths)
 
     dynamics = training_dynamics(scored())
     return Analysis(steps, [comparison for comparison in comparisons if comparison.tokens], dynamics)
@@ -72,7 +72,7 @@ def _if_still_there() -> Iterator[None]:
 def records_of(folder: Path) -> Iterator[LogitsRecord]:
     """The records of a folder, with a progress bar; InputError if there is none."""
     record = None
-    for record in cli.progress(read_logits(folder), "reading files", "file", total=len(logits_paths(folder))):
+    for record in cli.progress(read_logits(folder), "reading files", "file", total=len(record_paths(folder))):
         yield record
     if record is None:
         raise InputError(f"{folder} holds no file of saved logits; train with training.save_logits = true")

@@ -128,6 +128,11 @@ def load_dataset(
             folder.parent.rmdir()
     if parallel.all_max(built is not None):
         raise built or InputError(f"{key}: the first process says why its rows cannot be used")
+    if read_meta(stored).get("key") != wanted:
+        raise InputError(
+            f"{key}: {stored} does not hold the tokens that the first process made of the same files; every machine "
+            "needs the same data, and one training.output_dir that all of them share"
+        )
     return _open(stored)
 
 

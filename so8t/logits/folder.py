@@ -3,7 +3,8 @@
 It keeps the newest `save_logits_max_files` files, at most `save_logits_max_gib` of them, and besides them every
 `save_logits_keep_every`-th for ever. Files of the same or a later step than the one just saved were left by a run that
 was cut off: they are deleted too, so that a resumed run leaves the same files as an unbroken one. The probe's files
-follow the same rule and are counted apart.
+follow the same rule and are counted apart. Where every rank saves (save_logits_ranks = "all"), each keeps to the rule
+with its own files, so save_logits_max_files counts steps; files of a rank that is no more fall to one that is.
 """
 
 import re
@@ -13,7 +14,9 @@ from pathlib import Path
 from so8t.config import TrainingConfig
 from so8t.files import sweep_temporaries
 
-FILE_NAME = re.compile(r"(logits|probe)_step_(0|[1-9]\d*)_epoch_(0|[1-9]\d*)_(\d{8}_\d{6})\.pt", re.ASCII)
+FILE_NAME = re.compile(
+    r"(logits|probe)_step_(0|[1-9]\d*)_epoch_(0|[1-9]\d*)_(\d{8}_\d{6})(?:_rank(0|[1-9]\d*))?\.pt", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -24,33 +27,47 @@ class LogitsFile:
     kind: str
     step: int
     timestamp: str
+    rank: int | None  # None = save_logits_ranks was "main"
 
 
 def list_files(folder: Path) -> list[LogitsFile]:
     """The files of saved logits in `folder`, oldest step first; other files are ignored."""
     matches = ((path, FILE_NAME.fullmatch(path.name)) for path in folder.iterdir() if path.is_file())
-    files = [LogitsFile(path, match[1], int(match[2]), match[4]) for path, match in matches if match]
+    files = [
+        LogitsFile(path, match[1], int(match[2]), match[4], None if match[5] is None else int(match[5]))
+        for path, match in matches
+        if match
+    ]
     return sorted(files, key=lambda file: (file.step, file.kind, file.timestamp))
 
 
 class LogitsFolder:
-    """Names the files of one run and rotates them."""
+    """Names the files that one rank of a run saves, and rotates them."""
 
-    def __init__(self, path: Path, training: TrainingConfig) -> None:
+    def __init__(self, path: Path, training: TrainingConfig, rank: int = 0, ranks: int = 1) -> None:
+        """ranks: how many save."""
         self.path = path
+        self._rank = rank
+        self._ranks = ranks
+        self._is_named = training.save_logits_ranks == "all"
         self._max_files = training.save_logits_max_files
         self._max_bytes = training.save_logits_max_gib * 2**30
         self._kept_steps = training.save_logits_steps * training.save_logits_keep_every
 
     def file(self, kind: str, step: int, epoch: int, timestamp: str) -> LogitsFile:
-        return LogitsFile(self.path / f"{kind}_step_{step}_epoch_{epoch}_{timestamp}.pt", kind, step, timestamp)
+        rank = self._rank if self._is_named else None
+        suffix = f"_rank{rank}" if self._is_named else ""
+        path = self.path / f"{kind}_step_{step}_epoch_{epoch}_{timestamp}{suffix}.pt"
+        return LogitsFile(path, kind, step, timestamp, rank)
 
     def tidy(self) -> None:
         """Finish what a killed process left: delete half-written files, and rotate after its last file."""
-        if self.path.is_dir():
+        if not self.path.is_dir():
+            return
+        if self._rank == 0:
             sweep_temporaries(self.path)
-            for newest in {file.kind: file for file in list_files(self.path)}.values():
-                self.rotate(newest)
+        for newest in {file.kind: file for file in self._own_files()}.values():
+            self.rotate(newest)
 
     def rotate(self, saved: LogitsFile) -> None:
         """Delete the files that the limits leave no room for, now that `saved` is safe.
@@ -58,18 +75,21 @@ class LogitsFolder:
         If one cannot be deleted, such as on Windows while somebody reads it, OSError is raised after all others are
         gone, and a later rotation deletes it.
         """
-        others = [file for file in list_files(self.path) if file.kind == saved.kind and file.path != saved.path]
+        others = [file for file in self._own_files() if file.kind == saved.kind and file.path != saved.path]
         doomed = [file for file in others if file.step >= saved.step]  # left by a run that was cut off
         older = [file for file in others if file.step < saved.step and not self._is_kept(file)]
-        count, size = (0, 0) if self._is_kept(saved) else (1, saved.path.stat().st_size)
+        steps, size = (set(), 0) if self._is_kept(saved) else ({saved.step}, saved.path.stat().st_size)
         for file in reversed(older):
-            count += 1
+            steps.add(file.step)
             size += file.path.stat().st_size
-            if 0 < self._max_files < count or 0 < self._max_bytes < size:
+            if 0 < self._max_files < len(steps) or 0 < self._max_bytes < size:
                 doomed.append(file)
         errors = [error for error in map(_delete, doomed) if error is not None]
         if errors:
             raise errors[0]
+
+    def _own_files(self) -> list[LogitsFile]:
+        return [file for file in list_files(self.path) if (file.rank or 0) % self._ranks == self._rank]
 
     def _is_kept(self, file: LogitsFile) -> bool:
         return self._kept_steps > 0 and file.step % self._kept_steps == 0

@@ -26,6 +26,7 @@ class LogitsPlan:
     computed_in: torch.dtype  # in which the head multiplies
     max_tokens: int  # of a micro-batch, padding included
     probe_tokens: int = 0  # of all rows of the probe together
+    ranks: int = 1  # that save, each a file; the probe is the first one's
 
     @property
     def layout(self) -> Layout:
@@ -52,17 +53,20 @@ class LogitsPlan:
         saves = total_steps // training.save_logits_steps
         kept = saves // training.save_logits_keep_every if training.save_logits_keep_every else 0
         max_bytes = training.save_logits_max_gib * GIB
-        sizes = [self.file_bytes(tokens) for tokens in (self.max_tokens, self.probe_tokens) if tokens]
+        kinds = [(self.max_tokens, self.ranks), (self.probe_tokens, 1)]
+        sizes = [(self.file_bytes(tokens), ranks) for tokens, ranks in kinds if tokens]
         files = total = 0
-        for size in sizes:
+        for size, ranks in sizes:
             if 0 < max_bytes < size:
                 raise InputError(
                     f"training.save_logits_max_gib: a file of logits takes up to {size_of(size)}, "
                     f"so {size_of(max_bytes)} cannot hold one; raise it, or {SMALLER}"
                 )
             newest = min(training.save_logits_max_files or saves, int(max_bytes // size) or saves)
-            files += min(saves, newest + kept)
-            total += size * min(saves, newest + kept + 1)  # an old file is deleted only after the new one is safe
+            files += ranks * min(saves, newest + kept)
+            total += (
+                ranks * size * min(saves, newest + kept + 1)
+            )  # an old file is deleted only after the new one is safe
         folder = output_dir / training.save_logits_dir
         free = _free_bytes(folder)
         if total > free:
@@ -70,16 +74,20 @@ class LogitsPlan:
                 f"training.save_logits: {files} files take up to {size_of(total)}, and {folder} has room for "
                 f"{size_of(free)}; lower training.save_logits_max_files, or {SMALLER}"
             )
+        written = " + ".join(f"{ranks} x {size_of(size)}" if ranks > 1 else size_of(size) for size, ranks in sizes)
         return (
-            f"logits: every {training.save_logits_steps} steps up to {' + '.join(map(size_of, sizes))}, "
+            f"logits: every {training.save_logits_steps} steps up to {written}, "
             f"{files} files kept, up to {size_of(total)} in all; {size_of(free)} free in {folder}"
         )
 
 
-def plan_logits(config: Config, vocab_size: int, max_tokens: int, probe_tokens: int = 0) -> LogitsPlan:
+def plan_logits(
+    config: Config, vocab_size: int, max_tokens: int, probe_tokens: int = 0, world_size: int = 1
+) -> LogitsPlan:
     """max_tokens: of a micro-batch, padding included; probe_tokens: of all rows of the probe together."""
     computed_in = head_computes_in(config.training, config.model.dtype)
-    return LogitsPlan(config.training, vocab_size, computed_in, max_tokens, probe_tokens)
+    ranks = world_size if config.training.save_logits_ranks == "all" else 1
+    return LogitsPlan(config.training, vocab_size, computed_in, max_tokens, probe_tokens, ranks)
 
 
 def _free_bytes(folder: Path) -> int:

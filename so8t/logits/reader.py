@@ -3,9 +3,10 @@
 import logging
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from so8t.logits.record import DTYPES, FORMAT_VERSION, Layout, checksum, positio
 from so8t.losses import NO_TARGET
 from so8t.thinking import SECTIONS
 
+GRIDS = ("labels", "input_ids", "sections")  # [B, T] in every file
+PADDING = {"labels": NO_TARGET, "label_rank": -1, "label_logprob": math.nan}  # what widens a row; of all others 0
 log = logging.getLogger("so8t")
 
 
@@ -27,12 +30,12 @@ class NotLogitsError(Exception):
 
 @dataclass(frozen=True)
 class LogitsRecord:
-    """One file. Values of a position come as [B, T]: (row, t) holds what was predicted for token t + 1.
+    """One file, or what all ranks saved of a step. Values of a position come as [B, T]: (row, t) is about token t + 1.
 
     Positions that the file leaves out (save_logits_positions = "labels") hold NaN, or -1 in a tensor of integers.
     """
 
-    path: Path
+    path: Path  # of the first rank, if there are several
     step: int
     epoch: int
     kind: str  # "logits" = a batch that was trained on, "probe" = the fixed rows of save_logits_probe
@@ -43,7 +46,13 @@ class LogitsRecord:
     labels: Tensor  # [B, T] int64, Hugging Face's convention: labels[:, t] belongs to input_ids[:, t]
     sections: Tensor  # [B, T] uint8: the part that each input token stands in, an index into thinking.SECTIONS
     sample_ids: Tensor  # [B] int64: each row's place in the data
-    contents: dict[str, Any] = field(repr=False)  # the file as torch.load gives it
+    contents: dict[str, Any] = field(repr=False)  # the file as torch.load gives it; of several without their logits
+    parts: tuple["LogitsRecord", ...] = field(default=(), repr=False)  # of each rank, if there are several
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of the record."""
+        return tuple(part.path for part in self.parts) or (self.path,)
 
     @property
     def targets(self) -> Tensor:
@@ -92,6 +101,13 @@ class LogitsRecord:
 
         Only these positions of the logits are read, and none stays in memory: ask for a few at a time.
         """
+        if name == "logits" and self.parts:
+            index = torch.arange(len(self.target_ids))[which]
+            ends = torch.tensor([len(part.target_ids) for part in self.parts]).cumsum(0)
+            owner = torch.bucketize(index, ends, right=True)
+            starts = [0, *ends.tolist()]
+            pieces = [one.at_targets(name, index[owner == i] - starts[i]) for i, one in enumerate(self.parts)]
+            return torch.cat(pieces)[owner.argsort(stable=True).argsort()]
         contents = self.contents
         if name == "logits":  # through a separate mapping: pages read through the record's own would stay resident
             contents = torch.load(self.path, mmap=True, weights_only=True)
@@ -108,6 +124,11 @@ class LogitsRecord:
         Nothing is rescaled to sum to one: `1 - logprobs.exp().nansum()` is the mass of the unknown tokens. Raises
         KeyError if the file leaves the position out.
         """
+        row, t = position
+        for part in self.parts:
+            if row < len(part.labels):
+                return part.logprobs((row, t))
+            row -= len(part.labels)
         index = self._index(position)
         if self.form == "full":
             logits: Tensor = self.contents["logits"][index]
@@ -132,6 +153,9 @@ class LogitsRecord:
 
         Reads the whole file, through a separate mapping that is closed afterwards.
         """
+        if self.parts:
+            found = [part.damaged() for part in self.parts]
+            return None if None in found else sorted({name for names in found if names for name in names})
         if "checksums" not in self.contents:
             return None
         contents = torch.load(self.path, mmap=True, weights_only=True)
@@ -171,26 +195,44 @@ def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
 def read_logits(path: str | Path) -> Iterator[LogitsRecord]:
     """Yield the records of a file, or of a folder, oldest step first; their tensors are memory-mapped.
 
-    A file that is torn, or not as record.py says, is skipped with a warning. Raises FileNotFoundError if there
-    is nothing at `path`.
+    What all ranks saved of a step (save_logits_ranks = "all") is one record. A file that is torn, or not as record.py
+    says, is skipped with a warning. Raises FileNotFoundError if there is nothing at `path`.
     """
-    for file in logits_paths(Path(path)):
-        try:
-            record = read_file(file)
-        except NotLogitsError as error:
-            log.warning("%s: skipped, %s", file, error)
-            continue
-        yield record
+    for paths in record_paths(Path(path)):
+        records = []
+        for file in paths:
+            try:
+                records.append(read_file(file))
+            except NotLogitsError as error:
+                log.warning("%s: skipped, %s", file, error)
+        for _, parts in groupby(records, lambda record: (record.form, "positions" in record.contents)):
+            yield _join(list(parts))
+
+
+def read_files(paths: Sequence[Path]) -> LogitsRecord:
+    """The record of these files, those of one file or of one step; raises as read_file does."""
+    return _join([read_file(path) for path in paths])
 
 
 def logits_paths(path: Path) -> list[Path]:
     """The files that `read_logits` reads, the foreign ones last. Raises FileNotFoundError if nothing is at `path`."""
+    return list(chain.from_iterable(record_paths(path)))
+
+
+def record_paths(path: Path) -> list[tuple[Path, ...]]:
+    """The files of each record of `read_logits`; of files of one rank and step, left by a killed run, the newest."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of saved logits")
     if not path.is_dir():
-        return [path]
-    paths = [file.path for file in list_files(path)]
-    return paths + sorted(set(path.glob("*.pt")) - set(paths))
+        return [(path,)]
+    files = list_files(path)
+    paths: list[tuple[Path, ...]] = []
+    for _, saved in groupby(files, lambda file: (file.step, file.kind)):
+        of_step = list(saved)
+        paths += [(file.path,) for file in of_step if file.rank is None]
+        if of_rank := {file.rank: file.path for file in of_step if file.rank is not None}:
+            paths.append(tuple(of_rank[rank] for rank in sorted(of_rank)))
+    return paths + [(foreign,) for foreign in sorted(set(path.glob("*.pt")) - {file.path for file in files})]
 
 
 def read_file(path: Path) -> LogitsRecord:
@@ -208,6 +250,41 @@ def read_file(path: Path) -> LogitsRecord:
     names = ("step", "epoch", "kind", "form", "loss", "verified", "labels", "sections", "sample_ids")
     known = {name: contents[name] for name in names}
     return LogitsRecord(path, input_ids=contents["input_ids"].long(), contents=contents, **known)
+
+
+def _join(parts: list[LogitsRecord]) -> LogitsRecord:
+    """One record of what ranks saved of a step, row by row; its logits stay in their files."""
+    if len(parts) == 1:
+        return parts[0]
+    first, length, rows = parts[0], max(part.labels.shape[1] for part in parts), 0
+    pieces: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, value in part.contents.items():
+            if not isinstance(value, Tensor) or name == "logits":
+                continue
+            if name == "positions":
+                value = value + torch.tensor([rows, 0], dtype=value.dtype)
+            elif name in GRIDS or ("positions" not in part.contents and value.ndim > 1):
+                wide = value.new_full((len(value), length, *value.shape[2:]), PADDING.get(name, 0))
+                wide[:, : value.shape[1]] = value
+                value = wide
+            pieces.setdefault(name, []).append(value)
+        rows += len(part.labels)
+    known = {name: first.contents[name] for name in ("vocab_size", "timestamp", "format_version")}
+    joined = {name: torch.cat(tensors) for name, tensors in pieces.items()}
+    num_targets = [len(part.target_ids) for part in parts]
+    ce_sums = [part.loss * number for part, number in zip(parts, num_targets, strict=True) if number]
+    return replace(
+        first,
+        loss=sum(ce_sums) / sum(num_targets) if ce_sums else math.nan,
+        verified=all(part.verified for part in parts),
+        input_ids=joined["input_ids"].long(),
+        labels=joined["labels"],
+        sections=joined["sections"],
+        sample_ids=joined["sample_ids"],
+        contents=known | joined,
+        parts=tuple(parts),
+    )
 
 
 def _fault(contents: Any) -> str | None:

@@ -35,17 +35,17 @@ class LogitsSaver:
         self,
         plan: LogitsPlan,
         output_dir: Path,
-        is_main: bool = True,
+        rank: int = 0,
         write: Callable[[Path, dict[str, Any]], None] = write_file,
     ) -> None:
         """plan: sizes the buffers, which are allocated when first needed; write: puts a file's contents on the disk.
 
         A micro-batch longer than planned makes its buffer grow; a probe must keep within its number of tokens.
         """
-        self.enabled = plan.training.save_logits and is_main
+        self.enabled = plan.training.save_logits and rank < plan.ranks
         self.counters = SaverCounters()
         self._plan = plan
-        self._folder = LogitsFolder(output_dir / plan.training.save_logits_dir, plan.training)
+        self._folder = LogitsFolder(output_dir / plan.training.save_logits_dir, plan.training, rank, plan.ranks)
         self._write = write
         self._writer: Writer | None = None  # started when first needed, like the transfer
         self._transfer: HostTransfer | None = None

@@ -1,6 +1,6 @@
 """The memory plan: where the bytes of a run will go, before it starts.
 
-    python -m so8t.memory CONFIG [section.key=value ...] [--gpu-memory-gib 12] [--json]
+    python -m so8t.memory CONFIG [section.key=value ...] [--gpu-memory-gib 12] [--nproc 8] [--json]
 
 needs the model's config.json only: no weights, no GPU. The step of train.py is traced, rows of the data count as
 data.max_seq_length tokens. train.py prints the same table for its longest row before it loads weights.
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cli.add_config(parser)
     parser.add_argument("--gpu-memory-gib", type=_gib, help="plan for a GPU with so much memory, not for this machine")
+    parser.add_argument("--nproc", type=_ranks, default=1, help="plan for the first of so many ranks, each on its GPU")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options = parser.parse_intermixed_args(arguments)
     return cli.run("so8t.memory", lambda: _plan(options))
@@ -36,6 +37,13 @@ def _gib(text: str) -> float:
     if not 0 < value <= LARGEST_GIB:  # not true of nan either
         raise argparse.ArgumentTypeError(f"{text} is no GPU's memory; write GiB, such as 12")
     return value
+
+
+def _ranks(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of ranks; write 1 or more")
+    return number
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -66,7 +74,7 @@ def _plan(options: argparse.Namespace) -> int:
     shape = BatchShape(rows, config.data.max_seq_length, is_padded=rows > 1)
     logits = plan_logits(config, model_config.vocab_size, shape.tokens)
     step_rows = rows * config.training.gradient_accumulation_steps
-    spec = StepSpec(config, model_config, device_type, forward, logits, shape, step_rows)
+    spec = StepSpec(config, model_config, device_type, forward, logits, shape, step_rows, world_size=options.nproc)
     free = None if capacity is None else capacity - CONTEXT_BYTES
     with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):
         plan = plan_memory(spec, free, capacity)

@@ -17,6 +17,7 @@ from so8t.text import GIB, MIB, size_of
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
 FRAGMENTATION = 0.05  # assumed: share of the peak
 LENGTH_BLOCK = 256  # tokens: largest_length searches in such steps
+FLAT = "gradients end to end"
 WHY = {
     "embeddings and head": "as they were loaded, never quantized",
     "other weights": "norms and biases, as they were loaded",
@@ -26,6 +27,7 @@ WHY = {
     "optimizer states, 32-bit": "of tensors under 4096 numbers",
     "optimizer scales": "float32, one for 256 numbers",
     "gradients": "float32, kept over a step's micro-batches",
+    FLAT: "while ranks add them up",
 }
 
 
@@ -65,6 +67,17 @@ class Plan:
         """The same step with other micro-batches, beside the same buffers."""
         return traced(replace(self.spec, micro_batch=shape), self.choice.checkpointed_layers)
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """What a step holds, and what it adds for a time, by name; not all of it at once."""
+        rows = ledger_rows(self.trace, self.spec.accumulates)
+        return rows | {FLAT: rows["gradients"]} if self.spec.world_size > 1 else rows
+
+    @property
+    def sent_bytes(self) -> int:
+        """That this rank sends a step, and receives: a ring passes all gradients around twice, less its own share."""
+        return 2 * self.rows["gradients"] * (self.spec.world_size - 1) // self.spec.world_size
+
     def table(self) -> str:
         trace, choice, lines = self.trace, self.choice, []
         shape, padded = self.spec.micro_batch, "padded " if self.spec.micro_batch.is_padded else ""
@@ -78,8 +91,7 @@ class Plan:
         lines.append(f"  {layers} ({choice.layers_reason})")
         if self.spec.mlp_tile:
             lines.append(f"  MLPs take {self.spec.mlp_tile} tokens at a time")
-        rows = ledger_rows(trace, self.spec.accumulates)
-        lines += [_line(name, size, WHY.get(name, "")) for name, size in rows.items()]
+        lines += [_line(name, size, WHY.get(name, "")) for name, size in self.rows.items()]
         lines.append(_line("peak of all tensors", trace.peak, f"in the {peak_phase(trace)}"))
         if self.spec.device_type != "cpu":
             lines.append(_line("CUDA context", CONTEXT_BYTES, "assumed"))
@@ -88,6 +100,10 @@ class Plan:
         if self.headroom is not None and self.capacity is not None:
             verdict = "left" if self.headroom >= 0 else "too much"
             lines.append(_line(f"headroom on {self.capacity / GIB:.1f} GiB", abs(self.headroom), verdict))
+        if self.spec.world_size > 1:
+            lines.append(
+                _line("sent to other ranks, a step", self.sent_bytes, f"and received, {self.spec.world_size} ranks")
+            )
         if self.spec.config.training.save_logits:
             where = "host memory" if self.spec.device_type == "cpu" else "pinned host memory"
             lines.append(_line("logits buffers", self.spec.logits.host_bytes, where))
@@ -105,7 +121,7 @@ class Plan:
             "num_layers": self.trace.num_layers,
             "rows": [
                 {"name": name, "where": "device", "predicted_bytes": size, "measured_bytes": None}
-                for name, size in ledger_rows(self.trace, self.spec.accumulates).items()
+                for name, size in self.rows.items()
             ],
             "moments": {name: phase.peak for name, phase in self.trace.phases.items()},
             "peak_bytes": self.trace.peak,
@@ -113,6 +129,7 @@ class Plan:
             "assumed_bytes": {"CUDA context": CONTEXT_BYTES, "fragmentation": self.fragmentation},
             "capacity_bytes": self.capacity,
             "room_bytes": self.headroom,
+            "sent_bytes": self.sent_bytes,
         }
 
     def check(self) -> None:

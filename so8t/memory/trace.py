@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from so8t import parallel
 from so8t.config import Config
 from so8t.data import Batch
 from so8t.evaluate import score
@@ -58,6 +59,7 @@ class StepSpec:
     micro_batch: BatchShape  # the largest
     rows: int  # of a step, on this rank
     probe: tuple[BatchShape, ...] = ()  # the micro-batches of training.save_logits_probe
+    world_size: int = 1  # ranks of the job
 
     def changed(self, config: Config, micro_batch: BatchShape) -> "StepSpec":
         """The same step by another config, with other micro-batches and the logits buffers that they need."""
@@ -147,6 +149,8 @@ def _run_step(spec: StepSpec, model: Model, mark: Mark) -> None:
     torch.autograd.backward(share)
     del share
     mark("backward")
+    if spec.world_size > 1:
+        parallel.flat_gradients(trainable)
     clip_grad_norm_(trainable, 1.0)
     if training.optim == "adamw":  # its denominators: on CUDA those of all parameters at once
         for parameters in [trainable] if spec.device_type != "cpu" else [[parameter] for parameter in trainable]:
