@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from so8t import parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
 from so8t.config import Config, load_config
-from so8t.data import Batch, TrainingBatches, count, cut, derive_seed, fixed_rows, load_dataset, split
+from so8t.data import Batch, TrainingBatches, count, cut, derive_seed, fixed_rows, load_dataset, split, with_idle
 from so8t.evaluate import Probe, Validation, keep_evidence
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.losses import Tap, ce_sum, pet_sum
@@ -49,6 +49,7 @@ from so8t.model import (
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
 from so8t.packing import pack_rows
 from so8t.schedule import lr_at, pet_weight_at
+from so8t.sharding import shard_layers
 from so8t.signals import StopSignals
 
 
@@ -89,6 +90,7 @@ def train(config: Config, process: parallel.Process) -> int:
     if device.type == "cpu" and (sentence := unused_gpu(torch.version.cuda)):
         cli.say(sentence)
     rows_per_batch = training.per_device_train_batch_size
+    sharded = config.parallel.shard_base and process.world_size > 1
 
     # ---- before any weight is loaded: the rows, where to start from, room on the disk and on the device
     checkpoint = find_checkpoint(config)
@@ -99,7 +101,7 @@ def train(config: Config, process: parallel.Process) -> int:
     eval_rows = fixed_rows("data.eval_data", config.data.eval_data, tokenizer, config.data, folder)
     probe_data = training.save_logits_probe if training.save_logits else ()
     probe_rows = fixed_rows("training.save_logits_probe", probe_data, tokenizer, config.data, folder)
-    probe_batches = split(probe_rows, rows_per_batch, one_length=True) if process.is_main else []
+    probe_batches = split(probe_rows, rows_per_batch, one_length=True) if process.is_main or sharded else []
     fingerprint = dataset.fingerprint()
     state = load_training_state(checkpoint, fingerprint)
     micro_batches_per_step, resumed_tokens = training.gradient_accumulation_steps * process.world_size, None
@@ -134,17 +136,17 @@ def train(config: Config, process: parallel.Process) -> int:
         # ---- the model, and what trains it
         model = load_model(
             config.model_spec,
-            device,
+            torch.device("cpu") if sharded else device,  # it may be more than a device holds
             seed=seed,
             checkpointed_layers=plan.choice.checkpointed_layers,
             offload=plan.spec.offload,
             mlp_tile=plan.spec.mlp_tile,
             checkpoint=checkpoint,
         )
-        packed = pack_rows(
-            causal_lm(model), config.data.max_seq_length
-        )  # where it can, no layer computes anything for padding
         cli.say(describe(model))
+        if sharded:
+            shard_layers(causal_lm(model), device)
+        packed = pack_rows(causal_lm(model), config.data.max_seq_length)  # no layer computes padding
         trainable = trainable_parameters(model)
         optimizer = make_optimizer(model, training)
         autocast, scaler = make_amp(training, device)
@@ -160,7 +162,7 @@ def train(config: Config, process: parallel.Process) -> int:
         signals = stack.enter_context(StopSignals())
         metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
         logits_saver = stack.enter_context(closing(LogitsSaver(plan.spec.logits, output_dir, process.rank)))
-        probe = Probe(probe_batches, autocast, logits_saver)
+        probe = Probe(probe_batches, autocast, logits_saver, plan.spec.logits)
         validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
         memory.start(model, optimizer, first_step, total_steps)
 
@@ -172,6 +174,8 @@ def train(config: Config, process: parallel.Process) -> int:
             # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
             micro_batches = data.micro_batches(step, tokens, process.rank, process.world_size, packed)
             num_targets, num_pet_terms, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
+            if sharded:  # every pass gathers layers from all ranks
+                micro_batches = with_idle(micro_batches, parallel.all_max(len(micro_batches)))
 
             # forward and backward; the sums stay on the device
             sums = torch.zeros(3, device=device)

@@ -226,6 +226,13 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """[parallel]: for several ranks, started by torchrun."""
+
+    shard_base: bool = _free(False)  # each rank holds a share of the frozen layers, and gathers one when it computes
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole job. Raises InputError where two keys contradict each other."""
 
@@ -236,6 +243,7 @@ class Config:
     data: DataConfig
     pet: PetConfig
     training: TrainingConfig
+    parallel: ParallelConfig
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -261,6 +269,14 @@ class Config:
             (
                 adapters and not self.qlora.target_modules,
                 "qlora.target_modules is empty; name the linear layers or set qlora.enabled to false",
+            ),
+            (
+                full and self.parallel.shard_base,
+                "parallel.shard_base shares out frozen layers, and without qlora.enabled none is frozen; write false",
+            ),
+            (
+                eight_bit and self.parallel.shard_base,
+                "parallel.shard_base: bitsandbytes cannot share out 8-bit layers; use quantization.load_in_4bit",
             ),
             (len(set(layers)) < len(layers), "so8t.layer_indices names a layer twice; write it once"),
             (pet.enabled and abs(phases - 1) > 1e-6, f"the pet.*_ratio keys sum to {phases:g}, not to 1"),

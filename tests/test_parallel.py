@@ -17,8 +17,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
 from so8t import parallel
-from so8t.analyze.run import analyze, compare_steps
-from so8t.logits import logits_paths, read_logits
 from so8t.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(

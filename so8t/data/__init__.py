@@ -1,6 +1,6 @@
 """Files of rows -> batches of tokens with the right labels."""
 
-from so8t.data.batches import PASS_TOKENS, Batch, TrainingBatches, collate, count, cut, derive_seed, split
+from so8t.data.batches import PASS_TOKENS, Batch, TrainingBatches, collate, count, cut, derive_seed, split, with_idle
 from so8t.data.dataset import Dataset, fixed_rows, load_dataset
 from so8t.data.messages import Conversation, Message, read_conversation
 from so8t.data.sources import BadRow, read_fields
@@ -27,4 +27,5 @@ __all__ = [
     "read_fields",
     "split",
     "stop_token_ids",
+    "with_idle",
 ]

@@ -106,6 +106,13 @@ def cut(rows: Sequence[Row], max_tokens: int, packed: bool = False) -> list[Batc
     return batches[::-1]
 
 
+def with_idle(batches: Sequence[Batch], number: int) -> list[Batch]:
+    """`number` batches, of which the first are one token without a target and add nothing to any sum."""
+    nothing = torch.zeros(1, dtype=torch.int32)
+    idle = collate([Row(nothing, nothing.bool(), nothing.to(torch.uint8), sample_id=-1, was_cut=False)])
+    return [idle] * (number - len(batches)) + list(batches)
+
+
 def share_out(rows: Sequence[Row], number: int) -> list[list[Row]]:
     """The rows in so many parts of about as many tokens each: the longest row left goes to the part with the least."""
     parts: list[list[Row]] = [[] for _ in range(number)]

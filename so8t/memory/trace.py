@@ -5,7 +5,7 @@ The loop's own `forward`, the model's code, bitsandbytes and peft run under torc
 counted only where it is known, see live_bytes.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from so8t.memory.fakes import BatchShape, fake_batch, fake_model, optimizer_stat
 from so8t.memory.live_bytes import Phase
 from so8t.model import Model, causal_lm, checkpointable_layers, num_parameters, trainable_parameters
 from so8t.optim import make_autocast
+from so8t.sharding import GATHERED, frozen, held_here
 
 SAVING = "forward of a saving step"
 LOSS = "loss: a chunk of logits, PET"
@@ -121,7 +122,24 @@ def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
         live.hold(all_tensors(held_tensors(model, states)))
         with live:
             _run_step(spec, model, mark)
-        return Trace(held_bytes(model, states), phases, num_parameters(model), len(checkpointable_layers(model)))
+        layers = checkpointable_layers(model)
+        trace = Trace(held_bytes(model, states), phases, num_parameters(model), len(layers))
+        return _sharded(trace, layers, spec.world_size) if spec.config.parallel.shard_base else trace
+
+
+def _sharded(trace: Trace, layers: Sequence[nn.Module], world_size: int) -> Trace:
+    """The trace of a rank that holds its share of the layers' frozen weights, and whole layers that it has gathered."""
+    if world_size == 1:
+        return trace
+    held, gathered = dict(trace.held), 0
+    for layer in layers:
+        for tensor in frozen(layer):
+            kind = "quantised weights" if tensor.dtype == torch.uint8 else "other weights"
+            held[kind] -= tensor.nbytes - tensor.nbytes // world_size
+        gathered = max(gathered, GATHERED * sum(tensor.nbytes for tensor in frozen(layer)))
+    gone = sum(trace.held.values()) - sum(held.values()) - gathered
+    phases = {name: Phase(phase.allocated - gone, phase.peak - gone) for name, phase in trace.phases.items()}
+    return replace(trace, held=held | {"layers gathered from all ranks": gathered}, phases=phases)
 
 
 def _run_step(spec: StepSpec, model: Model, mark: Mark) -> None:
@@ -215,7 +233,7 @@ def held_tensors(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[
             kind = "embeddings and head"
         else:
             kind = "other weights"
-        held[kind].append(parameter.data)
+        held[kind].append(held_here(parameter.data))
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             state = module.weight.quant_state

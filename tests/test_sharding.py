@@ -1,0 +1,121 @@
+"""parallel.shard_base: each rank holds a share of the frozen layers, and all of them train as if it held everything."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.multiprocessing.spawn import start_processes
+
+import train
+from so8t.config import InputError, load_config
+from so8t.logits import read_logits
+from so8t.memory.command import main as plan_main
+from so8t.metrics import read_metrics
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32" or torch.cuda.is_available(), reason="the ranks are forks, on the CPU"
+)
+LORA = (
+    "model.from_scratch=false",
+    "qlora.enabled=true",
+    "qlora.r=4",
+    'qlora.target_modules=["o_proj","down_proj"]',
+    "qlora.lora_dropout=0.0",
+)
+STEPS = 4
+
+
+def rank(index: int, world_size: int, port: int, arguments: list[str]) -> None:
+    names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    sys.exit(train.main(arguments))
+
+
+def run(folder: Path, base: Path, name: str, *overrides: str) -> Path:
+    """Two ranks, three rows a step of many lengths, so that their numbers of micro-batches differ."""
+    rows = folder / "rows.jsonl"
+    rows.write_bytes(b"".join(Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)[:7]))
+    keys = [f"model.base_model={base}", f"data.train_data={rows}", f"training.output_dir={folder / name}"]
+    keys += [f"training.save_logits_probe={rows}", f"data.eval_data={rows}", "training.eval_steps=2"]
+    keys += [f"training.max_steps={STEPS}", "training.per_device_train_batch_size=3"]
+    keys += ["training.gradient_accumulation_steps=1", "training.micro_batch_tokens=100", "training.save_steps=2"]
+    keys += ["training.save_logits_steps=2", "training.optim=adamw", "training.gradient_checkpointing=true"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["config.toml", *keys, *LORA, *overrides]
+    start_processes(rank, (2, port, arguments), nprocs=2, start_method="fork")
+    return folder / name
+
+
+def series(path: Path) -> list[tuple[Any, ...]]:
+    names = ("step", "loss", "pet", "grad_norm", "num_targets", "num_tokens")
+    return [tuple(record[name] for name in names) for record in read_metrics(path / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_ranks_that_share_the_base_train_as_if_each_held_it(tmp_path: Path, base: Path, bits: int) -> None:
+    quantized = f"quantization.load_in_4bit={str(bits == 4).lower()}"
+    whole = run(tmp_path, base, "whole", quantized)
+    shared = run(tmp_path, base, "shared", quantized, "parallel.shard_base=true")
+    for numbers, others in zip(series(whole), series(shared), strict=True):
+        assert numbers == pytest.approx(others, rel=1e-5)
+    checkpoint = Path("checkpoints") / f"step_{STEPS:06d}"
+    for path in (whole / checkpoint).glob("*.safetensors"):
+        weights, others = load_file(path), load_file(shared / checkpoint / path.name)
+        assert weights.keys() == others.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(others[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    evaluated = [
+        [record["eval_loss"] for record in read_metrics(run / "metrics.jsonl") if "eval_loss" in record]
+        for run in (whole, shared)
+    ]
+    assert len(evaluated[0]) == STEPS // 2
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+    saved = list(read_logits(shared / "logits"))
+    assert {file.kind for file in saved} == {"logits", "probe"}
+    assert all(file.verified for file in saved)
+
+
+def test_a_run_goes_on_whether_the_base_is_shared_or_not(tmp_path: Path, base: Path) -> None:
+    whole = run(tmp_path, base, "whole")
+    run(tmp_path, base, "resumed", "parallel.shard_base=true", "training.resume=never")
+    half = tmp_path / "resumed" / "checkpoints" / "step_000002"
+    resumed = run(tmp_path, base, "rest", f"training.resume={half}")
+    for numbers, others in zip(series(whole)[2:], series(resumed), strict=True):
+        assert numbers == pytest.approx(others, rel=1e-5)
+
+
+def test_a_rank_of_a_shared_base_is_planned_with_its_share(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {}
+    for ranks in (1, 2, 4):
+        keys = [f"model.base_model={base}", f"training.output_dir={tmp_path}", "parallel.shard_base=true", *LORA]
+        assert plan_main(["config.toml", *keys, "--nproc", str(ranks), "--json"]) == 0
+
+        found = json.loads(capsys.readouterr().out)
+        sizes[ranks] = {row["name"]: row["predicted_bytes"] for row in found["rows"]}
+    assert "layers gathered from all ranks" not in sizes[1]
+    in_layers = sizes[1]["other weights"] - sizes[4]["other weights"]
+    half = sizes[1]["other weights"] - sizes[2]["other weights"]
+    assert half == pytest.approx(in_layers * 2 / 3, rel=0.01)
+    assert sizes[2]["layers gathered from all ranks"] == sizes[4]["layers gathered from all ranks"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["qlora.enabled=false"], r"^parallel\.shard_base .* without qlora\.enabled none is frozen; write false$"),
+        ([*LORA, "quantization.load_in_8bit=true"], r"^parallel\.shard_base: .* use quantization\.load_in_4bit$"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load_config(Path("config.toml"), [*overrides, "parallel.shard_base=true"])
