@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 
 class LostRank(Exception):
@@ -40,9 +42,9 @@ def start() -> Process:
     if rank > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if world_size > 1:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+        store, _, _ = next(rendezvous("env://", rank, world_size))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the ranks of a life before this one
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "gloo" if device.type == "cpu" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Process(rank, world_size, device)

@@ -1,13 +1,14 @@
 """train.py for torchrun, whose ranks die: python dying_ranks.py RANK:STEP,.. ARGUMENT ..
 
 In the job's first life the rank of the first pair kills itself in that step, in its second life that of the second, and
-so on; the steps of each life are counted from 1. "RANK:STEP:error" raises OSError instead.
+so on; the steps of each life are counted from 1.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,22 +20,24 @@ import train
 from so8t import parallel
 
 
-def main() -> int:
-    deaths, life = sys.argv[1].split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    death = deaths[life] if life < len(deaths) else "-1:-1"
-    rank, step, *error = death.split(":")
-    sum_gradients, steps = parallel.sum_gradients, []
+def train_until(step: int, end: Callable[[], None], arguments: Sequence[str]) -> int:
+    """The job of `train.main`; in this step of the process, before the gradients are added up, `end` is called."""
+    sum_gradients, steps = parallel.sum_gradients, count(1)
 
-    def sum_or_die(parameters: Sequence[nn.Parameter]) -> None:
-        steps.append(None)
-        if (int(rank), int(step)) == (int(os.environ["RANK"]), len(steps)):
-            if error:
-                raise OSError("the cable is cut")
-            os.kill(os.getpid(), signal.SIGKILL)
+    def sum_or_end(parameters: Sequence[nn.Parameter]) -> None:
+        if next(steps) == step:
+            end()
         sum_gradients(parameters)
 
-    with patch("so8t.parallel.sum_gradients", sum_or_die):
-        return train.main(sys.argv[2:])
+    with patch("so8t.parallel.sum_gradients", sum_or_end):
+        return train.main(arguments)
+
+
+def main() -> int:
+    deaths, life = sys.argv[1].split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rank, step = map(int, deaths[life].split(":")) if life < len(deaths) else (-1, -1)
+    is_doomed = rank == int(os.environ["RANK"])
+    return train_until(step if is_doomed else -1, lambda: os.kill(os.getpid(), signal.SIGKILL), sys.argv[2:])
 
 
 if __name__ == "__main__":

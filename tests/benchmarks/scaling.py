@@ -2,9 +2,10 @@
 
     python tests/benchmarks/scaling.py [--ranks 1 2 4] [--steps 16]
 
-Every rank trains on as many rows as one alone. Predicted is the step of one rank, times the ranks that share a core,
-and the ring all-reduce of its gradients at the bandwidth that two ranks reach here. Of all steps the one with the least
-time per token counts, because other processes come and go.
+Every rank trains on as many rows as one alone. Predicted is the ring all-reduce of the gradients, at the bandwidth that
+two ranks reach here, and the step of one rank, times the ranks that share a core; a sum a step is a hundredth of it. As
+many jobs that know nothing of each other show what sharing the machine costs. The fastest step counts, because other
+processes come and go.
 """
 
 import argparse
@@ -60,34 +61,61 @@ def time_sums(numbers: int) -> None:
     parallel.stop()
 
 
-def train(ranks: int, steps: int, folder: Path) -> tuple[float, int]:
-    """Seconds a token of one rank in the fastest step, and the bytes of its gradients."""
+def sum_seconds(ranks: int, gradients: int) -> float:
+    return float(torchrun(ranks, __file__, "--sum", str(gradients // 4))) if ranks > 1 else 0.0
+
+
+def job(steps: int, folder: Path) -> list[str]:
     options = ["training.save_logits=false", "training.eval_steps=0", "training.gradient_accumulation_steps=1"]
     sizes = [f"training.max_steps={steps}", "training.num_train_epochs=100", f"training.output_dir={folder}"]
-    torchrun(ranks, "train.py", "config.toml", *options, *sizes)
+    return ["train.py", "config.toml", *options, *sizes]
+
+
+def seconds_a_token(folder: Path, ranks: int) -> float:
+    """Of each rank, in the fastest step."""
     records = read_metrics(folder / "metrics.jsonl")[2:]  # the first two count their bytes
+    return ranks / max(float(record["tokens_per_sec"]) for record in records)
+
+
+def train_apart(number: int, steps: int, folder: Path) -> float:
+    """Seconds a token of so many jobs at the same time that have nothing to do with each other."""
+    folders, threads = [folder / f"{number}_{index}" for index in range(number)], os.environ | {"OMP_NUM_THREADS": "1"}
+    jobs = [
+        subprocess.Popen([sys.executable, *job(steps, one)], cwd=ROOT, env=threads, stdout=subprocess.DEVNULL)
+        for one in folders
+    ]
+    for process in jobs:
+        assert process.wait() == 0
+    return sum(seconds_a_token(one, 1) for one in folders) / number
+
+
+def train_together(ranks: int, steps: int, folder: Path) -> float:
+    """Seconds a token of each of so many ranks of one job."""
+    torchrun(ranks, *job(steps, folder / str(ranks)))
+    return seconds_a_token(folder / str(ranks), ranks)
+
+
+def gradient_bytes(folder: Path) -> int:
     rows = json.loads((folder / "memory.json").read_text(encoding="utf-8"))["rows"]
-    (gradients,) = (row["predicted_bytes"] for row in rows if row["name"] == "gradients")
-    return min(ranks / record["tokens_per_sec"] for record in records), gradients
+    return next(int(row["predicted_bytes"]) for row in rows if row["name"] == "gradients")
 
 
 def measure(numbers_of_ranks: Sequence[int], steps: int) -> None:
-    cores, tokens = len(os.sched_getaffinity(0)), 1000
-    with tempfile.TemporaryDirectory() as folder:
-        measured = {ranks: train(ranks, steps, Path(folder) / str(ranks)) for ranks in (1, *numbers_of_ranks)}
-    alone, gradients = measured[1]
-    sums = {
-        ranks: float(torchrun(ranks, __file__, "--sum", str(gradients // 4))) for ranks in {2, *numbers_of_ranks} - {1}
-    }
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        apart = {number: train_apart(number, steps, folder) for number in {1, *numbers_of_ranks}}
+        together = {number: train_together(number, steps, folder) for number in numbers_of_ranks}
+        gradients = gradient_bytes(folder / "1_0")
+    sums = {number: sum_seconds(number, gradients) for number in {2, *numbers_of_ranks}}
     bandwidth = all_reduce_seconds(2, gradients, 1.0) / sums[2]
     print(f"{cores} cores, gradients of {gradients / MIB:.1f} MiB, {bandwidth / 1e9:.2f} GB/s between two ranks")
     print("a sum of all gradients, ms; 1,000 tokens of each rank, ms")
-    print(f"{'ranks':>5s} {'predicted':>10s} {'measured':>10s} {'predicted':>10s} {'measured':>10s}")
-    for ranks in numbers_of_ranks:
-        one_sum = all_reduce_seconds(ranks, gradients, bandwidth)
-        predicted = tokens * alone * max(1, ranks / cores)
-        cells = f"{1e3 * one_sum:10.1f} {1e3 * sums.get(ranks, 0.0):10.1f} {1e3 * predicted:10.0f}"
-        print(f"{ranks:5d} {cells} {1e3 * tokens * measured[ranks][0]:10.0f}")
+    print("ranks  predicted  measured  predicted  as many jobs apart  measured")
+    for number in numbers_of_ranks:
+        one_sum, compute = all_reduce_seconds(number, gradients, bandwidth), apart[1] * max(1, number / cores)
+        print(f"{number:5d} {1e3 * one_sum:10.1f} {1e3 * sums[number]:9.1f}", end=" ")
+        print(f"{1e6 * compute:10.0f} {1e6 * apart[number]:19.0f} {1e6 * together[number]:9.0f}")
 
 
 def predict() -> None:
