@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 
 class LostRank(Exception):
@@ -40,7 +42,11 @@ def start() -> Process:
     if rank > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if world_size > 1:
-        dist.init_process_group("gloo" if device.type == "cpu" else None)
+        store, _, _ = next(rendezvous("env://", rank, world_size))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the ranks of a life before this one
+            store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "gloo" if device.type == "cpu" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Process(rank, world_size, device)
 
 
@@ -92,5 +98,5 @@ def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
     try:
         dist.all_reduce(tensor, operation)
     except RuntimeError as error:  # what gloo and NCCL raise has no type of its own
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise LostRank(f"rank {dist.get_rank()} lost another, whose own message says why ({reason})") from error

@@ -1,22 +1,22 @@
 """Several ranks, started by torchrun's engine on gloo: they train as one does, and a rank that dies is made up for."""
 
+import json
+import multiprocessing
 import os
-import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from dying_ranks import train_until
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
-from so8t import parallel
+from so8t.logits import read_logits
 from so8t.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(
@@ -49,66 +49,34 @@ class Job:
         ]
         return ["config.toml", *keys, *overrides]
 
-    def run(self, name: str, ranks: int, *overrides: str, deaths: Sequence["Death"] = ()) -> Path:
-        """By so many ranks, restarted as often as one dies; returns the output folder."""
-        pid = os.fork()  # the engine takes over the signals of its process
-        if pid == 0:
-            os._exit(_launch(ranks, self.arguments(name, ranks, *overrides), deaths))
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        return self.folder / name
+    def fork(self, name: str, ranks: int, *overrides: str, cut: int = 0) -> list[int | None]:
+        """By so many forks of this process, which need not import torch anew; returns their exit codes.
+
+        cut: the step in which the last rank fails; 0 = none.
+        """
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        arguments = self.arguments(name, ranks, *overrides)
+        context = multiprocessing.get_context("fork")
+        forks = [context.Process(target=_rank, args=(rank, ranks, port, arguments, cut)) for rank in range(ranks)]
+        for process in forks:
+            process.start()
+        for process in forks:
+            process.join(120)
+        return [process.exitcode for process in forks]
 
 
-@dataclass(frozen=True)
-class Death:
-    """How a rank ends in the middle of a step."""
-
-    rank: int
-    step: int
-    die: Callable[[], None]
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _rank(rank: int, ranks: int, port: int, arguments: list[str], cut: int) -> None:
+    """As torchrun starts it. Only the first rank may make the rows' tokens."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    if rank > 0:
+        patch("so8t.data.dataset._build", side_effect=AssertionError("tokens are made twice")).start()
+    sys.exit(train_until(cut if rank == ranks - 1 else 0, fail, arguments))
 
 
 def fail() -> None:
     raise OSError("the cable is cut")
-
-
-def _launch(ranks: int, arguments: list[str], deaths: Sequence[Death]) -> int:
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id="test",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=len(deaths),
-        start_method="fork",
-    )
-    try:
-        elastic_launch(config, _rank)(arguments, deaths)
-    except Exception:
-        return 1
-    return 0
-
-
-def _rank(arguments: list[str], deaths: Sequence[Death]) -> None:
-    """One rank of one life: the first dies by the first of `deaths`, and so on. Only rank 0 may make the tokens."""
-    rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    sum_gradients, all_reduces = parallel.sum_gradients, []
-    if rank > 0:
-        patch("so8t.data.dataset._build", side_effect=AssertionError("tokens are made twice")).start()
-
-    def sum_or_die(parameters: Sequence[Any]) -> None:
-        all_reduces.append(None)
-        if life < len(deaths) and (rank, len(all_reduces)) == (deaths[life].rank, deaths[life].step):
-            deaths[life].die()
-        sum_gradients(parameters)
-
-    with patch("so8t.parallel.sum_gradients", sum_or_die):
-        if exit_code := train.main(arguments):
-            os._exit(exit_code)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +96,10 @@ def one(job: Job) -> Path:
 
 @pytest.fixture(scope="module")
 def two(job: Job) -> Path:
-    """The run of two, by torchrun's own command line; both ranks save their logits, the first one a probe too."""
+    """The run of two; both ranks save their logits, the first one a probe too."""
     (job.folder / "probe.jsonl").write_bytes((job.folder / "rows.jsonl").read_bytes().splitlines(keepends=True)[0])
     probe = f"training.save_logits_probe={job.folder / 'probe.jsonl'}"
-    arguments = job.arguments("two", 2, "training.save_logits_ranks=all", "training.save_logits_max_files=2", probe)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, "train.py", *arguments], check=True, timeout=300)
+    assert job.fork("two", 2, "training.save_logits_ranks=all", probe) == [0, 0]
     return job.folder / "two"
 
 
@@ -144,15 +110,72 @@ def series(run: Path) -> list[tuple[float, ...]]:
 
 def assert_same_training(run: Path, other: Path, first_step: int = 1) -> None:
     """All steps from the first one on, and the weights at the end, are equal to float32 rounding."""
-    for numbers, others in zip(series(run), series(other)[first_step - 1 :], strict=True):
-        assert numbers == pytest.approx(others, rel=2e-4)
+    for numbers, expected in zip(series(run), series(other)[first_step - 1 :], strict=True):
+        assert numbers == pytest.approx(expected, rel=1e-5)
     for path in (other / "checkpoints" / f"step_{STEPS:06d}").glob("*.safetensors"):
-        weights, others = load_file(run / "checkpoints" / path.parent.name / path.name), load_file(path)
-        assert weights.keys() == others.keys()
-        for name, weight in weights.items():
-            torch.testing.assert_close(weight, others[name], rtol=1e-3, atol=1e-4, msg=name)
+        weights = load_file(run / "checkpoints" / path.parent.name / path.name)
+        torch.testing.assert_close(weights, load_file(path), rtol=1e-4, atol=1e-5)
 
 
 def test_two_ranks_train_like_one(two: Path, one: Path) -> None:
     assert len(series(one)) == STEPS
     assert_same_training(two, one)
+
+
+@pytest.fixture(scope="module")
+def three(job: Job, two: Path) -> Path:
+    """Three ranks resume where two were after step 2; rows and schedule are those of the run before."""
+    checkpoint = two / "checkpoints" / "step_000002"
+    same = "training.gradient_accumulation_steps=3"  # of a rank of two: a job may not change it
+    assert job.fork("three", 3, same, f"training.resume={checkpoint}") == [0, 0, 0]
+    return job.folder / "three"
+
+
+def test_three_ranks_go_on_with_what_two_began(three: Path, one: Path) -> None:
+    assert [step for step, *_ in series(three)] == [3, 4, 5, 6]
+    assert_same_training(three, one, first_step=3)
+
+
+def test_three_ranks_train_like_one_from_the_start(job: Job, one: Path) -> None:
+    assert job.fork("anew", 3) == [0, 0, 0]
+    assert_same_training(job.folder / "anew", one)
+
+
+def test_job_that_lost_each_rank_in_turn_ends_as_an_unbroken_one_and_says_why(job: Job, two: Path) -> None:
+    broken = job.folder / "broken"  # after step 3, before the first checkpoint of its second life, and at once
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
+    command += ["tests/dying_ranks.py", "1:4,0:1", *job.arguments("broken", 2)]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("trainable: ") == 3  # only the first rank of each life prints
+    assert ended.stderr.count("lost another, whose own message says why") == 2
+    assert series(broken) == series(two)
+    for step in SAVES:
+        for path in (two / "checkpoints" / f"step_{step:06d}").glob("*.safetensors"):
+            assert (broken / "checkpoints" / path.parent.name / path.name).read_bytes() == path.read_bytes()
+
+
+def test_all_ranks_save_the_rows_that_they_trained_on(two: Path) -> None:
+    records = list(read_logits(two / "logits"))
+    assert [(one.step, one.kind) for one in records] == [(step, kind) for step in SAVES for kind in ("logits", "probe")]
+    ranks = [[path.stem.rpartition("_")[2] for path in record.paths] for record in records if record.kind == "logits"]
+    assert ranks == [["rank0", "rank1"], ["rank0", "rank1"], ["rank0"]]  # of step 6's one row rank 1 has nothing
+    assert [len(record.paths) for record in records if record.kind == "probe"] == [1, 1, 1]
+    assert all(record.verified for record in records)
+    ids = records[0].sample_ids.tolist()
+    assert len(set(ids)) == len(ids) > len(records[0].parts[0].sample_ids)
+
+
+def test_memory_plan_counts_the_gradients_end_to_end(two: Path) -> None:
+    (update,) = (one for one in json.loads((two / "memory.json").read_text())["moments"] if one["name"] == "update")
+    assert update["predicted_bytes"] == pytest.approx(update["measured_bytes"], rel=0.02)
+
+
+def test_rank_that_fails_alone_ends_the_job_at_once_with_its_own_words(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert job.fork("failed", 2, cut=1) == [1, 1]
+    told = capfd.readouterr().err
+    assert "train.py: the cable is cut" in told
+    assert "train.py: rank 0 lost another, whose own message says why" in told
+    assert "Traceback" not in told

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -419,31 +418,6 @@ def test_finished_run_has_nothing_left_to_do(four_steps: Path, capsys: pytest.Ca
     assert train.main([str(four_steps.with_suffix(".toml")), "training.max_steps=4"]) == 0
     assert "resuming after step 4 of 4" in capsys.readouterr().out
     assert series(four_steps) == before
-
-
-def run_rank(rank: int, port: int, printed: Path, arguments: list[str]) -> None:
-    """For a process of its own: the job as torchrun starts it. Only the first rank may make the rows' tokens."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    if rank > 0:
-        patch("so8t.data.dataset._build", side_effect=AssertionError("tokens are made twice")).start()
-    with printed.open("w", encoding="utf-8") as sys.stdout:
-        sys.exit(train.main(arguments))
-
-
-def test_two_processes_train_like_one_on_rows_that_one_of_them_makes(base: Path, run: Run, tmp_path: Path) -> None:
-    options = ["qlora.lora_dropout=0.0", 'training.optim="adamw"', "training.num_train_epochs=1"]
-    expected = run("one", *options, "training.gradient_accumulation_steps=2")
-    config = write_config(base, tmp_path / "rows.jsonl", tmp_path / "two")
-    arguments = [config, *options, "training.gradient_accumulation_steps=1"]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    printed = [tmp_path / f"printed_{rank}" for rank in range(2)]
-    assert run_processes(run_rank, [(rank, port, printed[rank], arguments) for rank in range(2)]) == [0, 0]
-    assert [path.read_text(encoding="utf-8").count("trainable: ") for path in printed] == [1, 0]
-    names = ("loss", "pet", "grad_norm", "num_targets")
-    for one, two in zip(series(expected, *names), series(tmp_path / "two", *names), strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
 
 
 # ---- numbers that are not finite

@@ -278,6 +278,19 @@ def test_the_longest_row_has_no_more_tokens_than_the_model_has_positions(
     assert capsys.readouterr().out.endswith("checkpointed: 1024 tokens, all 1024 positions of the model\n")
 
 
+def test_a_rank_of_several_adds_up_its_gradients_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = {}
+    for ranks in (1, 4):
+        assert main(["config.toml", f"--nproc={ranks}", "--json"]) == 0
+        plans[ranks] = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row["predicted_bytes"] for row in plans[4]["rows"]}
+    assert rows["gradients end to end"] == rows["gradients"] == 4 * plans[4]["num_parameters"]
+    assert plans[4]["moments"]["update"] - plans[1]["moments"]["update"] == pytest.approx(rows["gradients"], rel=0.01)
+    assert (plans[1]["sent_bytes"], plans[4]["sent_bytes"]) == (0, 1.5 * rows["gradients"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["config.toml", "--nproc=0"])
+
+
 @pytest.mark.parametrize("size", ["nan", "inf", "-inf", "0", "-3", "1e300", "twelve"])
 def test_what_is_no_memory_of_a_gpu_is_refused(capsys: pytest.CaptureFixture[str], size: str) -> None:
     with pytest.raises(SystemExit, match="2"):
