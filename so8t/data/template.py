@@ -31,6 +31,7 @@ _MARKS = re.compile(r"Zq(\d+)qZ")
 _PAD = (
     "\n\u2003{}\u2003\n"  # around a mark: it shows what white space a template strips; none writes an em space itself
 )
+_OPENED = re.compile(r"(<\w+>)(\s*)\Z")
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # a text that the template compares contents with, or splits them at: contents that hold it may be written otherwise
 _COMPARED = re.compile(
@@ -66,6 +67,7 @@ class _Shape:
     pieces: tuple[str, ...]
     strips: tuple[tuple[str | None, str | None], ...]  # what is stripped from each content, left and right; None = all
     answers: tuple[tuple[int, int, int], ...]  # place in `turns`, characters from prompt to content, from there to end
+    opened: str  # the tag of a thought with which a prompt ends; an answer that begins with it is laid out by itself
     closing: str  # what the template writes behind the last content; the last piece has a stop that it may lack
 
     @property
@@ -85,6 +87,8 @@ class _Shape:
             filled += [piece, content]
         text = "".join(filled)
         if rendered != text + self.closing:
+            return None
+        if self.opened and any(contents[place].lstrip().startswith(self.opened) for place, _, _ in self.answers):
             return None
         answers = []
         for place, before, after in self.answers:
@@ -346,7 +350,9 @@ class ChatTemplate:
         for answer in text.answers:
             place = next(place for place, span in enumerate(spans) if span[0] < answer.stop <= span[1])
             answers.append((place, spans[place][0] - answer.prompt_end, answer.end - spans[place][1]))
-        return _Shape(tuple(turns), (*pieces, text.text[end:]), tuple(strips), tuple(answers), rendered[end:])
+        opened = _OPENED.search(text.text[: text.answers[-1].prompt_end])
+        tag = opened[1] if opened else ""
+        return _Shape(tuple(turns), (*pieces, text.text[end:]), tuple(strips), tuple(answers), tag, rendered[end:])
 
     def lay_out_one(self, conversation: Conversation) -> list[Text] | BadRow:
         """By rendering the conversation itself, whatever is in it."""
@@ -432,6 +438,10 @@ class ChatTemplate:
         closing = skeleton[-1] if has_content and skeleton[-2:-1] == [str(turn)] else ""
         if text.startswith(prompt) and text.endswith(closing):
             body = text[len(prompt) : len(text) - len(closing)]
+            goes_on = _behind_opened(prompt, content)
+            if goes_on is not None and content.strip() in body:  # the template closes the thought and opens another
+                body = goes_on
+                text = prompt + body + closing
         elif has_content and not closing:
             raise BadRow(_REWRITES)
         elif has_content:
@@ -527,7 +537,7 @@ def _body_behind(prompt_end: str, history: str, answer: Message, content: str) -
     """
     common = next((i for i, pair in enumerate(zip(prompt_end, history, strict=False)) if len(set(pair)) > 1), None)
     common = min(len(prompt_end), len(history)) if common is None else common
-    opened = re.search(r"<(\w+)>(\s*)\Z", prompt_end)
+    opened = _OPENED.search(prompt_end)
     if common == len(prompt_end):  # only what stands further above is written otherwise
         return history[common:] + content
     if opened is None:
@@ -535,15 +545,22 @@ def _body_behind(prompt_end: str, history: str, answer: Message, content: str) -
             return history[common:].lstrip() + content
         raise BadRow(f"the prompt at inference ends with {prompt_end[common:]!r}, which no answer has; {_REMEDY}")
     # a thought that the prompt opens and that the answer has to close
-    tag, gap = opened[1], opened[2]
-    closing = f"</{tag}>"
-    if content.startswith(f"<{tag}>"):
-        return content[len(tag) + 2 :].removeprefix(gap)
+    closing = opened[1].replace("<", "</")
+    if (goes_on := _behind_opened(prompt_end, content)) is not None:
+        return goes_on
     if reasoning := answer.get("reasoning_content", "").strip():
         return f"{reasoning}\n{closing}\n\n{content}"
     if closing in history[common:] or closing in content:
         return history[common:] + content
     return f"\n{closing}\n\n{content}"
+
+
+def _behind_opened(prompt: str, content: str) -> str | None:
+    """An answer that begins with the tag that its prompt ends with, less that tag; None for any other."""
+    opened = _OPENED.search(prompt)
+    if opened is None or not content.startswith(opened[1]):
+        return None
+    return content.removeprefix(opened[1]).removeprefix(opened[2])
 
 
 def _stands(content: str, body: str) -> bool:
