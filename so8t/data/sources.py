@@ -144,7 +144,7 @@ def _read_lines(key: str, name: str, file: BinaryIO, head: bytes) -> Iterator[tu
         raise InputError(
             f'{key}: {name} is no file of rows; so8t reads {KINDS}, a text as an object with the field "text"'
         )
-    if re.match(rb"(?:\xef\xbb\xbf)?\s*\{\s*\n", head):
+    if re.match(rb"(?:\xef\xbb\xbf)?\s*\{\s*\n\s*\"[^\n]*:", head):
         raise InputError(f"{key}: {name} holds an object over several lines; write each row as an object on one line")
     for number, line in enumerate(file, start=1):
         if line.strip():
