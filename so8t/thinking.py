@@ -133,7 +133,10 @@ def parse(text: str, query: str = "") -> Thinking:
             count = text.count(tag)
             if count != 1:
                 problem = "is missing" if count == 0 else f"stands there {count} times"
-                raise ThinkingError(f"{tag} {problem}; write each of the four parts once, with both its exact tags")
+                raise ThinkingError(
+                    f"{tag} {problem}; write each of the four parts once, with both its exact tags, "
+                    "and a tag that is only spoken of in square brackets"
+                )
             positions[tag] = text.index(tag)
     for (earlier, first), (later, second) in pairwise(positions.items()):
         if first > second:
@@ -159,7 +162,7 @@ def parse(text: str, query: str = "") -> Thinking:
         if _TAG_LIKE.search(folded[part]):
             left, right = next(_tag_like_pieces(contents[part]))
             where = f"in its characters {left.start + 1} to {right.end}"
-            raise ThinkingError(f"there is tag-like text inside <{name}>, {where}; a part must not contain tags")
+            raise ThinkingError(f"there is tag-like text inside <{name}>, {where}; write it in square brackets")
     for part, longest_echo in LONGEST_ECHO.items():
         if _repeats(folded["final"], folded[part], longest_echo, _fold(query)):
             raise ThinkingError(f"<final> repeats <{TAG_NAMES[part]}>; say it in other words or leave it out")

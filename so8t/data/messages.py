@@ -18,19 +18,22 @@ FORMATS = (
 )
 # what to write instead, by fields that are seen in public files
 _ADVICE = [
-    ({"chosen", "rejected"}, 'these are preferences; write "chosen" as "messages" or as "completion"'),
     ({"instruction", "response"}, 'rename "response" to "output", and "context" to "input" if it is there'),
+    ({"question", "response"}, 'rename "question" to "instruction" and "response" to "output"'),
     ({"question", "answer"}, 'rename "question" to "instruction" and "answer" to "output"'),
     ({"prompt", "response"}, 'rename "response" to "completion"'),
     ({"input", "output"}, 'rename "input" to "instruction"'),
+    ({"segments"}, 'write the texts of "segments" as "messages", "weight" 0 with what is not learned'),
     ({"chat"}, 'write the turns of "chat" as "messages"'),
 ]
+_REJECTED = ("rejected", "rejected_messages", "non_preferred_output")
+_JUDGED = ("label", "kto_tag")
 _UNTRAINABLE = ("images", "image", "videos", "audios", "documents", "functions", "chat_template_kwargs")
 _SHAREGPT_ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"},
     **{"system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant"},
 }
-_WEIGHTS = ("weight", "train", "loss_weight")
+_WEIGHTS = ("weight", "train", "training", "loss_weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MESSAGE_FIELDS = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", *_WEIGHTS, *_REASONING}
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -49,12 +52,13 @@ class Conversation:
 
 def read_conversation(row: Fields) -> Conversation:
     """A row in any of FORMATS, or BadRow. It ends with an answer, and at least one answer is to be learned."""
-    fields = {name: value for name, value in row.items() if value is not None}
+    fields = {name: value for name, value in row.items() if value is not None and value == value}  # NaN is none either
     for name in _UNTRAINABLE:
         if fields.get(name):
             raise BadRow(f'the field "{name}" cannot be trained on; leave it out of the row, or the row')
     if fields.get("text") and not fields.keys() & {"messages", "conversations", "instruction", "prompt", "query"}:
         return Conversation([{"role": "assistant", "content": _text(fields, "text")}], [True], is_text=True)
+    _check_beside(fields)
     messages, is_trained = _turns(fields)
     if fields.get("system") is not None and "query" not in fields and not _is_blank(fields["system"]):
         if any(message["role"] == "system" for message in messages):
@@ -66,6 +70,27 @@ def read_conversation(row: Fields) -> Conversation:
     if not any(is_trained):
         raise BadRow("every answer has the weight 0, so there is nothing to learn")
     return Conversation(messages, is_trained, _tools(fields.get("tools")))
+
+
+def _check_beside(fields: Fields) -> None:
+    """Refuse what stands beside an answer and says that it is unwanted, or what more it answers."""
+    rejected = next((name for name in _REJECTED if name in fields), None)
+    if rejected is not None and "messages" not in fields:
+        raise BadRow(
+            f'the field "{rejected}" makes this a pair of preferences; write the preferred answer as "messages"'
+        )
+    for name in _JUDGED:
+        if isinstance(fields.get(name), bool):
+            raise BadRow(f'the field "{name}" judges the answer; keep the rows where it is true, without that field')
+    for name in ("system_prompt", "system_message"):
+        if not _is_blank(fields.get(name)):
+            raise BadRow(
+                f'the field "{name}" is not known; rename it to "system", or leave it out if it does not matter'
+            )
+    if "instruction" in fields and "output" in fields and not _is_blank(fields.get("context")):
+        raise BadRow('the field "context" is not known beside "instruction"; rename it to "input"')
+    if fields.get("history") and "instruction" not in fields:
+        raise BadRow('the field "history" is known beside "instruction" alone; write its turns as "messages"')
 
 
 def _turns(fields: Fields) -> tuple[list[Message], list[bool]]:
@@ -108,6 +133,8 @@ def _prompt_and_completion(prompt: Any, completion: Any) -> tuple[list[Message],
         before, _ = _chat(prompt, "prompt")
         after, is_trained = _chat(completion, "completion")
         return before + after, [False] * len(before) + is_trained
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise BadRow('"prompt" and "completion" must both be texts, or both lists of messages')
     return _dialogue([(_text({"prompt": prompt}, "prompt"), _text({"completion": completion}, "completion"))])
 
 
@@ -220,7 +247,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "reasoning", "thinking", "tool_call"):
             raise BadRow(f"its content has a part of the type {kind!r}; only text can be trained on")
-        yield kind, part.get(kind, part.get("value"))
+        yield kind, part["value"] if part.get(kind) is None and "value" in part else part.get(kind)
 
 
 def _add(message: Message, part: tuple[str, Any]) -> None:
@@ -238,12 +265,12 @@ def _add(message: Message, part: tuple[str, Any]) -> None:
 def _tool_call(call: Any) -> Fields:
     """As templates take it: {"type": "function", "function": {"name", "arguments": an object}}."""
     call = _unpack(call)
-    function = _unpack(call.get("function", call)) if isinstance(call, dict) else None
+    function = _unpack(call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call has no function with a name")
     arguments = _unpack(function.get("arguments", {}))
     result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return result | ({"id": call["id"]} if "id" in call else {})
+    return result | ({} if call.get("id") is None else {"id": call["id"]})
 
 
 def _unpack(value: Any) -> Any:

@@ -144,6 +144,8 @@ def _read_lines(key: str, name: str, file: BinaryIO, head: bytes) -> Iterator[tu
         raise InputError(
             f'{key}: {name} is no file of rows; so8t reads {KINDS}, a text as an object with the field "text"'
         )
+    if re.match(rb"(?:\xef\xbb\xbf)?\s*\{\s*\n\s*\"[^\n]*:", head):
+        raise InputError(f"{key}: {name} holds an object over several lines; write each row as an object on one line")
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
@@ -221,6 +223,13 @@ def _unpack(row: Fields) -> Fields:
     return row
 
 
+def _without_nulls(value: Any) -> Any:
+    """All objects of a column have the same keys; null is what one of them lacks."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _read_parquet(key: str, name: str, file: BinaryIO) -> Iterator[tuple[int, Fields | BadRow]]:
     try:
         import pyarrow.parquet
@@ -231,6 +240,6 @@ def _read_parquet(key: str, name: str, file: BinaryIO) -> Iterator[tuple[int, Fi
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 number += 1
-                yield number, _unpack(row)
+                yield number, _unpack(_without_nulls(row))
     except pyarrow.ArrowException as error:
         raise InputError(f"{key}: {name} cannot be read as Parquet ({error})") from error

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,13 @@ _REWRITES = f"the model's chat template rewrites the conversation, so its answer
 
 _MARK = "Zq{}qZ"
 _MARKS = re.compile(r"Zq(\d+)qZ")
-_PAD = (
-    "\n\u2003{}\u2003\n"  # around a mark: it shows what white space a template strips; none writes an em space itself
-)
+# around a mark: it shows what white space a template strips; none writes an em space itself
+_PAD = "\n\u2003{}\u2003\n"
+_OPENED = re.compile(r"(<\w+>)(\s*)\Z")
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # a text that the template compares contents with, or splits them at: contents that hold it may be written otherwise
-_COMPARED = re.compile(
-    r"""(?:\(|[!=]=|\bin)\s*(?:'([^'\n]*[^\w\s'][^'\n]*)'|"([^"\n]*[^\w\s"][^"\n]*)")"""
-    r"""|(?:'([^'\n]*[^\w\s'][^'\n]*)'|"([^"\n]*[^\w\s"][^"\n]*)")\s*(?:not\s+)?in\b"""
-)
+_LITERAL = r"""(?:'([^'\n]*[^\w\s'][^'\n]*)'|"([^"\n]*[^\w\s"][^"\n]*)")"""
+_COMPARED = re.compile(rf"(?:\(|[!=]=|\bin)\s*{_LITERAL}|{_LITERAL}\s*(?:not\s+)?in\b")
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class _Shape:
     pieces: tuple[str, ...]
     strips: tuple[tuple[str | None, str | None], ...]  # what is stripped from each content, left and right; None = all
     answers: tuple[tuple[int, int, int], ...]  # place in `turns`, characters from prompt to content, from there to end
+    opened: str  # the tag of a thought with which a prompt ends; an answer that begins with it is laid out by itself
     closing: str  # what the template writes behind the last content; the last piece has a stop that it may lack
 
     @property
@@ -85,6 +85,8 @@ class _Shape:
             filled += [piece, content]
         text = "".join(filled)
         if rendered != text + self.closing:
+            return None
+        if self.opened and any(contents[place].lstrip().startswith(self.opened) for place, _, _ in self.answers):
             return None
         answers = []
         for place, before, after in self.answers:
@@ -153,7 +155,6 @@ class ChatTemplate:
         self._shapes: dict[tuple[Any, ...], list[_Shape] | None] = {}
         self._frozen = lru_cache(self._freeze)
         source = self._frozen(tokenizer.get_chat_template())
-        self.is_dated = source != tokenizer.get_chat_template()
         compared = {next(filter(None, match.groups()), "") for match in _COMPARED.finditer(source)}
         self._compared = [text for text in compared if text]
         self._added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
@@ -241,12 +242,11 @@ class ChatTemplate:
 
     def _stop_in(self, closing: str) -> int:
         """Where the first token that stops generation ends; 0 = there is none."""
-        ends = [closing.find(stop) + len(stop) for stop in map(self._spelled, self.stops) if stop in closing]
+        ends = [closing.find(stop) + len(stop) for stop in self._spelled_stops() if stop in closing]
         return min(ends, default=0)
 
-    def _spelled(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
-        return text
+    def _spelled_stops(self) -> list[str]:
+        return [self._tokenizer.decode([stop], skip_special_tokens=False) for stop in self.stops]
 
     def _added_in(self, closing: str) -> str:
         """The added token that closing begins with, white space aside."""
@@ -284,18 +284,15 @@ class ChatTemplate:
             elif self._is_ordinary(conversation) and (shapes := self._shapes_of(conversation)):
                 by_shape.append((index, shapes))
         jobs = [conversations[i].messages[: shape.num_messages] for i, shapes in by_shape for shape in shapes]
-        rendered = iter(self._try_all(jobs))
+        try:
+            rendered = iter(self._render_all(jobs, None) if jobs else [])
+        except BadRow:  # one of them is refused; which, its own turn will tell
+            by_shape, rendered = [], iter([])
         for index, shapes in by_shape:
             texts = [shape.fill(conversations[index].messages, next(rendered)) for shape in shapes]
             filled = [text for text in texts if text is not None]
             laid_out[index] = filled if len(filled) == len(shapes) else None
-        return [self.lay_out_one(conversations[i]) if texts is None else texts for i, texts in enumerate(laid_out)]
-
-    def _try_all(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        try:
-            return self._render_all(conversations, None) if conversations else []
-        except BadRow:  # one of them is refused; which, its own turn will tell
-            return [""] * len(conversations)
+        return [self._lay_out_one(conversations[i]) if texts is None else texts for i, texts in enumerate(laid_out)]
 
     def _plain_text(self, text: str) -> Text:
         eos = self._tokenizer.eos_token or ""
@@ -346,21 +343,20 @@ class ChatTemplate:
         for answer in text.answers:
             place = next(place for place, span in enumerate(spans) if span[0] < answer.stop <= span[1])
             answers.append((place, spans[place][0] - answer.prompt_end, answer.end - spans[place][1]))
-        return _Shape(tuple(turns), (*pieces, text.text[end:]), tuple(strips), tuple(answers), rendered[end:])
+        opened = _OPENED.search(text.text[: text.answers[-1].prompt_end])
+        tag = opened[1] if opened else ""
+        return _Shape(tuple(turns), (*pieces, text.text[end:]), tuple(strips), tuple(answers), tag, rendered[end:])
 
-    def lay_out_one(self, conversation: Conversation) -> list[Text] | BadRow:
+    def _lay_out_one(self, conversation: Conversation) -> list[Text] | BadRow:
         """By rendering the conversation itself, whatever is in it."""
         try:
             return self._texts(conversation)
         except BadRow as error:
             return error
 
-    def lay_out_singly(self, conversation: Conversation) -> list[Text] | BadRow:
-        """A text for every answer, rendered as at inference."""
-        try:
-            return [self._continuation(conversation, turn) for turn in _trained(conversation)]
-        except BadRow as error:
-            return error
+    def lay_out_singly(self, conversation: Conversation) -> list[Text]:
+        """A text for every answer, rendered as at inference; BadRow if there is none."""
+        return [self._continuation(conversation, turn) for turn in _trained(conversation)]
 
     def _texts(self, conversation: Conversation) -> list[Text]:
         trained = _trained(conversation)
@@ -369,7 +365,7 @@ class ChatTemplate:
             return [last]
         whole = self._render(conversation.messages[: trained[-1] + 1], conversation.tools)
         if whole[: last.answers[0].stop] != last.text[: last.answers[0].stop]:
-            return [*(self._continuation(conversation, turn) for turn in trained[:-1]), last]
+            return self.lay_out_singly(conversation)
         whole = last.text  # with a stop, if the template leaves the last answer open
         answers: list[Answer] = []
         singles: dict[int, Text] = {}
@@ -428,32 +424,34 @@ class ChatTemplate:
         skeleton = _MARKS.split(self._render(marked, tools))
         _check_all_stand(conversation, messages, text, {int(mark) for mark in skeleton[1::2]})
         content: str = answer["content"]
-        has_content = bool(content.strip())
-        closing = skeleton[-1] if has_content and skeleton[-2:-1] == [str(turn)] else ""
+        if not content.strip():  # calls of tools alone
+            if not text.startswith(prompt):
+                history = self._render(messages[:-1], tools)
+                if not (prompt.startswith(history) and text.startswith(history)):
+                    raise BadRow(_REWRITES)
+                text = prompt + _body_behind(prompt[len(history) :], text[len(history) :], answer, "")
+            here = len(prompt)
+            return self._with_calls(messages, tools, text, Answer(here, here, here, here))
+        closing = skeleton[-1] if skeleton[-2:-1] == [str(turn)] else ""
         if text.startswith(prompt) and text.endswith(closing):
             body = text[len(prompt) : len(text) - len(closing)]
-        elif has_content and not closing:
-            raise BadRow(_REWRITES)
-        elif has_content:
+            goes_on = _behind_opened(prompt, content)
+            if goes_on is not None and content.strip() in body:  # the template closes the thought and opens another
+                body = goes_on
+        elif closing:
             marked_prompt = self._render(marked[:-1], tools, add_generation_prompt=True)
             before = _MARKS.split(marked_prompt)[-1], skeleton[-3]
             body = _body_behind(*before, answer, _as_written(content, text, closing))
-            text = prompt + body + closing
         else:
-            history = self._render(messages[:-1], tools)
-            if not (prompt.startswith(history) and text.startswith(history)):
-                raise BadRow(_REWRITES)
-            body = _body_behind(prompt[len(history) :], text[len(history) :], answer, "")
-            text = prompt + body
-        if not has_content:  # calls of tools alone
-            answered = Answer(len(prompt), len(prompt), len(prompt), len(prompt))
-            return self._with_calls(messages, tools, text, answered)
+            raise BadRow(_REWRITES)
         if not _stands(content, body):
             raise BadRow(_REWRITES)
+        text = prompt + body + closing
         stop = len(prompt) + len(body)
         start = stop - len(body) + len(body.rstrip()) - len(content.strip())
         start = start if text.startswith(content.strip(), max(start, 0)) else len(prompt)
-        _check_extras(answer, text[len(prompt) :])
+        if answer.get("reasoning_content", "").strip() not in text[len(prompt) :]:
+            raise BadRow('the model\'s chat template leaves out the "reasoning_content" of an answer')
         if "tool_calls" in answer:
             return self._with_calls(messages, tools, text, Answer(len(prompt), start, stop, stop))
         if end := self._stop_in(closing):
@@ -467,9 +465,7 @@ class ChatTemplate:
     def _with_calls(self, messages: Sequence[Message], tools: list[Any] | None, text: str, answer: Answer) -> Text:
         """The answer as far as the token that ends its calls of tools."""
         calls = text[answer.stop :]
-        end = max(
-            (calls.rfind(stop) + len(stop) for stop in map(self._spelled, self.stops) if stop in calls), default=0
-        )
+        end = max((calls.rfind(stop) + len(stop) for stop in self._spelled_stops() if stop in calls), default=0)
         if not end and any(calls.rstrip().endswith(token) for token in self._special):
             end = len(calls.rstrip())
         if not end:  # it ends where the tool's role begins, or with the end of text
@@ -506,18 +502,10 @@ def _check_all_stand(conversation: Conversation, messages: Sequence[Message], te
             raise BadRow("the model's chat template leaves out the row's \"tools\"")
 
 
-def _check_extras(answer: Message, written: str) -> None:
-    reasoning = answer.get("reasoning_content", "")
-    if reasoning.strip() not in written:
-        raise BadRow('the model\'s chat template leaves out the "reasoning_content" of an answer')
-
-
 def _as_written(content: str, text: str, closing: str) -> str:
     """The content with as much of its white space as the template leaves it."""
-    for candidate in (content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n")):
-        if text.endswith(candidate + closing):
-            return candidate
-    return content.strip()
+    candidates = (content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"))
+    return next((one for one in candidates if text.endswith(one + closing)), content.strip())
 
 
 def _body_behind(prompt_end: str, history: str, answer: Message, content: str) -> str:
@@ -525,9 +513,8 @@ def _body_behind(prompt_end: str, history: str, answer: Message, content: str) -
 
     prompt_end and history: the template's text between the last message and the answer, in the one and in the other.
     """
-    common = next((i for i, pair in enumerate(zip(prompt_end, history, strict=False)) if len(set(pair)) > 1), None)
-    common = min(len(prompt_end), len(history)) if common is None else common
-    opened = re.search(r"<(\w+)>(\s*)\Z", prompt_end)
+    common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt_end, history, strict=False))))
+    opened = _OPENED.search(prompt_end)
     if common == len(prompt_end):  # only what stands further above is written otherwise
         return history[common:] + content
     if opened is None:
@@ -535,10 +522,9 @@ def _body_behind(prompt_end: str, history: str, answer: Message, content: str) -
             return history[common:].lstrip() + content
         raise BadRow(f"the prompt at inference ends with {prompt_end[common:]!r}, which no answer has; {_REMEDY}")
     # a thought that the prompt opens and that the answer has to close
-    tag, gap = opened[1], opened[2]
-    closing = f"</{tag}>"
-    if content.startswith(f"<{tag}>"):
-        return content[len(tag) + 2 :].removeprefix(gap)
+    closing = opened[1].replace("<", "</")
+    if (goes_on := _behind_opened(prompt_end, content)) is not None:
+        return goes_on
     if reasoning := answer.get("reasoning_content", "").strip():
         return f"{reasoning}\n{closing}\n\n{content}"
     if closing in history[common:] or closing in content:
@@ -546,12 +532,16 @@ def _body_behind(prompt_end: str, history: str, answer: Message, content: str) -
     return f"\n{closing}\n\n{content}"
 
 
+def _behind_opened(prompt: str, content: str) -> str | None:
+    """An answer that begins with the tag that its prompt ends with, less that tag; None for any other."""
+    opened = _OPENED.search(prompt)
+    if opened is None or not content.startswith(opened[1]):
+        return None
+    return content.removeprefix(opened[1]).removeprefix(opened[2])
+
+
 def _stands(content: str, body: str) -> bool:
-    """Say whether a content is in what the template makes of it: at the end, or its thought and its answer apart."""
-    if body.rstrip().endswith(content.strip()):
-        return True
+    """Say whether a content is in what the template makes of it, if need be its thought and its answer apart."""
     thought, tag, rest = content.rpartition("</think>")
     thought = thought.replace("<think>", "").strip()
-    if tag and thought in body and rest.strip() in body:
-        return True
-    return content.strip() in body
+    return content.strip() in body or bool(tag and thought in body and rest.strip() in body)

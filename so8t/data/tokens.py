@@ -104,8 +104,6 @@ class Encoder:
                 yield self._fit(*self._apart(piece.text))
             else:  # one of the answers would follow other tokens than at inference
                 singles = self._template.lay_out_singly(conversation)
-                if isinstance(singles, BadRow):
-                    raise singles
                 encodings = iter(self._encode([single.text for single in singles]))
                 yield from self._rows(conversation, [self._piece(single, encodings) for single in singles])
 

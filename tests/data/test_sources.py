@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from so8t.config import DataConfig, InputError, PolicyConfig, SourceConfig, load_config, to_toml
 from so8t.data import BadRow, Dataset, load_dataset, read_conversation
+from so8t.data.sources import read_file
 
 TOKENIZER: Any = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "so8t" / "demo")
 ROWS = [{"instruction": f"Say {name}.", "input": None, "output": name} for name in ("one", "猫", "three")]
@@ -80,6 +81,27 @@ def test_parquet_is_read_by_pyarrow_and_its_rows_are_named_by_number(tmp_path: P
         load(tmp_path / "cut.parquet")
 
 
+def test_objects_of_a_parquet_column_have_no_more_keys_than_were_written(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"x": 1}, {"y": "z"})]
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}], "reasoning_content": None, "tool_calls": None},
+        {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": calls},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat, "tools": None}]), tmp_path / "a.parquet")
+    [(_, fields)] = read_file("data.train_data", str(tmp_path / "a.parquet"))
+    assert isinstance(fields, dict)
+    question, answer = read_conversation(fields).messages
+    assert question == {"role": "user", "content": "a"}
+    assert answer == {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "r",
+        "tool_calls": [{"type": "function"} | call for call in calls],
+    }
+
+
 def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
@@ -94,6 +116,11 @@ def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, mon
         ("a.zip", b"PK\x03\x04...", "a zip archive or an office document"),
         ("a.arrow", b"ARROW1\0\0", "an Arrow file; write it as Parquet"),
         ("a.jsonl", "\ufeff{}".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        (
+            "dataset_info.json",
+            b'{\n  "mine": {"file_name": "a.json"}\n}\n',
+            "holds an object over several lines; write each",
+        ),
         ("wiki.txt", b"Just a text.\n", 'no file of rows; .* a text as an object with the field "text"'),
         ("a.gz", gzip.compress(lines(ROWS), mtime=0)[:40], "no whole gzip file"),
         ("a.csv", "instruction,output\nあ,い".encode("cp932"), "not UTF-8 text"),
@@ -145,6 +172,12 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, "!"]}, CHAT[1]]},
             [("user", "a!"), ("assistant", "b")],
         ),
+        ({"instruction": "a", "input": float("nan"), "output": "b"}, [("user", "a"), ("assistant", "b")]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None, "value": "a"}]}, CHAT[1]]},
+            [("user", "a"), ("assistant", "b")],
+        ),
+        ({"messages": CHAT, "chosen": CHAT, "rejected": CHAT}, [("user", "a"), ("assistant", "b")]),
         ({"text": "a", "label": 3}, [("assistant", "a")]),
         ({"instruction": "a", "output": "b", "text": "Below is an instruction"}, [("user", "a"), ("assistant", "b")]),
     ],
@@ -168,11 +201,24 @@ def answer_of(**fields: Any) -> dict[str, Any]:
             {"question": "a", "answer": "b"},
             'with these fields: "question", "answer"; rename "question" to "instruction"',
         ),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these are preferences"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'field "rejected" makes this a pair of preferences'),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "a pair of preferences"),
+        ({"conversations": CHAT[:1], "chosen": CHAT[1], "rejected": CHAT[1]}, "a pair of preferences"),
+        ({"prompt": "a", "completion": "b", "label": False}, 'the field "label" judges the answer'),
+        ({"instruction": "a", "output": "b", "kto_tag": True}, 'the field "kto_tag" judges the answer'),
+        (
+            {"system_prompt": "s", "instruction": "a", "output": "b"},
+            'the field "system_prompt" is not known; rename it',
+        ),
+        ({"instruction": "a", "context": "c", "output": "b"}, 'rename it to "input"'),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"]]}, '"history" is known beside "instruction" alone'),
+        ({"prompt": CHAT[:1], "completion": "b"}, "must both be texts, or both lists of messages"),
+        ({"segments": [{"label": True, "text": "a"}]}, 'write the texts of "segments" as "messages"'),
         ({"a": 1}, 'with these fields: "a"; known are "messages"'),
         ({"system": "s", "chat": "USER: a"}, 'write the turns of "chat" as "messages"'),
         (answer_of(weight=0.5), r'message 2 has the "weight" 0\.5'),
         (answer_of(weight=0), "nothing to learn"),
+        (answer_of(training=False), "nothing to learn"),
         ({"messages": [CHAT[0] | {"train": True}, CHAT[1]]}, "only answers of the assistant are learned"),
         (answer_of(citations=["c"]), 'message 2 of "messages": the field "citations" is not known'),
         (answer_of(content=[{"type": "image_url"}]), "a part of the type 'image_url'"),

@@ -45,6 +45,8 @@ R1 = (  # writes no thought at all, and opens one at inference
     LOOP + "{{ '<U>' if m.role == 'user' else '<A>' }}{{ m.content.split('</think>')[-1] }}"
     "{{ '<E>' if m.role == 'assistant' }}" + GENERATE + "<A><think>\n" + END
 )
+THOUGHT_APART = LOOP + "<S>{{ m.role }}\n{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}{{ m.content }}<E>\n"
+THOUGHT_APART += GENERATE + "<S>assistant\n<think>\n" + END
 SPACE_BEFORE = LOOP + "\n{{ m.role }}: {{ m.content }}{{ '<E>' if m.role == 'assistant' }}" + GENERATE
 SPACE_BEFORE += "\nassistant: " + END
 TOOLS = (
@@ -132,6 +134,9 @@ def learned(row: dict[str, Any], tokenizer: Any, **keys: Any) -> list[list[str]]
         (EMPTY_THOUGHT, "<E>", dialogue("a", "b", "c", "d"), [["</think>b<E>"], ["</think>d<E>"]]),
         (R1, "<E>", dialogue("a", "b"), [["\n</think>\n\nb<E>"]]),
         (R1, "<E>", dialogue("2+2?", "<think>\nEasy.\n</think>\n\n4"), [["Easy.\n</think>\n\n4<E>"]]),
+        (THOUGHT_APART, "<E>", dialogue("a", "<think>\nb\n</think>\n\nc"), [["b\n</think>\n\nc<E>"]]),
+        (THOUGHT_APART, "<E>", dialogue("a", "b", "c", "<think>d</think>e"),
+         [["\n</think>\n\nb<E>"], ["d</think>e<E>"]]),
         # a space ends the prompt
         (SPACE_BEFORE, "<E>", dialogue("a", "bare", "c", "done"), [["bare<E>", "done<E>"]]),
         # reasoning, code, tags inside of answers
