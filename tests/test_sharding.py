@@ -50,7 +50,7 @@ def run(folder: Path, base: Path, name: str, *overrides: str) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ["config.toml", *keys, *LORA, *overrides]
-    start_processes(rank, (2, port, arguments), nprocs=2, start_method="fork")
+    start_processes(rank, (2, port, arguments), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
     return folder / name
 
 
@@ -68,10 +68,10 @@ def test_ranks_that_share_the_base_train_as_if_each_held_it(tmp_path: Path, base
         assert numbers == pytest.approx(others, rel=1e-5)
     checkpoint = Path("checkpoints") / f"step_{STEPS:06d}"
     for path in (whole / checkpoint).glob("*.safetensors"):
-        weights, others = load_file(path), load_file(shared / checkpoint / path.name)
-        assert weights.keys() == others.keys()
-        for name, weight in weights.items():
-            torch.testing.assert_close(others[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+        expected, found = load_file(path), load_file(shared / checkpoint / path.name)
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=name)
     evaluated = [
         [record["eval_loss"] for record in read_metrics(run / "metrics.jsonl") if "eval_loss" in record]
         for run in (whole, shared)

@@ -7,6 +7,7 @@ a comment at each says what breaks when that library moves it.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -80,7 +81,8 @@ def fake_model(
 
     longest: tokens of a row.
     """
-    base = build_on_meta(spec.model, spec.quantization, model_config)
+    # a copy, because transformers writes into it, and the key of a kept trace is a hash of it
+    base = build_on_meta(spec.model, spec.quantization, deepcopy(model_config))
     pack_rows(base, longest, has_weights=False)
     model = adapt(base, spec)
     save_memory(base, spec, checkpointed_layers, offload, mlp_tile)

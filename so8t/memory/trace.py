@@ -236,7 +236,8 @@ def held_tensors(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[
         held[kind].append(held_here(parameter.data))
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            state = module.weight.quant_state
+            # a weight that is shared out has lost it, but bitsandbytes keeps it in the layer too
+            state = getattr(module.weight, "quant_state", None) or module.quant_state
             nested = () if state.state2 is None else (state.offset, state.state2.absmax, state.state2.code)
             held["quantisation constants"] += [state.absmax, state.code, *nested]
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
