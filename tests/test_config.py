@@ -142,7 +142,7 @@ def test_a_value_of_the_wrong_type_is_refused(load: Load, name: str, value: str,
 
 def test_a_value_that_is_no_choice_is_answered_with_the_choices(load: Load) -> None:
     choices = {name: get_args(key.annotation) for name, key in KEYS.items() if get_origin(key.annotation) is Literal}
-    assert len(choices) == 13
+    assert len(choices) == 14
     for name, known in choices.items():
         said = sentence(load, with_key(name, '"no such"'))
         assert f'{name} must be {" or ".join(map(json.dumps, known))}, not "no such"' in said
@@ -225,7 +225,7 @@ def test_an_unknown_key_like_no_other_points_to_the_list(load: Load) -> None:
 def test_an_unknown_table_is_answered_with_the_nearest_known_one(load: Load) -> None:
     said = sentence(load, f"{REQUIRED}\n[lora]")
     assert 'there is no table "lora"' in said
-    assert said.endswith("[training] is [qlora]")
+    assert said.endswith("[training], [parallel] is [qlora]")
 
 
 def test_an_unknown_table_inside_of_a_table_is_answered_with_its_full_name(load: Load) -> None:
