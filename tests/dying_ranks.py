@@ -5,7 +5,6 @@ so on; the steps of each life are counted from 1.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -18,6 +17,8 @@ from torch import nn
 
 import train
 from so8t import parallel
+
+SIGKILL = 9  # Windows' signal module does not name it
 
 
 def train_until(step: int, end: Callable[[], None], arguments: Sequence[str]) -> int:
@@ -37,7 +38,7 @@ def main() -> int:
     deaths, life = sys.argv[1].split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     rank, step = map(int, deaths[life].split(":")) if life < len(deaths) else (-1, -1)
     is_doomed = rank == int(os.environ["RANK"])
-    return train_until(step if is_doomed else -1, lambda: os.kill(os.getpid(), signal.SIGKILL), sys.argv[2:])
+    return train_until(step if is_doomed else -1, lambda: os.kill(os.getpid(), SIGKILL), sys.argv[2:])
 
 
 if __name__ == "__main__":

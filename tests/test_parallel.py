@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -57,7 +58,7 @@ class Job:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         arguments = self.arguments(name, ranks, *overrides)
-        context = multiprocessing.get_context("fork")
+        context: Any = multiprocessing.get_context("fork")
         forks = [context.Process(target=_rank, args=(rank, ranks, port, arguments, cut)) for rank in range(ranks)]
         for process in forks:
             process.start()

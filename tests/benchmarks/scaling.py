@@ -101,7 +101,7 @@ def gradient_bytes(folder: Path) -> int:
 
 
 def measure(numbers_of_ranks: Sequence[int], steps: int) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         apart = {number: train_apart(number, steps, folder) for number in {1, *numbers_of_ranks}}
