@@ -95,10 +95,13 @@ def test_a_run_goes_on_whether_the_base_is_shared_or_not(tmp_path: Path, base: P
 def test_a_rank_of_a_shared_base_is_planned_with_its_share(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    keys = [f"model.base_model={base}", f"training.output_dir={tmp_path}", *LORA]
+    assert plan_main(["config.toml", *keys, "--nproc", "2"]) == 0  # a kept trace of ranks that hold everything
+    assert "layers gathered from all ranks" not in capsys.readouterr().out
     sizes = {}
     for ranks in (1, 2, 4):
-        keys = [f"model.base_model={base}", f"training.output_dir={tmp_path}", "parallel.shard_base=true", *LORA]
-        assert plan_main(["config.toml", *keys, "--nproc", str(ranks), "--json"]) == 0
+        shared = [*keys, "parallel.shard_base=true"]
+        assert plan_main(["config.toml", *shared, "--nproc", str(ranks), "--json"]) == 0
 
         found = json.loads(capsys.readouterr().out)
         sizes[ranks] = {row["name"]: row["predicted_bytes"] for row in found["rows"]}

@@ -58,7 +58,7 @@ def _key(spec: StepSpec, checkpointed_layers: int | None) -> str:
         bool(config.data.eval_data),
         json.dumps(spec.model_config.to_dict(), sort_keys=True, default=str),
         (spec.device_type, spec.logits.layout, spec.micro_batch, spec.accumulates, spec.probe, checkpointed_layers),
-        spec.world_size if config.parallel.shard_base else min(spec.world_size, 2),
+        (spec.world_size > 1, spec.layer_shares),
         (sys.version, [version(package) for package in PACKAGES], _code(inspect.getfile(spec.forward))),
     ]
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()

@@ -70,6 +70,11 @@ class StepSpec:
         return replace(self, config=config, micro_batch=micro_batch, rows=rows, logits=logits)
 
     @property
+    def layer_shares(self) -> int:
+        """The number of ranks that share out the frozen layers; 1 = each holds all of them."""
+        return self.world_size if self.config.parallel.shard_base else 1
+
+    @property
     def offload(self) -> bool:
         """Whether inputs of recomputed layers wait in host memory; "auto" does not, until a choice says so."""
         return self.config.training.offload_checkpoints is True and self.device_type != "cpu"
@@ -124,18 +129,16 @@ def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
             _run_step(spec, model, mark)
         layers = checkpointable_layers(model)
         trace = Trace(held_bytes(model, states), phases, num_parameters(model), len(layers))
-        return _sharded(trace, layers, spec.world_size) if spec.config.parallel.shard_base else trace
+        return _shared_out(trace, layers, spec.layer_shares) if spec.layer_shares > 1 else trace
 
 
-def _sharded(trace: Trace, layers: Sequence[nn.Module], world_size: int) -> Trace:
+def _shared_out(trace: Trace, layers: Sequence[nn.Module], shares: int) -> Trace:
     """The trace of a rank that holds its share of the layers' frozen weights, and whole layers that it has gathered."""
-    if world_size == 1:
-        return trace
     held, gathered = dict(trace.held), 0
     for layer in layers:
         for tensor in frozen(layer):
             kind = "quantised weights" if tensor.dtype == torch.uint8 else "other weights"
-            held[kind] -= tensor.nbytes - tensor.nbytes // world_size
+            held[kind] -= tensor.nbytes - tensor.nbytes // shares
         gathered = max(gathered, GATHERED * sum(tensor.nbytes for tensor in frozen(layer)))
     gone = sum(trace.held.values()) - sum(held.values()) - gathered
     phases = {name: Phase(phase.allocated - gone, phase.peak - gone) for name, phase in trace.phases.items()}
