@@ -162,7 +162,7 @@ def train(config: Config, process: parallel.Process) -> int:
         signals = stack.enter_context(StopSignals())
         metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
         logits_saver = stack.enter_context(closing(LogitsSaver(plan.spec.logits, output_dir, process.rank)))
-        probe = Probe(probe_batches, autocast, logits_saver, plan.spec.logits)
+        probe = Probe(probe_batches, autocast, logits_saver)
         validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
         memory.start(model, optimizer, first_step, total_steps)
 

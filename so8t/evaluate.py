@@ -10,7 +10,7 @@ from torch import Tensor
 
 from so8t.data import Batch
 from so8t.gates import orthogonality_error
-from so8t.logits import LogitsPlan, LogitsSaver
+from so8t.logits import LogitsSaver
 from so8t.losses import Tap, ce_sum
 from so8t.model import Model, head, hidden_states
 
@@ -49,6 +49,7 @@ def keep_evidence(
 
     If the CE of all is finite, those of the last one are saved and [] is returned.
     """
+    # not up to the first one only: ranks that share out layers must make equally many passes
     is_finite = [math.isfinite(ce.item()) for _, _, ce in score(model, batches, autocast)]
     culprits = [batch for batch, finite in zip(batches, is_finite, strict=True) if not finite]
     chosen = culprits[:1] or batches[-1:]
@@ -65,10 +66,9 @@ class Probe:
     batches: Sequence[Batch]
     autocast: torch.autocast
     logits_saver: LogitsSaver
-    plan: LogitsPlan
 
     def after_step(self, step: int, epoch: int, model: Model) -> None:
-        batches = self.batches if self.plan.is_due(step) else []
+        batches = self.batches if self.logits_saver.plan.is_due(step) else []  # on ranks that save nothing too
         tap = partial(self.logits_saver.new_tap, step, epoch, kind="probe")
         for _ in score(model, batches, self.autocast, tap):
             pass  # the tap takes everything that is saved

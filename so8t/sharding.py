@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from so8t.model import checkpointable_layers
+from so8t.model import checkpointable_layers, trainable_parameters
 
 GATHERED = 2  # layers at a time: one computes while the next arrives
 
@@ -25,8 +25,7 @@ def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shared = set()
     for layer in checkpointable_layers(model):
-        trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        fully_shard(layer.to(device), mesh=mesh, ignored_params=trained)
+        fully_shard(layer.to(device), mesh=mesh, ignored_params=set(trainable_parameters(layer)))
         shared |= set(layer.parameters())
     nn.Module.to(model, device)
     # the root, which lets go of the layers after a backward pass, has nothing of its own to share

@@ -64,9 +64,8 @@ class LogitsPlan:
                 )
             newest = min(training.save_logits_max_files or saves, int(max_bytes // size) or saves)
             files += ranks * min(saves, newest + kept)
-            total += (
-                ranks * size * min(saves, newest + kept + 1)
-            )  # an old file is deleted only after the new one is safe
+            # one more, because an old file is deleted only after the new one is safe
+            total += ranks * size * min(saves, newest + kept + 1)
         folder = output_dir / training.save_logits_dir
         free = _free_bytes(folder)
         if total > free:

@@ -44,7 +44,7 @@ class LogitsSaver:
         """
         self.enabled = plan.training.save_logits and rank < plan.ranks
         self.counters = SaverCounters()
-        self._plan = plan
+        self.plan = plan
         self._folder = LogitsFolder(output_dir / plan.training.save_logits_dir, plan.training, rank, plan.ranks)
         self._write = write
         self._writer: Writer | None = None  # started when first needed, like the transfer
@@ -64,7 +64,7 @@ class LogitsSaver:
         return sum(self._buffer_bytes.values())
 
     def is_due(self, step: int) -> bool:
-        return self.enabled and self._plan.is_due(step)
+        return self.enabled and self.plan.is_due(step)
 
     def tap(self, step: int, epoch: int, batch: Batch) -> "LogitsTap | None":
         """A tap for ce_sum that takes the logits of this micro-batch; None if `step` is not due."""
@@ -114,7 +114,7 @@ class LogitsSaver:
 
     def summary(self) -> str:
         """The run's closing line."""
-        if not self._plan.training.save_logits:
+        if not self.plan.training.save_logits:
             return "logits: not saved"
         counters, waits = self.counters, self.counters.waits or [0.0]
         return (
@@ -132,7 +132,7 @@ class LogitsSaver:
         if record is None:
             return None
         targets = batch.targets.flatten()
-        everywhere = self._plan.training.save_logits_positions == "all"
+        everywhere = self.plan.training.save_logits_positions == "all"
         stored = torch.ones_like(targets, dtype=torch.bool) if everywhere else targets != NO_TARGET
         end = record.positions + int(stored.sum())
         host = record.buffer.tensors(record.positions, end)
@@ -145,7 +145,7 @@ class LogitsSaver:
         """Score the positions that the loss did not need, and send the last numbers of the batch to the host."""
         if record.scorer is None or self._transfer is None:
             return
-        record.scorer.add_missing(hidden, head.to(self._plan.computed_in))
+        record.scorer.add_missing(hidden, head.to(self.plan.computed_in))
         record.scorer = None
         record.ce_sums.append(self._transfer.scalar(ce))
         record.ready = self._transfer.finished()
@@ -161,7 +161,7 @@ class LogitsSaver:
     def _new_record(self, kind: Kind, step: int, epoch: int, batch: Batch, device: torch.device) -> Record | None:
         old = self._records.pop(kind, None)
         if self._writer is None:
-            self._writer = Writer(self._plan, self._folder, self.counters, self._write)
+            self._writer = Writer(self.plan, self._folder, self.counters, self._write)
         if old is not None:
             self._writer.give_back(old)
         start = time.perf_counter()
@@ -169,13 +169,13 @@ class LogitsSaver:
         self.counters.waited(time.perf_counter() - start)
         if buffer is None:
             self.give_up(kind, step)
-            wait = self._plan.training.save_logits_max_wait
+            wait = self.plan.training.save_logits_max_wait
             self.counters.file_dropped(f"step {step} is dropped, no earlier file was written within {wait:g} s")
             return None
         record = Record(kind, step, epoch, datetime.now().strftime("%Y%m%d_%H%M%S"), buffer)
         self._records[kind] = record  # before the buffer grows, so that a failure there gives it back
-        planned = self._plan.probe_tokens if kind == "probe" else self._plan.max_tokens
-        buffer.fit(self._plan.layout, max(batch.targets.numel(), planned), pinned=device.type != "cpu")
+        planned = self.plan.probe_tokens if kind == "probe" else self.plan.max_tokens
+        buffer.fit(self.plan.layout, max(batch.targets.numel(), planned), pinned=device.type != "cpu")
         self._buffer_bytes[id(buffer)] = buffer.nbytes
         return record
 
