@@ -1,28 +1,23 @@
 """Several ranks, started by torchrun's engine on gloo: they train as one does, and a rank that dies is made up for."""
 
 import json
-import multiprocessing
-import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from dying_ranks import train_until
+from rank_cases import fork_ranks, needs_forks
 from safetensors.torch import load_file
 
 import train
 from so8t.logits import read_logits
 from so8t.metrics import read_metrics
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32" or torch.cuda.is_available(), reason="the ranks are forks, on the CPU"
-)
+pytestmark = needs_forks
 ROWS, STEP_ROWS = 13, 6  # so the last step of an epoch has one row, and all ranks but one have none
 STEPS, SAVES = 6, (2, 4, 6)  # of two epochs
 
@@ -51,29 +46,18 @@ class Job:
         return ["config.toml", *keys, *overrides]
 
     def fork(self, name: str, ranks: int, *overrides: str, cut: int = 0) -> list[int | None]:
-        """By so many forks of this process, which need not import torch anew; returns their exit codes.
+        """By so many forks of this process; only the first may make the rows' tokens. Returns their exit codes.
 
         cut: the step in which the last rank fails; 0 = none.
         """
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
         arguments = self.arguments(name, ranks, *overrides)
-        context: Any = multiprocessing.get_context("fork")
-        forks = [context.Process(target=_rank, args=(rank, ranks, port, arguments, cut)) for rank in range(ranks)]
-        for process in forks:
-            process.start()
-        for process in forks:
-            process.join(120)
-        return [process.exitcode for process in forks]
 
+        def work(rank: int) -> int:
+            if rank > 0:
+                patch("so8t.data.dataset._build", side_effect=AssertionError("tokens are made twice")).start()
+            return train_until(cut if rank == ranks - 1 else 0, fail, arguments)
 
-def _rank(rank: int, ranks: int, port: int, arguments: list[str], cut: int) -> None:
-    """As torchrun starts it. Only the first rank may make the rows' tokens."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    if rank > 0:
-        patch("so8t.data.dataset._build", side_effect=AssertionError("tokens are made twice")).start()
-    sys.exit(train_until(cut if rank == ranks - 1 else 0, fail, arguments))
+        return fork_ranks(ranks, work)
 
 
 def fail() -> None:

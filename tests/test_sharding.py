@@ -1,16 +1,13 @@
 """parallel.shard_base: each rank holds a share of the frozen layers, and all of them train as if it held everything."""
 
 import json
-import os
-import socket
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_cases import fork_ranks, needs_forks
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import start_processes
 
 import train
 from so8t.config import InputError, load_config
@@ -18,9 +15,7 @@ from so8t.logits import read_logits
 from so8t.memory.command import main as plan_main
 from so8t.metrics import read_metrics
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32" or torch.cuda.is_available(), reason="the ranks are forks, on the CPU"
-)
+pytestmark = needs_forks
 LORA = (
     "model.from_scratch=false",
     "qlora.enabled=true",
@@ -29,12 +24,6 @@ LORA = (
     "qlora.lora_dropout=0.0",
 )
 STEPS = 4
-
-
-def rank(index: int, world_size: int, port: int, arguments: list[str]) -> None:
-    names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    sys.exit(train.main(arguments))
 
 
 def run(folder: Path, base: Path, name: str, *overrides: str) -> Path:
@@ -46,11 +35,7 @@ def run(folder: Path, base: Path, name: str, *overrides: str) -> Path:
     keys += [f"training.max_steps={STEPS}", "training.per_device_train_batch_size=3"]
     keys += ["training.gradient_accumulation_steps=1", "training.micro_batch_tokens=100", "training.save_steps=2"]
     keys += ["training.save_logits_steps=2", "training.optim=adamw", "training.gradient_checkpointing=true"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["config.toml", *keys, *LORA, *overrides]
-    start_processes(rank, (2, port, arguments), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+    assert fork_ranks(2, lambda rank: train.main(["config.toml", *keys, *LORA, *overrides])) == [0, 0]
     return folder / name
 
 
