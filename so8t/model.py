@@ -147,15 +147,25 @@ def tile_mlp(layer: nn.Module, tokens: int) -> None:
     """Let the layer's MLP take so many tokens at a time, forward and backward, so that its wide tensors are narrow.
 
     Each tile is computed once more in the backward pass, as in section 3.1 of Arctic Long Sequence Training
-    (https://arxiv.org/abs/2506.13996).
+    (https://arxiv.org/abs/2506.13996). Raises InputError, if need be when the layer is called, where that cannot be.
     """
-    mlp = layer.get_submodule("mlp")
+    cannot = InputError(
+        f"training.mlp_tile_tokens: {type(layer).__name__} has no MLP that makes a tensor of a tensor alone; write 0"
+    )
+    mlp = getattr(layer, "mlp", None)
+    if mlp is None:
+        raise cannot
     whole = mlp.forward
 
-    def in_tiles(hidden: Tensor) -> Tensor:
+    def in_tiles(hidden: Tensor, *more: Any) -> Tensor:
         """hidden: [batch, seq, hidden_size], as the result."""
-        tiles = hidden.split(tokens, dim=1)
-        return torch.cat([checkpoint_activations(whole, tile, use_reentrant=False) for tile in tiles], dim=1)
+        if more:
+            raise cannot
+        parts = hidden.split(tokens, dim=1)  # of several rows they are not contiguous, which some MLPs want
+        tiles = [checkpoint_activations(whole, part.contiguous(), use_reentrant=False) for part in parts]
+        if not isinstance(tiles[0], Tensor):
+            raise cannot
+        return torch.cat(tiles, dim=1)
 
     mlp.forward = in_tiles
 

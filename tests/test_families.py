@@ -170,6 +170,22 @@ def test_rows_longer_than_a_window_of_the_model_are_padded(tmp_path: Path, kind:
     assert pack_rows(causal_lm(model), 8)
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "Qwen 3 MoE", "DeepSeek V3"])
+def test_mlps_that_want_whole_tensors_take_tiles_too(tmp_path: Path, name: str) -> None:
+    spec, batch = spec_of(tmp_path, *FAMILIES[name]), make_batch((20, 9), (7, 3))
+    whole, tiled = (gradients(load_model(spec, CPU, seed=0, mlp_tile=tile).eval(), [batch]) for tile in (0, 6))
+    for parameter, gradient in whole.items():
+        assert_close(tiled[parameter], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("name", ["OPT", "BLOOM", "GPT-OSS"])
+def test_layers_whose_mlp_cannot_take_tiles_are_refused_before_weights_are_read(tmp_path: Path, name: str) -> None:
+    spec = spec_of(tmp_path, *FAMILIES[name])
+    with pytest.raises(InputError, match=r"^training\.mlp_tile_tokens: .*; write 0$"):  # noqa: SIM117
+        with fake_model(spec, load_model_config(spec.model), "cpu", 0, 20, mlp_tile=6) as (planned, live), live:
+            train.forward(planned, fake_batch(BatchShape(2, 20, True)), NO_AUTOCAST, 1, 1, 0.1, 0.0, None)
+
+
 def test_a_model_that_lets_rows_see_each_other_is_found_out(tmp_path: Path) -> None:
     model: Any = causal_lm(load_model(spec_of(tmp_path, "llama", {}), CPU, seed=0))
     attention = model.base_model.layers[1].self_attn
