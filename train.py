@@ -42,12 +42,11 @@ from so8t.model import (
     head,
     hidden_states,
     load_model,
-    load_model_config,
-    load_tokenizer,
     trainable_parameters,
 )
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
 from so8t.packing import pack_rows
+from so8t.pretrained import load_model_config, load_tokenizer
 from so8t.schedule import lr_at, pet_weight_at
 from so8t.sharding import shard_layers
 from so8t.signals import StopSignals

@@ -3,78 +3,33 @@
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import bitsandbytes
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.quantizers.base import get_keys_to_not_convert
 
-from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig
+from so8t.config import InputError, ModelConfig, ModelSpec, QuantizationConfig
 from so8t.data import Batch, derive_seed, stop_token_ids
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates, state_without_gates
 from so8t.losses import Head
 from so8t.packing import places_of, takes_packed_rows
+from so8t.pretrained import load_model_config, not_a_model
 from so8t.quiet import hide_bars
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 GATES_FILE = "so8t_gates.safetensors"
-Model: TypeAlias = PreTrainedModel | PeftModel
+Model: TypeAlias = "PreTrainedModel | PeftModel"
 hide_bars()
-
-
-def load_model_config(config: ModelConfig) -> Any:
-    """The config.json of model.base_model, without any weights."""
-    try:
-        return AutoConfig.from_pretrained(config.base_model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(_not_a_model(config.base_model, error)) from error
-
-
-def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.base_model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(_not_a_model(config.base_model, error)) from error
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"model.base_model: the tokenizer of {config.base_model} gives no character offsets, which labels need; "
-            "use a model with a tokenizer.json"
-        )
-    if len(tokenizer) > vocab_size:
-        raise InputError(
-            f"model.base_model: the tokenizer of {config.base_model} has {len(tokenizer)} tokens, "
-            f"but the model knows only {vocab_size}"
-        )
-    return tokenizer
-
-
-def _not_a_model(source: str | Path, error: Exception) -> str:
-    """Names what cannot be loaded: the checkpoint's folder or model.base_model, and which of its files."""
-    reason = " ".join(str(error).split())
-    if "does not support an attention implementation" in reason:
-        return f'model.attn_implementation: {source} has no such attention in transformers; write "eager"'
-    for path in sorted(Path(source).glob("*.safetensors")):
-        try:
-            safe_open(path, "pt")
-        except (OSError, SafetensorError) as unreadable:  # the error does not say which file it is about
-            reason = f"{path.name} is no safetensors file or torn ({unreadable})"
-    if isinstance(source, Path):
-        return f"{source} cannot be loaded: {reason}"
-    where = "" if Path(source).is_dir() else f" (in {Path.cwd()} there is no such folder)"
-    return f'model.base_model = "{source}" cannot be loaded as a folder or a hub id{where}: {reason}'
 
 
 def load_model(
@@ -107,16 +62,14 @@ def adapt(model: PreTrainedModel, spec: ModelSpec, *, seed: int = 0, checkpoint:
     doubles its memory.
     """
     adapted: Model = model
-    if spec.qlora.enabled and checkpoint is not None:
-        try:
-            adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
-        except (OSError, ValueError, SafetensorError) as error:  # peft takes a folder without an adapter for a hub id
-            raise InputError(f"{checkpoint}: its adapter_model.safetensors cannot be read ({error})") from error
-    elif spec.qlora.enabled:
-        try:
-            adapted = get_peft_model(model, _lora_config(model, spec.qlora))
-        except ValueError as error:  # such as a layer of Mamba's that takes no adapter, or dropout on fused experts
-            raise InputError(f"qlora: peft cannot adapt {spec.model.base_model}: {error}") from error
+    if spec.qlora.enabled:
+        from so8t.lora import add_adapters, load_adapters
+
+        adapted = (
+            add_adapters(model, spec.qlora, spec.model.base_model)
+            if checkpoint is None
+            else load_adapters(model, checkpoint)
+        )
     if spec.so8t.enabled:  # after LoRA, so that base layer and adapter both get the rotated input
         attach_gates(model, spec.so8t.layer_indices, spec.so8t.init_scale, derive_seed(seed, "gates"))
     if spec.so8t.enabled and checkpoint is not None:
@@ -186,19 +139,16 @@ def build_on_meta(config: ModelConfig, quantization: QuantizationConfig, model_c
                 model_config, dtype=dtype, attn_implementation=config.attn_implementation, trust_remote_code=False
             )
     except (ValueError, ImportError) as error:
-        raise InputError(_not_a_model(config.base_model, error)) from error
+        raise InputError(not_a_model(config.base_model, error)) from error
     if model.base_model is model or getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise InputError(
             f"model.base_model: {type(model).__name__} is not layers and a head of one matrix without a bias, from "
             "which the loss is computed; use another model"
         )
-    options = _quantization_options(quantization, dtype)
-    if options is not None:
-        replace_with_bnb_linear(model, get_keys_to_not_convert(model), options)
-        _keep_layout(model)
-        # peft asks for these two
-        model.is_loaded_in_4bit = quantization.load_in_4bit  # type: ignore[assignment]
-        model.is_loaded_in_8bit = quantization.load_in_8bit  # type: ignore[assignment]
+    if quantization.bits:
+        from so8t.quantization import quantize_on_meta
+
+        quantize_on_meta(model, quantization, dtype)
     return model
 
 
@@ -208,7 +158,9 @@ def _load_base(
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
     if quantization.bits:
-        options["quantization_config"] = _quantization_options(quantization, dtype)
+        from so8t.quantization import check_layers, loading_options
+
+        options["quantization_config"] = loading_options(quantization, dtype)
     model: PreTrainedModel
     try:
         if config.from_scratch and checkpoint is None:
@@ -227,70 +179,10 @@ def _load_base(
             if mismatched:
                 raise OSError(f"its config.json wants other shapes than its files have of {', '.join(mismatched)}")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(_not_a_model(checkpoint or config.base_model, error)) from error
-    layers = _keep_layout(model)
-    if device.type == "cpu":
-        for layer in {layer.in_features: layer for layer in layers}.values():
-            _check_dequantization(layer.weight)
+        raise InputError(not_a_model(checkpoint or config.base_model, error)) from error
+    if quantization.bits:
+        check_layers(model, device)
     return model
-
-
-def _keep_layout(model: nn.Module) -> list[bitsandbytes.nn.Linear4bit]:
-    """The 4-bit layers, kept as they are: on a CPU with AVX512-BF16 a forward in eval mode would repack their weights.
-
-    The other layout has no gradients.
-    """
-    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    return layers
-
-
-def _check_dequantization(weight: bitsandbytes.nn.Params4bit) -> None:
-    """Refuse a CPU on which bitsandbytes unpacks the first rows of this weight to other numbers than plain torch.
-
-    bitsandbytes 0.50 starts a new block with every row on CPUs with AVX512-BF16, although it packed blocks of the flat
-    weight: rows that are not a multiple of the block's size come out wrong by up to their own size.
-    """
-    rows = weight.quant_state.blocksize  # this many rows are whole blocks, whatever their length
-    unpacked = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)[:rows].float()
-    if not torch.allclose(unpacked, dequantized_rows(weight, rows), rtol=2**-6, atol=1e-6):
-        raise InputError(
-            f"quantization.load_in_4bit: bitsandbytes {bitsandbytes.__version__} reads rows of {unpacked.shape[1]} "
-            "4-bit weights wrongly on this CPU, so that every result would be wrong; write load_in_4bit = false or "
-            "train on a GPU"
-        )
-
-
-def dequantized_rows(weight: bitsandbytes.nn.Params4bit, rows: int) -> Tensor:
-    """The first `rows` rows of a 4-bit weight in plain torch: float32 [rows or all that there are, in_features].
-
-    One byte holds two indices into the table of 16 numbers, the upper four bits first. Blocks of the flat weight share
-    a scale; with double quantization the scales are stored in 8 bits, blocks of them scaled again, less their mean.
-    Formats: NF4 of QLoRA (https://arxiv.org/abs/2305.14314, section 3) and FP4, as bitsandbytes stores them.
-    """
-    state = weight.quant_state
-    count = min(rows, state.shape[0]) * state.shape[1]
-    blocks = -(-count // state.blocksize)
-    scales = state.absmax[:blocks]
-    if state.nested:
-        outer = state.state2.absmax.repeat_interleave(state.state2.blocksize)[:blocks]
-        scales = state.state2.code[scales.int()] * outer + state.offset
-    packed = weight.data.view(torch.uint8).flatten()[: -(-count // 2)]
-    indices = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:count]
-    numbers: Tensor = state.code[indices.int()] * scales.repeat_interleave(state.blocksize)[:count]
-    return numbers.view(-1, state.shape[1])
-
-
-def _quantization_options(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if quantization.load_in_4bit:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization.load_in_8bit else None
 
 
 @torch.no_grad()
@@ -313,28 +205,9 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _lora_config(model: PreTrainedModel, qlora: QloraConfig) -> LoraConfig:
-    head = model.get_output_embeddings()
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-    for target in qlora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(
-                f'qlora.target_modules: "{target}" is no linear layer of the model\'s blocks; it has {names}'
-            )
-    return LoraConfig(
-        r=qlora.r,
-        lora_alpha=qlora.lora_alpha,
-        lora_dropout=qlora.lora_dropout,
-        target_modules=list(qlora.target_modules),
-        task_type="CAUSAL_LM",
-    )
-
-
 def causal_lm(model: Model) -> PreTrainedModel:
     """The Hugging Face model itself, whose layers peft has replaced in place."""
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def hidden_states(model: Model, batch: Batch) -> Tensor:
@@ -387,7 +260,7 @@ def describe(model: Model) -> str:
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model))
     gates = gates_of(model)
     gate_numbers = sum(gate.angles.numel() for gate in gates.values())
-    kind = "LoRA" if isinstance(model, PeftModel) else "weights"
+    kind = "weights" if isinstance(model, PreTrainedModel) else "LoRA"
     layers = f" in {len(gates)} layers" if gates else ""
     return (
         f"trainable: {trainable:,} of {every:,} parameters "
@@ -404,11 +277,11 @@ def num_parameters(model: nn.Module) -> int:
 def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
     """Write a plain PEFT adapter folder, or without LoRA a plain Hugging Face folder, and a file for the gates."""
     set_stops(causal_lm(model), tokenizer)
-    if isinstance(model, PeftModel):
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, state_dict=state_without_gates(model))
+    else:
         model.save_pretrained(str(folder), save_embedding_layers=False)
         causal_lm(model).generation_config.save_pretrained(folder)  # it has the tokens at which an answer ends
-    else:
-        model.save_pretrained(folder, state_dict=state_without_gates(model))
     if gates_of(model):
         save_gates(model, folder / GATES_FILE)
     tokenizer.save_pretrained(folder)

@@ -15,8 +15,10 @@ from so8t.data import Batch
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.memory import BatchShape, StepSpec
 from so8t.memory.live_bytes import LiveBytes
-from so8t.memory.trace import Trace, trace_step
-from so8t.model import Model, load_model_config, trainable_parameters
+from so8t.memory.step import Trace
+from so8t.memory.trace import trace_step
+from so8t.model import Model, trainable_parameters
+from so8t.pretrained import load_model_config
 
 
 def step_spec(

@@ -18,7 +18,8 @@ from model_cases import HIDDEN, NO_AUTOCAST, load, make_batch
 import train
 from so8t.config import Config, load_config
 from so8t.memory import BatchShape
-from so8t.memory.trace import SAVING, trace_step
+from so8t.memory.step import SAVING
+from so8t.memory.trace import trace_step
 
 
 def snippet(title: str) -> str:

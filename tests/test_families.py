@@ -28,9 +28,11 @@ from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, Quantiz
 from so8t.export.merge import merge
 from so8t.gates import state_without_gates
 from so8t.losses import ce_sum
-from so8t.memory.fakes import BatchShape, fake_batch, fake_model
-from so8t.model import build_on_meta, causal_lm, head, hidden_states, load_model, load_model_config
+from so8t.memory.fakes import fake_batch, fake_model
+from so8t.memory.step import BatchShape
+from so8t.model import build_on_meta, causal_lm, head, hidden_states, load_model
 from so8t.packing import pack_rows, takes_packed_rows
+from so8t.pretrained import load_model_config
 
 SMALL: dict[str, Any] = SIZES | {"num_hidden_layers": 2, "max_position_embeddings": 128}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

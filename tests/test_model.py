@@ -62,16 +62,15 @@ from so8t.model import (
     build_on_meta,
     causal_lm,
     checkpointable_layers,
-    dequantized_rows,
     describe,
     head,
     hidden_states,
     load_model,
-    load_model_config,
-    load_tokenizer,
     save_model,
     trainable_parameters,
 )
+from so8t.pretrained import load_model_config, load_tokenizer
+from so8t.quantization import dequantized_rows
 
 IDENTITY = {"init_scale": 0.0}
 EVERY_LINEAR = {"target_modules": PHI3_LINEAR}

@@ -107,7 +107,7 @@ def page(dataset: Dataset, num_rows: int, tokenizer: Any) -> str:
 
 
 def look(config: Config, num_rows: int, path: Path | None) -> None:
-    from so8t.model import load_model_config, load_tokenizer  # model imports this package
+    from so8t.pretrained import load_model_config, load_tokenizer  # model imports this package
 
     tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
     dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)

@@ -1,5 +1,6 @@
 """The rows of some files as the model will see them, and what was left out of them."""
 
+import gc
 import hashlib
 import json
 import re
@@ -185,6 +186,7 @@ def _build(
     building = _Building(files, Writer(folder), config)
     encoder = Encoder(tokenizer, template, config)
     pending: tuple[Any, Pending] | None = None
+    gc.freeze()  # or the collector looks through all of torch again and again, 6 % of the time
     with tqdm(
         total=count_lines(files), desc=f"{key}: tokenizing", unit=" lines", leave=False, delay=2, disable=None
     ) as bar:
@@ -197,6 +199,7 @@ def _build(
             building.stop_at_errors()
         if pending is not None:
             building.add(pending[0], encoder.finish(pending[1]))
+    gc.unfreeze()
     building.stop_at_errors()
     return building.close(key, template, folder, stored_key)
 

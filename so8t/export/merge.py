@@ -25,8 +25,9 @@ from so8t.export.model_card import model_card
 from so8t.files import atomic_folder
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle, state_without_gates
 from so8t.metrics import read_metrics
-from so8t.model import Model, load_model, load_model_config, load_tokenizer, set_stops
+from so8t.model import Model, load_model, set_stops
 from so8t.policy import read_report
+from so8t.pretrained import load_model_config, load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPORT_FILE = "so8t_export.json"

@@ -1,7 +1,6 @@
 """Traces that were made before, in the user's cache folder: one takes seconds, and a job is planned again and again."""
 
 import hashlib
-import inspect
 import json
 import os
 import sys
@@ -13,12 +12,16 @@ from pathlib import Path
 
 from so8t.files import atomic_write
 from so8t.memory.live_bytes import Phase
-from so8t.memory.trace import StepSpec, Trace, trace_step
+from so8t.memory.step import StepSpec, Trace
 
 KEPT = 500  # files of about 1 KB, the newest
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-# keys of [training] that no trace depends on: how long, how fast and whereto a run trains
-ELSEWHERE = {"output_dir": "", "num_train_epochs": 1, "max_steps": 0, "learning_rate": 0.0, "seed": 0, "resume": ""}
+# keys of [training] that no trace depends on: how long, how fast and whereto a run trains, and what the plan decides
+ELSEWHERE = {
+    **{"output_dir": "", "num_train_epochs": 1, "max_steps": 0, "learning_rate": 0.0, "seed": 0, "resume": ""},
+    **{"gradient_checkpointing": "auto", "micro_batch_tokens": "auto"},
+    **{"memory_budget_gib": 0.0, "ignore_memory_plan": False},
+}
 
 
 def traced(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
@@ -27,6 +30,8 @@ def traced(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or torn: it is made anew
         known = json.loads(path.read_text(encoding="utf-8"))
         return Trace(**known | {"phases": {name: Phase(**phase) for name, phase in known["phases"].items()}})
+    from so8t.memory.trace import trace_step  # which imports transformers' models
+
     trace = trace_step(spec, checkpointed_layers)
     with suppress(OSError):  # a folder that cannot be written to costs time only
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +55,12 @@ def _key(spec: StepSpec, checkpointed_layers: int | None) -> str:
     config = replace(
         config,
         model=replace(config.model, base_model=""),  # its config.json counts, not its folder
-        training=replace(config.training, **ELSEWHERE),  # type: ignore[arg-type]
+        training=replace(
+            config.training,
+            **ELSEWHERE,  # type: ignore[arg-type]
+            offload_checkpoints=spec.offload,
+            mlp_tile_tokens=spec.mlp_tile,
+        ),
     )
     sections = [config.model, config.quantization, config.qlora, config.so8t, config.pet, config.training]
     parts = [
@@ -59,14 +69,14 @@ def _key(spec: StepSpec, checkpointed_layers: int | None) -> str:
         json.dumps(spec.model_config.to_dict(), sort_keys=True, default=str),
         (spec.device_type, spec.logits.layout, spec.micro_batch, spec.accumulates, spec.probe, checkpointed_layers),
         (spec.world_size > 1, spec.layer_shares),
-        (sys.version, [version(package) for package in PACKAGES], _code(inspect.getfile(spec.forward))),
+        (sys.version, [version(package) for package in PACKAGES], _code()),
     ]
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
 
 
 @cache
-def _code(train_file: str) -> str:
-    """A hash of this package and of the file that holds `forward`, which a user may have edited."""
+def _code() -> str:
+    """A hash of this package and of train.py beside it, which holds `forward` and which a user may have edited."""
     folder = Path(__file__).parents[1]
-    files = [*sorted(folder.rglob("*.py")), Path(train_file)]
+    files = [*sorted(folder.rglob("*.py")), folder.parent / "train.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

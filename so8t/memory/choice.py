@@ -5,8 +5,7 @@ from itertools import product
 
 from so8t.data import PASS_TOKENS
 from so8t.memory.cache import traced
-from so8t.memory.fakes import BatchShape
-from so8t.memory.trace import LOSS, StepSpec, Trace, ledger_rows
+from so8t.memory.step import LOSS, BatchShape, StepSpec, Trace, ledger_rows
 from so8t.text import size_of
 
 TILE = 2048  # tokens, for "auto": an MLP of Phi-3.5 then holds 64 MiB in each of its wide tensors
@@ -71,7 +70,10 @@ def _rows(spec: StepSpec, budget: int) -> int:
     setting, one = spec.config.training.gradient_checkpointing, with_tokens(spec, spec.micro_batch.length)
     number = traced(one, None).num_layers
     layers = range(number + 1) if setting == "auto" else [number if setting is True else min(int(setting), number)]
-    ends = {recomputed: _growing(traced(one, recomputed), one.accumulates) for recomputed in (layers[0], layers[-1])}
+    ends = {
+        recomputed: _growing(traced(one, recomputed if recomputed < number else None), one.accumulates)
+        for recomputed in (layers[0], layers[-1])
+    }
 
     def peak(rows: int, recomputed: int) -> float:
         share = (recomputed - layers[0]) / max(1, layers[-1] - layers[0])

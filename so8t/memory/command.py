@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from so8t import cli
 from so8t.config import InputError, load_config
@@ -52,12 +53,10 @@ def _plan(options: argparse.Namespace) -> int:
     import torch
 
     from so8t.logits import plan_logits
-    from so8t.memory.fakes import BatchShape
     from so8t.memory.plan import CONTEXT_BYTES, device_memory, plan_memory
-    from so8t.memory.trace import StepSpec
-    from so8t.model import load_model_config
+    from so8t.memory.step import BatchShape, StepSpec
+    from so8t.pretrained import load_model_config
     from so8t.text import GIB
-    from train import forward  # train.py imports this package; so8t is run from its folder
 
     model_config = load_model_config(config.model)
     positions = model_config.max_position_embeddings
@@ -74,7 +73,7 @@ def _plan(options: argparse.Namespace) -> int:
     shape = BatchShape(rows, config.data.max_seq_length, is_padded=rows > 1)
     logits = plan_logits(config, model_config.vocab_size, shape.tokens)
     step_rows = rows * config.training.gradient_accumulation_steps
-    spec = StepSpec(config, model_config, device_type, forward, logits, shape, step_rows, world_size=options.nproc)
+    spec = StepSpec(config, model_config, device_type, _forward, logits, shape, step_rows, world_size=options.nproc)
     free = None if capacity is None else capacity - CONTEXT_BYTES
     with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):
         plan = plan_memory(spec, free, capacity)
@@ -94,6 +93,13 @@ def _plan(options: argparse.Namespace) -> int:
         every = f", all {positions} positions of the model" if longest == positions else ""
         print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens{every}")
     return 0
+
+
+def _forward(*arguments: Any) -> Any:
+    """The loop's own, imported when a step is traced. train.py stands beside so8t, which is run from its folder."""
+    from train import forward
+
+    return forward(*arguments)
 
 
 @contextmanager

@@ -6,16 +6,12 @@ a comment at each says what breaks when that library moves it.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import bitsandbytes
 import torch
-from bitsandbytes.autograd import _functions as bitsandbytes_functions
-from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,25 +19,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from so8t.config import ModelSpec
 from so8t.data import Batch
 from so8t.memory.live_bytes import LiveBytes
+from so8t.memory.step import BatchShape
 from so8t.model import Model, adapt, build_on_meta, save_memory
 from so8t.packing import pack_rows
 
 CUDA_BLOCK_BYTES = 512  # CUDA's allocator rounds up to it
 BLOCKWISE_FROM = 4096  # bitsandbytes keeps the states of smaller tensors in 32 bits
 STATE_BLOCK = 256  # values of an 8-bit state that share one float32 scale
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """Rows and padded length of a micro-batch."""
-
-    rows: int
-    length: int
-    is_padded: bool
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
 
 
 class FakeBatch(Batch):
@@ -55,11 +39,6 @@ class FakeBatch(Batch):
     @property
     def num_targets(self) -> int:
         return self.targets.numel()
-
-
-def shape_of(batch: Batch) -> BatchShape:
-    rows, length = batch.input_ids.shape
-    return BatchShape(rows, length, is_padded=batch.attention_mask is not None)
 
 
 def fake_batch(shape: BatchShape) -> Batch:
@@ -89,10 +68,8 @@ def fake_model(
     model.train()
     with ExitStack() as stack:
         if device_type != "cpu":
-            # 8-bit layers take another code path on a CPU.
-            # Breaks with bitsandbytes: AttributeError here, or the activations of 8-bit layers are counted twice.
-            cuda_way = bitsandbytes_functions.MatMul8bitLt
-            stack.enter_context(mock.patch.object(bitsandbytes_functions, "MatMul8bitFp", cuda_way))
+            if spec.quantization.load_in_8bit:
+                stack.enter_context(_products_in_8_bits())
             # peft asks whether autocast is on without naming a device, which means the GPU's; the trace has the CPU's.
             # Breaks with peft: a float32 copy of every LoRA input is counted that a GPU never makes.
             enabled = torch.is_autocast_enabled
@@ -108,6 +85,10 @@ def fake_model(
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
         # Breaks with torch: ImportError of torch._subclasses.fake_tensor.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if spec.quantization.bits:
+            from so8t.quantization import pack_by_shape
+
+            pack_by_shape(model)
         _give_shapes(model)
         yield model, LiveBytes(1 if device_type == "cpu" else CUDA_BLOCK_BYTES, fake=True)
 
@@ -142,47 +123,28 @@ class _LeaveTheDevice(saved_tensors_hooks):
         )
 
 
+def _products_in_8_bits() -> AbstractContextManager[Any]:
+    """8-bit layers take another code path on a CPU.
+
+    Breaks with bitsandbytes: AttributeError here, or the activations of 8-bit layers are counted twice.
+    """
+    from bitsandbytes.autograd import _functions
+
+    return mock.patch.object(_functions, "MatMul8bitFp", _functions.MatMul8bitLt)
+
+
 def _dropout_as_on_a_gpu(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     result: Tensor = torch.native_dropout(input, p, training)[0] if training and p else input
     return result
 
 
 def _give_shapes(model: nn.Module) -> None:
-    """Put fake tensors where the meta device left none; quantised layers get what bitsandbytes would have packed."""
+    """Put fake tensors where the meta device left none."""
     made: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.weight = _pack_4bit(module)
-        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            module.state.CB = torch.empty(module.out_features, module.in_features, dtype=torch.int8)
-            module.state.SCB = torch.empty(module.out_features)
-            module.weight = nn.Parameter(module.state.CB, requires_grad=False)
-            module.weight.CB = None
         for name, old in module.named_parameters(recurse=False):
             if old.is_meta or type(old.data) is Tensor:
                 fake = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=old.requires_grad)
                 setattr(module, name, made.setdefault(id(old), fake))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
-def _pack_4bit(module: bitsandbytes.nn.Linear4bit) -> nn.Parameter:
-    """As bitsandbytes.functional.quantize_4bit stores a weight: blocks of 64, their scales in blocks of 256."""
-    number = module.in_features * module.out_features
-    scales = -(-number // 64)
-    nested = module.weight.compress_statistics
-    state2 = None
-    if nested:
-        state2 = QuantState(torch.empty(-(-scales // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
-    weight = nn.Parameter(torch.empty(-(-number // 2), 1, dtype=torch.uint8), requires_grad=False)
-    weight.quant_state = QuantState(  # type: ignore[attr-defined]
-        torch.empty(scales, dtype=torch.uint8 if nested else torch.float32),
-        shape=torch.Size((module.out_features, module.in_features)),
-        code=torch.empty(16),
-        blocksize=64,
-        quant_type=module.weight.quant_type,
-        dtype=module.compute_dtype,
-        offset=torch.empty(()) if nested else None,
-        state2=state2,
-    )
-    return weight

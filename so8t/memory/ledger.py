@@ -13,11 +13,11 @@ from so8t import driver
 from so8t.checkpoint import checkpoint_folders
 from so8t.data import Batch
 from so8t.files import atomic_write
-from so8t.memory.fakes import BatchShape, shape_of
 from so8t.memory.live_bytes import LiveBytes, Phase
 from so8t.memory.plan import Plan
 from so8t.memory.process import peak_process_bytes
-from so8t.memory.trace import SAVING, Trace, all_tensors, held_bytes, held_tensors, ledger_rows
+from so8t.memory.step import SAVING, BatchShape, Trace, ledger_rows, shape_of
+from so8t.memory.trace import all_tensors, held_bytes, held_tensors
 from so8t.model import Model
 from so8t.text import GIB, size_of
 

@@ -41,7 +41,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        scratch = _scratch(func, args) if self._fake else []
+        scratch = _scratch(func, args) if self._fake and func.namespace == "bitsandbytes" else []
         self.hold(scratch)
         result = _result_by_shape(func, args) if self._fake else None
         if result is None:
@@ -75,6 +75,8 @@ def _result_by_shape(func: Any, args: Any) -> Any:
         return torch.arange(args[0].numel()).view(-1, 1).expand(-1, args[0].ndim)
     if func is torch.ops.aten._grouped_mm.default:  # of experts; torch knows the shapes in bfloat16 only
         return _grouped_product(args[0], args[1], args[2] if len(args) > 2 else None)
+    if func.namespace != "bitsandbytes":
+        return None
     if func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:  # no outliers
         return torch.empty_like(args[0], dtype=torch.int8), args[0].new_empty(len(args[0]), dtype=torch.float32), None
     if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
@@ -90,7 +92,7 @@ def _grouped_product(left: Tensor, right: Tensor, ends: Tensor | None) -> Tensor
 
 
 def _scratch(func: Any, args: Any) -> list[Tensor]:
-    """What these operations hold while they compute; the others' is small, or shows as operations of its own."""
+    """What bitsandbytes holds while it computes; the others' is small, or shows as operations of its own."""
     if func is torch.ops.bitsandbytes.gemm_4bit.default:  # the whole weight, unpacked
         return [args[0].new_empty(tuple(args[2]))]
     if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:  # the product in int32, and in the kernel's float16

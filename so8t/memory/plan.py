@@ -10,8 +10,7 @@ from so8t import driver
 from so8t.config import Config, InputError
 from so8t.memory.cache import traced
 from so8t.memory.choice import Choice, choose
-from so8t.memory.fakes import BatchShape
-from so8t.memory.trace import StepSpec, Trace, ledger_rows
+from so8t.memory.step import BatchShape, StepSpec, Trace, ledger_rows
 from so8t.text import GIB, MIB, size_of
 
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
@@ -162,9 +161,19 @@ class Plan:
             return traced(spec.changed(spec.config, shape), None).peak
 
         positions: int = spec.model_config.max_position_embeddings
-        lengths: list[int] = [0, *range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
-        limit = budget_of(capacity - CONTEXT_BYTES)
-        return lengths[bisect_right(lengths, limit, lo=1, key=peak) - 1]
+        lengths: list[int] = [*range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
+        fits, too_long = 0, len(lengths) - 1  # places in `lengths`
+        limit, below, above = budget_of(capacity - CONTEXT_BYTES), peak(lengths[0]), peak(positions)
+        if above <= limit or below > limit:
+            return positions if above <= limit else 0
+        while too_long - fits > 1:  # a peak grows nearly linearly, so a straight line between both finds it soon
+            share = (limit - below) / (above - below)
+            length = lengths[fits] + share * (lengths[too_long] - lengths[fits])
+            middle = min(max(bisect_right(lengths, length) - 1, fits + 1), too_long - 1)
+            size = peak(lengths[middle])
+            fits, below = (middle, size) if size <= limit else (fits, below)
+            too_long, above = (middle, size) if size > limit else (too_long, above)
+        return lengths[fits]
 
 
 def plan_memory(spec: StepSpec, free: int | None, capacity: int | None, resumed_tokens: int | None = None) -> Plan:

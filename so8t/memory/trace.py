@@ -6,29 +6,25 @@ counted only where it is known, see live_bytes.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from so8t import parallel
-from so8t.config import Config
-from so8t.data import Batch
 from so8t.evaluate import score
 from so8t.gates import SO8Gate
 from so8t.logits import LogitsPlan, score_rows
 from so8t.losses import Head, Tap
-from so8t.memory.fakes import BatchShape, fake_batch, fake_model, optimizer_states
+from so8t.memory.fakes import fake_batch, fake_model, optimizer_states
 from so8t.memory.live_bytes import Phase
+from so8t.memory.step import SAVING, StepSpec, Trace
 from so8t.model import Model, causal_lm, checkpointable_layers, num_parameters, trainable_parameters
 from so8t.optim import make_autocast
 from so8t.sharding import GATHERED, frozen, held_here
 
-SAVING = "forward of a saving step"
-LOSS = "loss: a chunk of logits, PET"
 KINDS = (
     "quantised weights",
     "quantisation constants",
@@ -43,66 +39,7 @@ KINDS = (
     "optimizer states, 32-bit",
 )
 
-# train.forward: model, batch, autocast, num_targets, num_pet_terms, pet_weight, huber_delta, tap
-Forward = Callable[[Model, Batch, torch.autocast, int, int, float, float, Tap | None], tuple[Tensor, Tensor]]
 Mark = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class StepSpec:
-    """The step to plan, as far as it is known before any weight is loaded."""
-
-    config: Config
-    model_config: Any  # the model's config.json
-    device_type: str  # "cuda" or "cpu", where the step will run
-    forward: Forward
-    logits: LogitsPlan
-    micro_batch: BatchShape  # the largest
-    rows: int  # of a step, on this rank
-    probe: tuple[BatchShape, ...] = ()  # the micro-batches of training.save_logits_probe
-    world_size: int = 1  # ranks of the job
-
-    def changed(self, config: Config, micro_batch: BatchShape) -> "StepSpec":
-        """The same step by another config, with other micro-batches and the logits buffers that they need."""
-        training = config.training
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        logits = replace(self.logits, training=training, max_tokens=micro_batch.tokens)
-        return replace(self, config=config, micro_batch=micro_batch, rows=rows, logits=logits)
-
-    @property
-    def layer_shares(self) -> int:
-        """The number of ranks that share out the frozen layers; 1 = each holds all of them."""
-        return self.world_size if self.config.parallel.shard_base else 1
-
-    @property
-    def offload(self) -> bool:
-        """Whether inputs of recomputed layers wait in host memory; "auto" does not, until a choice says so."""
-        return self.config.training.offload_checkpoints is True and self.device_type != "cpu"
-
-    @property
-    def mlp_tile(self) -> int:
-        """Tokens that an MLP takes at a time, 0 = all; "auto" means all, until a choice says otherwise."""
-        tokens = self.config.training.mlp_tile_tokens
-        return 0 if tokens == "auto" else tokens
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether gradients stay from one micro-batch to the next."""
-        return self.rows > self.micro_batch.rows
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The result of a trace, or of a measurement."""
-
-    held: dict[str, int]  # bytes between steps, by kind
-    phases: dict[str, Phase]
-    num_parameters: int  # before quantization
-    num_layers: int  # that can be checkpointed
-
-    @property
-    def peak(self) -> int:
-        return max(phase.peak for phase in self.phases.values())
 
 
 def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
@@ -237,15 +174,10 @@ def held_tensors(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[
         else:
             kind = "other weights"
         held[kind].append(held_here(parameter.data))
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # a weight that is shared out has lost it, but bitsandbytes keeps it in the layer too
-            state = getattr(module.weight, "quant_state", None) or module.quant_state
-            nested = () if state.state2 is None else (state.offset, state.state2.absmax, state.state2.code)
-            held["quantisation constants"] += [state.absmax, state.code, *nested]
-        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            scales = module.weight.SCB if module.state.SCB is None else module.state.SCB
-            held["quantisation constants"].append(scales)
+    if held["quantised weights"]:
+        from so8t.quantization import constants
+
+        held["quantisation constants"] += constants(model)
     held["buffers"] += model.buffers()
     for state in states:
         for name, tensor in state.items():
@@ -267,18 +199,3 @@ def held_bytes(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[st
         sizes[kind] = sum(size for identity, size in storages.items() if identity not in seen)
         seen |= storages.keys()
     return {kind: size for kind, size in sizes.items() if size}
-
-
-def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:
-    """What a step holds, and what it adds for a time, by name; not all of it at once.
-
-    accumulates: whether gradients stay from one micro-batch to the next.
-    """
-    held, phases = trace.held, trace.phases
-    gradients = sum(held.get(kind, 0) for kind in ("trained weights", "LoRA", "gates"))
-    kept = max(phases[name].allocated for name in ("forward", SAVING) if name in phases)
-    resting = phases["update"].allocated + (gradients if accumulates else 0)
-    rows = held | {"gradients": gradients, "activations kept for the backward": kept - resting}
-    if "layers" in phases:
-        rows[LOSS] = max(0, phases["forward"].peak - phases["layers"].allocated)
-    return rows | {"recompute and backward of a layer": max(0, phases["backward"].peak - kept)}

@@ -16,8 +16,8 @@ from so8t.config import CONFIG_FILE, Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
 from so8t.logits import read_logits
 from so8t.metrics import RUN_FILE, read_metrics
-from so8t.model import load_tokenizer
 from so8t.policy import read_report
+from so8t.pretrained import load_tokenizer
 from so8t.report.charts import Chart, overlaid, prediction_charts, training_charts
 from so8t.report.tokens import token_map
 from so8t.text import size_of

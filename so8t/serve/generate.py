@@ -32,7 +32,8 @@ from so8t.config import (
     So8tConfig,
     load_config,
 )
-from so8t.model import causal_lm, load_model, load_model_config, load_tokenizer
+from so8t.model import causal_lm, load_model
+from so8t.pretrained import load_model_config, load_tokenizer
 from so8t.serve.thinker import Question, Written
 from so8t.thinking import neutralise
 

@@ -10,7 +10,7 @@ from transformers import Phi3Config
 
 import train
 from so8t.config import load_config
-from so8t.memory import fakes
+from so8t.memory import BatchShape, fakes
 from so8t.optim import make_autocast
 
 # a build without CUDA aborts the process; with a GPU tests/gpu does all this with real numbers
@@ -47,6 +47,6 @@ def test_nothing_of_a_micro_batch_stays_on_the_host(
     }
     phi = Phi3Config(**sizes, num_key_value_heads=4, vocab_size=2048, pad_token_id=1)
     with fakes.fake_model(config.model_spec, phi, "cuda", 1, 64) as (model, live), live, torch.no_grad():
-        batch, autocast = fakes.fake_batch(fakes.BatchShape(2, 64, is_padded)), make_autocast(config.training, "cuda")
+        batch, autocast = fakes.fake_batch(BatchShape(2, 64, is_padded)), make_autocast(config.training, "cuda")
         results = train.forward(model, batch, autocast, 100, 100, pet_weight=0.05, huber_delta=0.0, tap=None)
         assert {tensor.device.type for tensor in results} == {"cuda"}

@@ -25,7 +25,7 @@ from so8t.config import load_config  # noqa: E402
 from so8t.memory import BatchShape  # noqa: E402
 from so8t.memory.trace import trace_step  # noqa: E402
 from so8t.metrics import read_metrics  # noqa: E402
-from so8t.model import load_model_config  # noqa: E402
+from so8t.pretrained import load_model_config  # noqa: E402
 from so8t.text import GIB  # noqa: E402
 
 CONFIG = """

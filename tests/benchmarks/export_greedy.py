@@ -22,7 +22,8 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 from so8t.config import CONFIG_FILE, QuantizationConfig, load_config  # noqa: E402
 from so8t.data import load_dataset  # noqa: E402
 from so8t.export.merge import newest_checkpoint  # noqa: E402
-from so8t.model import causal_lm, load_model, load_model_config, load_tokenizer  # noqa: E402
+from so8t.model import causal_lm, load_model  # noqa: E402
+from so8t.pretrained import load_model_config, load_tokenizer  # noqa: E402
 
 
 def answer(model: Any, prompt: Tensor, max_new_tokens: int) -> list[int]:

@@ -17,7 +17,8 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 from so8t.checkpoint import checkpoint_folders  # noqa: E402
 from so8t.config import load_config  # noqa: E402
 from so8t.data import load_dataset  # noqa: E402
-from so8t.model import causal_lm, load_model, load_model_config, load_tokenizer  # noqa: E402
+from so8t.model import causal_lm, load_model  # noqa: E402
+from so8t.pretrained import load_model_config, load_tokenizer  # noqa: E402
 from so8t.thinking import final_only  # noqa: E402
 
 

@@ -25,7 +25,8 @@ from so8t.config import Config, load_config  # noqa: E402
 from so8t.memory import BatchShape  # noqa: E402
 from so8t.memory.fakes import fake_batch, fake_model, optimizer_states  # noqa: E402
 from so8t.memory.trace import all_tensors, held_tensors, trace_step  # noqa: E402
-from so8t.model import causal_lm, load_model_config, trainable_parameters  # noqa: E402
+from so8t.model import causal_lm, trainable_parameters  # noqa: E402
+from so8t.pretrained import load_model_config  # noqa: E402
 from so8t.text import GIB  # noqa: E402
 
 CONFIG = Path(__file__).parents[2] / "configs" / "train_borea_phi35_so8t_thinking_rtx3060.toml"

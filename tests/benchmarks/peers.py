@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 from so8t.config import load_config
 from so8t.data import load_dataset
-from so8t.model import load_tokenizer
+from so8t.pretrained import load_tokenizer
 
 SIDES = ("so8t", "trainer", "trl", "floor")
 SAVING = ("so8t", "trainer")  # the sides that save logits

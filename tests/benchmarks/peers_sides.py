@@ -30,8 +30,9 @@ from so8t.losses import NO_TARGET
 from so8t.memory.live_bytes import LiveBytes
 from so8t.memory.process import peak_process_bytes
 from so8t.metrics import Metrics
-from so8t.model import head, hidden_states, load_model, load_tokenizer
+from so8t.model import head, hidden_states, load_model
 from so8t.optim import make_optimizer
+from so8t.pretrained import load_tokenizer
 
 CARD_BYTES = 12 * 2**30  # what a GPU is held to
 STEPS_OF_ROWS = 100  # that a Trainer's data set holds; then it begins anew

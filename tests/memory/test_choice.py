@@ -14,7 +14,8 @@ from so8t.logits import plan_logits
 from so8t.memory import BatchShape, StepSpec
 from so8t.memory.cache import cache_folder, traced
 from so8t.memory.choice import Choice, choose, cost, with_tokens
-from so8t.memory.trace import Trace, trace_step
+from so8t.memory.step import Trace
+from so8t.memory.trace import trace_step
 
 ROWS, LONGEST = 8, 64
 MODEL = Phi3Config(**SIZES)
@@ -103,7 +104,7 @@ def count_traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(1)
         return trace_step(spec, layers)
 
-    monkeypatch.setattr("so8t.memory.cache.trace_step", trace)
+    monkeypatch.setattr("so8t.memory.trace.trace_step", trace)
     return made
 
 
@@ -131,7 +132,7 @@ def test_a_trace_is_made_once_for_a_step_and_anew_for_another(
 def test_an_edited_program_is_never_planned_by_an_old_trace(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, spec = count_traces(monkeypatch), spec_of()
     traced(spec, 0)
-    monkeypatch.setattr("so8t.memory.cache._code", lambda file: "another")
+    monkeypatch.setattr("so8t.memory.cache._code", lambda: "another")
     traced(spec, 0)
     assert len(made) == 2
 

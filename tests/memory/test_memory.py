@@ -25,7 +25,8 @@ from so8t.memory.command import main
 from so8t.memory.ledger import is_out_of_memory
 from so8t.memory.live_bytes import LiveBytes
 from so8t.memory.plan import CONTEXT_BYTES, Plan, device_memory
-from so8t.memory.trace import SAVING, Trace, held_bytes
+from so8t.memory.step import SAVING, Trace
+from so8t.memory.trace import held_bytes
 from so8t.model import causal_lm, load_model
 from so8t.optim import make_amp, make_optimizer
 from so8t.packing import pack_rows

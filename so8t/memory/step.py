@@ -1,0 +1,113 @@
+"""What a plan is made for and what a trace of it finds: numbers only, so that kept traces are read in a moment."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from so8t.config import Config
+from so8t.data import Batch
+from so8t.logits import LogitsPlan
+from so8t.losses import Tap
+from so8t.memory.live_bytes import Phase
+
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from so8t.model import Model
+
+SAVING = "forward of a saving step"
+LOSS = "loss: a chunk of logits, PET"
+
+# train.forward: model, batch, autocast, num_targets, num_pet_terms, pet_weight, huber_delta, tap
+Forward = Callable[["Model", Batch, torch.autocast, int, int, float, float, Tap | None], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Rows and padded length of a micro-batch."""
+
+    rows: int
+    length: int
+    is_padded: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def shape_of(batch: Batch) -> BatchShape:
+    rows, length = batch.input_ids.shape
+    return BatchShape(rows, length, is_padded=batch.attention_mask is not None)
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """The step to plan, as far as it is known before any weight is loaded."""
+
+    config: Config
+    model_config: Any  # the model's config.json
+    device_type: str  # "cuda" or "cpu", where the step will run
+    forward: Forward
+    logits: LogitsPlan
+    micro_batch: BatchShape  # the largest
+    rows: int  # of a step, on this rank
+    probe: tuple[BatchShape, ...] = ()  # the micro-batches of training.save_logits_probe
+    world_size: int = 1  # ranks of the job
+
+    def changed(self, config: Config, micro_batch: BatchShape) -> "StepSpec":
+        """The same step by another config, with other micro-batches and the logits buffers that they need."""
+        training = config.training
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        logits = replace(self.logits, training=training, max_tokens=micro_batch.tokens)
+        return replace(self, config=config, micro_batch=micro_batch, rows=rows, logits=logits)
+
+    @property
+    def layer_shares(self) -> int:
+        """The number of ranks that share out the frozen layers; 1 = each holds all of them."""
+        return self.world_size if self.config.parallel.shard_base else 1
+
+    @property
+    def offload(self) -> bool:
+        """Whether inputs of recomputed layers wait in host memory; "auto" does not, until a choice says so."""
+        return self.config.training.offload_checkpoints is True and self.device_type != "cpu"
+
+    @property
+    def mlp_tile(self) -> int:
+        """Tokens that an MLP takes at a time, 0 = all; "auto" means all, until a choice says otherwise."""
+        tokens = self.config.training.mlp_tile_tokens
+        return 0 if tokens == "auto" else tokens
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients stay from one micro-batch to the next."""
+        return self.rows > self.micro_batch.rows
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The result of a trace, or of a measurement."""
+
+    held: dict[str, int]  # bytes between steps, by kind
+    phases: dict[str, Phase]
+    num_parameters: int  # before quantization
+    num_layers: int  # that can be checkpointed
+
+    @property
+    def peak(self) -> int:
+        return max(phase.peak for phase in self.phases.values())
+
+
+def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:
+    """What a step holds, and what it adds for a time, by name; not all of it at once.
+
+    accumulates: whether gradients stay from one micro-batch to the next.
+    """
+    held, phases = trace.held, trace.phases
+    gradients = sum(held.get(kind, 0) for kind in ("trained weights", "LoRA", "gates"))
+    kept = max(phases[name].allocated for name in ("forward", SAVING) if name in phases)
+    resting = phases["update"].allocated + (gradients if accumulates else 0)
+    rows = held | {"gradients": gradients, "activations kept for the backward": kept - resting}
+    if "layers" in phases:
+        rows[LOSS] = max(0, phases["forward"].peak - phases["layers"].allocated)
+    return rows | {"recompute and backward of a layer": max(0, phases["backward"].peak - kept)}
