@@ -127,7 +127,6 @@ def train(config: Config, process: parallel.Process) -> int:
     cli.say(plan.table())
     plan.check()
     tokens = plan.choice.micro_batch_tokens  # of a micro-batch, at most; 0 = by rows
-    eval_batches = cut(eval_rows, tokens) if tokens else split(eval_rows, rows_per_batch)
 
     with ExitStack() as stack:  # everything entered here is closed in reverse order, also after an error
         memory = stack.enter_context(MemoryLedger(plan, device, output_dir, process.is_main))
@@ -146,6 +145,7 @@ def train(config: Config, process: parallel.Process) -> int:
         if sharded:
             shard_layers(causal_lm(model), device)
         packed = pack_rows(causal_lm(model), config.data.max_seq_length)  # no layer computes padding
+        eval_batches = cut(eval_rows, tokens, packed) if tokens else split(eval_rows, rows_per_batch)
         trainable = trainable_parameters(model)
         optimizer = make_optimizer(model, training)
         autocast, scaler = make_amp(training, device)

@@ -44,13 +44,13 @@ def load_model(
 ) -> Model:
     """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given.
 
-    checkpointed_layers, offload, mlp_tile: see `save_memory`.
+    checkpointed_layers, offload, mlp_tile: see `apply_checkpointing`.
     """
     torch.manual_seed(derive_seed(seed, "initial weights"))
     model = _load_base(spec.model, spec.quantization, device, None if spec.qlora.enabled else checkpoint)
     _check_head(model, spec.model.base_model)
     adapted = adapt(model, spec, seed=seed, checkpoint=checkpoint)
-    save_memory(model, spec, checkpointed_layers, offload, mlp_tile)
+    apply_checkpointing(model, spec, checkpointed_layers, offload, mlp_tile)
     return adapted.train()
 
 
@@ -77,7 +77,7 @@ def adapt(model: PreTrainedModel, spec: ModelSpec, *, seed: int = 0, checkpoint:
     return adapted
 
 
-def save_memory(
+def apply_checkpointing(
     model: PreTrainedModel, spec: ModelSpec, checkpointed_layers: int | None, offload: bool, mlp_tile: int
 ) -> None:
     """Recompute the first `checkpointed_layers` in the backward pass, None = all.

@@ -20,7 +20,7 @@ from so8t.config import ModelSpec
 from so8t.data import Batch
 from so8t.memory.live_bytes import LiveBytes
 from so8t.memory.step import BatchShape
-from so8t.model import Model, adapt, build_on_meta, save_memory
+from so8t.model import Model, adapt, apply_checkpointing, build_on_meta
 from so8t.packing import pack_rows
 
 CUDA_BLOCK_BYTES = 512  # CUDA's allocator rounds up to it
@@ -64,7 +64,7 @@ def fake_model(
     base = build_on_meta(spec.model, spec.quantization, deepcopy(model_config))
     pack_rows(base, longest, has_weights=False)
     model = adapt(base, spec)
-    save_memory(base, spec, checkpointed_layers, offload, mlp_tile)
+    apply_checkpointing(base, spec, checkpointed_layers, offload, mlp_tile)
     model.train()
     with ExitStack() as stack:
         if device_type != "cpu":

@@ -25,6 +25,7 @@ from so8t.model import Model, causal_lm, checkpointable_layers, num_parameters, 
 from so8t.optim import make_autocast
 from so8t.sharding import GATHERED, frozen, held_here
 
+QUANTISED = (torch.uint8, torch.int8)
 KINDS = (
     "quantised weights",
     "quantisation constants",
@@ -74,7 +75,7 @@ def _shared_out(trace: Trace, layers: Sequence[nn.Module], shares: int) -> Trace
     held, gathered = dict(trace.held), 0
     for layer in layers:
         for tensor in frozen(layer):
-            kind = "quantised weights" if tensor.dtype == torch.uint8 else "other weights"
+            kind = "quantised weights" if tensor.dtype in QUANTISED else "other weights"
             held[kind] -= tensor.nbytes - tensor.nbytes // shares
         gathered = max(gathered, GATHERED * sum(tensor.nbytes for tensor in frozen(layer)))
     gone = sum(trace.held.values()) - sum(held.values()) - gathered
@@ -167,7 +168,7 @@ def held_tensors(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[
             kind = "gates"
         elif parameter.requires_grad:
             kind = "LoRA" if "lora_" in name else "trained weights"
-        elif parameter.dtype in (torch.uint8, torch.int8):
+        elif parameter.dtype in QUANTISED:
             kind = "quantised weights"
         elif id(parameter) in embeddings:
             kind = "embeddings and head"
