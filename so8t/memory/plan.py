@@ -163,9 +163,11 @@ class Plan:
         positions: int = spec.model_config.max_position_embeddings
         lengths: list[int] = [*range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         fits, too_long = 0, len(lengths) - 1  # places in `lengths`
-        limit, below, above = budget_of(capacity - CONTEXT_BYTES), peak(lengths[0]), peak(positions)
-        if above <= limit or below > limit:
-            return positions if above <= limit else 0
+        limit = budget_of(capacity - CONTEXT_BYTES)
+        if (above := peak(positions)) <= limit:
+            return positions
+        if (below := peak(lengths[0])) > limit:
+            return 0
         while too_long - fits > 1:  # a peak grows nearly linearly, so a straight line between both finds it soon
             share = (limit - below) / (above - below)
             length = lengths[fits] + share * (lengths[too_long] - lengths[fits])

@@ -17,9 +17,9 @@ from so8t import parallel
 from so8t.evaluate import score
 from so8t.gates import SO8Gate
 from so8t.logits import LogitsPlan, score_rows
-from so8t.losses import Head, Tap
+from so8t.losses import Head
 from so8t.memory.fakes import fake_batch, fake_model, optimizer_states
-from so8t.memory.live_bytes import Phase
+from so8t.memory.live_bytes import LiveBytes, Phase
 from so8t.memory.step import SAVING, StepSpec, Trace
 from so8t.model import Model, causal_lm, checkpointable_layers, num_parameters, trainable_parameters
 from so8t.optim import make_autocast
@@ -57,14 +57,17 @@ def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
         phases: dict[str, Phase] = {}
 
         def mark(name: str) -> None:
-            phases[name] = live.phase().worse(phases.get(name))
+            phases[name] = live.phase()
 
         live.hold(all_tensors(held_tensors(model, [])))
         mark("load")
         states = optimizer_states(trainable_parameters(model), spec.config.training.optim)
         live.hold(all_tensors(held_tensors(model, states)))
         with live:
-            _run_step(spec, model, mark)
+            tap = _run_step(spec, model, live, mark)
+        if spec.config.training.save_logits:
+            forward = phases["forward"]
+            phases[SAVING] = Phase(forward.allocated, max(phases["layers"].peak, forward.peak, tap.peak))
         layers = checkpointable_layers(model)
         trace = Trace(held_bytes(model, states), phases, num_parameters(model), len(layers))
         return _shared_out(trace, layers, spec.layer_shares) if spec.layer_shares > 1 else trace
@@ -83,30 +86,23 @@ def _shared_out(trace: Trace, layers: Sequence[nn.Module], shares: int) -> Trace
     return replace(trace, held=held | {"layers gathered from all ranks": gathered}, phases=phases)
 
 
-def _run_step(spec: StepSpec, model: Model, mark: Mark) -> None:
+def _run_step(spec: StepSpec, model: Model, live: LiveBytes, mark: Mark) -> "_Tap":
     """The loop's `forward`, then what the update and the watchers need, with the marks of the loop."""
     training, pet = spec.config.training, spec.config.pet
     pet_weight = max(pet.lambda_exploration, pet.lambda_transition, pet.lambda_stabilization) if pet.enabled else 0.0
     autocast, batch = make_autocast(training, "cpu"), fake_batch(spec.micro_batch)
 
-    def forward(tap: Tap) -> Tensor:
-        share, _ = spec.forward(
-            model, batch, autocast, batch.num_targets, batch.num_targets, pet_weight, pet.huber_delta, tap
-        )
-        return share
-
     trainable = trainable_parameters(model)
     if spec.accumulates:  # the gradients of the earlier micro-batches
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
-    share = forward(_LayersTap(mark))
+    tap = _Tap(spec.logits, live, mark)
+    share, parts = spec.forward(
+        model, batch, autocast, batch.num_targets, batch.num_targets, pet_weight, pet.huber_delta, tap
+    )
     mark("forward")
-    if training.save_logits:
-        del share
-        share = forward(_ScoringTap(spec.logits))
-        mark(SAVING)
     torch.autograd.backward(share)
-    del share
+    del share, parts
     mark("backward")
     if spec.world_size > 1:
         parallel.flat_gradients(trainable)
@@ -122,37 +118,36 @@ def _run_step(spec: StepSpec, model: Model, mark: Mark) -> None:
         pass
     if scored:
         mark("evaluation")
+    return tap
 
 
-class _LayersTap:
-    """Marks where the model's layers end and its losses begin."""
+class _Tap:
+    """Marks where the model's layers end and its losses begin, and finds the peak of a step that saves.
 
-    def __init__(self, mark: Mark) -> None:
+    It scores two chunks of logits as LogitsSaver does; every later chunk is like the second. Nothing of that is kept,
+    so one forward pass tells the peaks of a step that saves and of one that does not.
+    """
+
+    def __init__(self, plan: LogitsPlan, live: LiveBytes, mark: Mark) -> None:
+        self._layout = {name: value for name, value in plan.layout.items() if name != "logits"}
+        self._scores = plan.training.save_logits
+        self._live = live
         self._mark = mark
+        self._chunks = 0
+        self.peak = 0  # of all tensors, while a chunk was scored
 
     def begin(self, head: Head) -> None:
         self._mark("layers")
 
-    def add(self, positions: Tensor, logits: Tensor) -> None: ...
-
-    def finish(self, hidden: Tensor, head: Head, ce: Tensor) -> None: ...
-
-
-class _ScoringTap:
-    """Scores two chunks of logits as LogitsSaver does; every later chunk is like the second, and nothing is kept."""
-
-    def __init__(self, plan: LogitsPlan) -> None:
-        self._layout = {name: value for name, value in plan.layout.items() if name != "logits"}
-        self._chunks = 0
-
-    def begin(self, head: Head) -> None: ...
-
     def add(self, positions: Tensor, logits: Tensor) -> None:
         self._chunks += 1
-        if self._chunks <= 2:
-            rows = len(logits)
-            results = {n: logits.new_empty((rows, *size), dtype=dtype) for n, (dtype, size) in self._layout.items()}
-            score_rows(logits, positions, results)  # positions: as many numbers as there are targets
+        if self._chunks > 2 or not self._scores:
+            return
+        before, self._live.peak = self._live.peak, self._live.now
+        rows = len(logits)
+        results = {n: logits.new_empty((rows, *size), dtype=dtype) for n, (dtype, size) in self._layout.items()}
+        score_rows(logits, positions, results)  # positions: as many numbers as there are targets
+        self.peak, self._live.peak = max(self.peak, self._live.peak), before
 
     def finish(self, hidden: Tensor, head: Head, ce: Tensor) -> None: ...
 
