@@ -4,12 +4,20 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import train
+from so8t import parallel
+
+SIGKILL = 9  # Windows' signal module does not name it
 needs_forks = pytest.mark.skipif(
     sys.platform == "win32" or torch.cuda.is_available(), reason="the ranks are forks, on the CPU"
 )
@@ -32,3 +40,47 @@ def fork_ranks(ranks: int, work: Callable[[int], int]) -> list[int | None]:
     for process in forks:
         process.join(120)
     return [process.exitcode for process in forks]
+
+
+def torchrun(ranks: int, max_restarts: int, work: Callable[..., None], *arguments: Any) -> None:
+    """What `torchrun --nproc_per_node=RANKS --max-restarts=N` does: its own agent, but for ranks that are forks."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_configs={"rank": 0, "timeout": 900},
+        max_restarts=max_restarts,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, work)(*arguments)
+
+
+def train_until(step: int, end: Callable[[], None], arguments: Sequence[str]) -> int:
+    """The job of `train.main`; in this step of the process, before the gradients are added up, `end` is called."""
+    sum_gradients, steps = parallel.sum_gradients, count(1)
+
+    def sum_or_end(parameters: Sequence[nn.Parameter]) -> None:
+        if next(steps) == step:
+            end()
+        sum_gradients(parameters)
+
+    with patch("so8t.parallel.sum_gradients", sum_or_end):
+        return train.main(arguments)
+
+
+def die_in_turn(deaths: Sequence[tuple[int, int]], arguments: Sequence[str]) -> None:
+    """The job of a rank. In the job's first life the rank of the first pair kills itself in that step, and so on.
+
+    The steps of each life are counted from 1.
+    """
+    life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rank, step = deaths[life] if life < len(deaths) else (-1, -1)
+    is_doomed = rank == int(os.environ["RANK"])
+    code = train_until(step if is_doomed else -1, lambda: os.kill(os.getpid(), SIGKILL), arguments)
+    if code:
+        sys.exit(code)

@@ -1,16 +1,13 @@
 """Several ranks, started by torchrun's engine on gloo: they train as one does, and a rank that dies is made up for."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from dying_ranks import train_until
-from rank_cases import fork_ranks, needs_forks
+from rank_cases import die_in_turn, fork_ranks, needs_forks, torchrun, train_until
 from safetensors.torch import load_file
 
 import train
@@ -126,14 +123,15 @@ def test_three_ranks_train_like_one_from_the_start(job: Job, one: Path) -> None:
     assert_same_training(job.folder / "anew", one)
 
 
-def test_job_that_lost_each_rank_in_turn_ends_as_an_unbroken_one_and_says_why(job: Job, two: Path) -> None:
-    broken = job.folder / "broken"  # after step 3, before the first checkpoint of its second life, and at once
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
-    command += ["tests/dying_ranks.py", "1:4,0:1", *job.arguments("broken", 2)]
-    ended = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("trainable: ") == 3  # only the first rank of each life prints
-    assert ended.stderr.count("lost another, whose own message says why") == 2
+def test_job_that_lost_each_rank_in_turn_ends_as_an_unbroken_one_and_says_why(
+    job: Job, two: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = job.folder / "broken"
+    # after step 3, before the first checkpoint of its second life, and at once
+    torchrun(2, 2, die_in_turn, [(1, 4), (0, 1)], job.arguments("broken", 2))
+    told = capfd.readouterr()
+    assert told.out.count("trainable: ") == 3  # only the first rank of each life prints
+    assert told.err.count("lost another, whose own message says why") == 2
     assert series(broken) == series(two)
     for step in SAVES:
         for path in (two / "checkpoints" / f"step_{step:06d}").glob("*.safetensors"):

@@ -1,6 +1,8 @@
 """parallel.shard_base: each rank holds a share of the frozen layers, and all of them train as if it held everything."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,32 @@ LORA = (
 STEPS = 4
 
 
-def run(folder: Path, base: Path, name: str, *overrides: str) -> Path:
-    """Two ranks, three rows a step of many lengths, so that their numbers of micro-batches differ."""
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Makes a run of two ranks, once for the same overrides, and returns its folder.
+
+    Three rows a step of many lengths, so that the ranks' numbers of micro-batches differ.
+    """
+    folder = tmp_path_factory.mktemp("sharding")
     rows = folder / "rows.jsonl"
     rows.write_bytes(b"".join(Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)[:7]))
-    keys = [f"model.base_model={base}", f"data.train_data={rows}", f"training.output_dir={folder / name}"]
+    keys = [f"model.base_model={base}", f"data.train_data={rows}", "training.resume=never"]
     keys += [f"training.save_logits_probe={rows}", f"data.eval_data={rows}", "training.eval_steps=2"]
     keys += [f"training.max_steps={STEPS}", "training.per_device_train_batch_size=3"]
     keys += ["training.gradient_accumulation_steps=1", "training.micro_batch_tokens=100", "training.save_steps=2"]
     keys += ["training.save_logits_steps=2", "training.optim=adamw", "training.gradient_checkpointing=true"]
-    assert fork_ranks(2, lambda rank: train.main(["config.toml", *keys, *LORA, *overrides])) == [0, 0]
-    return folder / name
+
+    @cache
+    def make(*overrides: str) -> Path:
+        output_dir = folder / str(len(list(folder.iterdir())))
+        keys_of_run = [*keys, f"training.output_dir={output_dir}", *LORA, *overrides]
+        assert fork_ranks(2, lambda rank: train.main(["config.toml", *keys_of_run])) == [0, 0]
+        return output_dir
+
+    return make
 
 
 def series(path: Path) -> list[tuple[Any, ...]]:
@@ -45,10 +62,9 @@ def series(path: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("bits", [0, 4])
-def test_ranks_that_share_the_base_train_as_if_each_held_it(tmp_path: Path, base: Path, bits: int) -> None:
-    quantized = f"quantization.load_in_4bit={str(bits == 4).lower()}"
-    whole = run(tmp_path, base, "whole", quantized)
-    shared = run(tmp_path, base, "shared", quantized, "parallel.shard_base=true")
+def test_ranks_that_share_the_base_train_as_if_each_held_it(run: Run, bits: int) -> None:
+    quantized = [f"quantization.load_in_{bits}bit=true"] if bits else []
+    whole, shared = run(*quantized), run(*quantized, "parallel.shard_base=true")
     for numbers, others in zip(series(whole), series(shared), strict=True):
         assert numbers == pytest.approx(others, rel=1e-5)
     checkpoint = Path("checkpoints") / f"step_{STEPS:06d}"
@@ -58,8 +74,8 @@ def test_ranks_that_share_the_base_train_as_if_each_held_it(tmp_path: Path, base
         for name, weight in expected.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=name)
     evaluated = [
-        [record["eval_loss"] for record in read_metrics(run / "metrics.jsonl") if "eval_loss" in record]
-        for run in (whole, shared)
+        [record["eval_loss"] for record in read_metrics(folder / "metrics.jsonl") if "eval_loss" in record]
+        for folder in (whole, shared)
     ]
     assert len(evaluated[0]) == STEPS // 2
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
@@ -68,11 +84,9 @@ def test_ranks_that_share_the_base_train_as_if_each_held_it(tmp_path: Path, base
     assert all(file.verified for file in saved)
 
 
-def test_a_run_goes_on_whether_the_base_is_shared_or_not(tmp_path: Path, base: Path) -> None:
-    whole = run(tmp_path, base, "whole")
-    run(tmp_path, base, "resumed", "parallel.shard_base=true", "training.resume=never")
-    half = tmp_path / "resumed" / "checkpoints" / "step_000002"
-    resumed = run(tmp_path, base, "rest", f"training.resume={half}")
+def test_a_run_goes_on_whether_the_base_is_shared_or_not(run: Run) -> None:
+    whole, shared = run(), run("parallel.shard_base=true")
+    resumed = run(f"training.resume={shared / 'checkpoints' / 'step_000002'}")
     for numbers, others in zip(series(whole)[2:], series(resumed), strict=True):
         assert numbers == pytest.approx(others, rel=1e-5)
 
