@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -18,6 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # traces of the memory plan, shared by all workers and processes of a run of the tests, and by nothing else
 if "SO8T_TESTS_CACHE" not in os.environ:
     os.environ["SO8T_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="so8t-cache")
+
+# by default every hundredth search for garbage goes through all that torch and transformers are made of, which takes a
+# tenth of the tests' time
+gc.set_threshold(700, 10, 100)
 
 # a shell lets what it starts in the background ignore Ctrl-C, and so would the processes that the tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
