@@ -68,8 +68,9 @@ def _rows(spec: StepSpec, budget: int) -> int:
     if spec.rows == 1:
         return 1
     setting, one = spec.config.training.gradient_checkpointing, with_tokens(spec, spec.micro_batch.length)
-    number = traced(one, None).num_layers
-    layers = range(number + 1) if setting == "auto" else [number if setting is True else min(int(setting), number)]
+    fixed = None if setting is True or setting == "auto" else int(setting)
+    number = traced(one, fixed).num_layers
+    layers = range(number + 1) if setting == "auto" else [number if fixed is None else min(fixed, number)]
 
     def trace(spec: StepSpec, recomputed: int) -> Trace:
         return traced(spec, recomputed if recomputed < number else None)  # as the plan asks for all of them
