@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # traces of the memory plan, shared by all workers and processes of a run of the tests, and by nothing else
 if "SO8T_TESTS_CACHE" not in os.environ:
     os.environ["SO8T_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="so8t-cache")
+
+gc.disable()  # until everything is imported, see `short_searches`
 
 # a shell lets what it starts in the background ignore Ctrl-C, and so would the processes that the tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,6 +45,16 @@ def _windows_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 # the imports are in the fixtures because they take seconds, which a test of the configuration need not wait for
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_searches() -> Iterator[None]:
+    """Searches for garbage leave out torch and transformers: half a million objects, a sixth of the tests' time."""
+    gc.freeze()
+    gc.enable()
+    with patch("gc.freeze"), patch("gc.unfreeze"):
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

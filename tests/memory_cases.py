@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any
 from unittest.mock import patch
 
@@ -15,8 +16,6 @@ from so8t.data import Batch
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.memory import BatchShape, StepSpec
 from so8t.memory.live_bytes import LiveBytes
-from so8t.memory.step import Trace
-from so8t.memory.trace import trace_step
 from so8t.model import Model, trainable_parameters
 from so8t.pretrained import load_model_config
 
@@ -39,16 +38,12 @@ def step_spec(
 
 @contextmanager
 def traced_once(kind: Callable[[StepSpec, int | None], tuple[Any, ...]]) -> Iterator[None]:
-    """Trace one step of each kind for all plans: a trace takes a second, more than all else that a short run does."""
-    known: dict[str, Trace] = {}
+    """Keep one trace for all steps of a kind: one takes a second, more than all else that a short run does."""
 
-    def trace(spec: StepSpec, layers: int | None) -> Trace:
-        key = repr(kind(spec, layers))
-        if key not in known:
-            known[key] = trace_step(spec, layers)
-        return known[key]
+    def key(spec: StepSpec, layers: int | None) -> str:
+        return sha256(repr(kind(spec, layers)).encode()).hexdigest()
 
-    with patch("so8t.memory.choice.traced", trace), patch("so8t.memory.plan.traced", trace):
+    with patch("so8t.memory.cache._key", key):
         yield
 
 

@@ -14,7 +14,6 @@ late, as on a GPU: until somebody waits for them the host's memory holds rubbish
 import contextlib
 import ctypes
 import functools
-import gc
 import importlib
 import io
 import json
@@ -330,7 +329,6 @@ def run(module: str, arguments: list[str], device: str) -> dict[str, Any]:
     _module.available = device == NAME
     printed = io.StringIO()
     exit_code = None
-    gc.collect()
     start = Memory.peak = Memory.live
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
@@ -340,13 +338,17 @@ def run(module: str, arguments: list[str], device: str) -> dict[str, Any]:
     return {"exit_code": exit_code, "output": printed.getvalue(), "device_bytes": Memory.peak - start}
 
 
+def kind_of(spec: Any, layers: int | None) -> tuple[Any, ...]:
+    """One trace for each kind of model; only of the device's job with a probe is what the plan says looked at."""
+    exactly = (spec.micro_batch, layers) if spec.probe and spec.device_type == NAME else ()
+    return spec.config.model_spec, spec.device_type, spec.probe, exactly
+
+
 if __name__ == "__main__":
     _libraries = install()
     from memory_cases import traced_once  # imports train.py, when there is the device
 
     commands = json.loads(Path(sys.argv[1]).read_bytes())
-    with traced_once(
-        lambda spec, layers: (spec.config.model_spec, spec.device_type, spec.micro_batch, spec.probe, layers)
-    ):
+    with traced_once(kind_of):
         outcomes = {command.pop("name"): run(**command) for command in commands}
     Path(sys.argv[2]).write_text(json.dumps(outcomes), encoding="utf-8")

@@ -68,12 +68,14 @@ def _rows(spec: StepSpec, budget: int) -> int:
     if spec.rows == 1:
         return 1
     setting, one = spec.config.training.gradient_checkpointing, with_tokens(spec, spec.micro_batch.length)
-    number = traced(one, None).num_layers
-    layers = range(number + 1) if setting == "auto" else [number if setting is True else min(int(setting), number)]
-    ends = {
-        recomputed: _growing(traced(one, recomputed if recomputed < number else None), one.accumulates)
-        for recomputed in (layers[0], layers[-1])
-    }
+    fixed = None if setting is True or setting == "auto" else int(setting)
+    number = traced(one, fixed).num_layers
+    layers = range(number + 1) if setting == "auto" else [number if fixed is None else min(fixed, number)]
+
+    def trace(spec: StepSpec, recomputed: int) -> Trace:
+        return traced(spec, recomputed if recomputed < number else None)  # as the plan asks for all of them
+
+    ends = {recomputed: _growing(trace(one, recomputed), one.accumulates) for recomputed in (layers[0], layers[-1])}
 
     def peak(rows: int, recomputed: int) -> float:
         share = (recomputed - layers[0]) / max(1, layers[-1] - layers[0])
@@ -89,7 +91,7 @@ def _rows(spec: StepSpec, budget: int) -> int:
         if peak(rows, recomputed) <= budget
     ]
     rows = min(fitting)[1] if fitting else 1
-    while rows > 1 and traced(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1]).peak > budget:
+    while rows > 1 and trace(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1]).peak > budget:
         rows -= 1
     return rows
 

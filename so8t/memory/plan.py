@@ -143,8 +143,10 @@ class Plan:
     def advice(self) -> str:
         """Each option that makes the peak smaller, with the bytes it saves on its own, best first."""
         savings = {}
+        recomputes_all = self.choice.checkpointed_layers == self.trace.num_layers
         for option, config, shape in _options(self.spec.config, self.spec.micro_batch):
-            layers = None if config.training.gradient_checkpointing is True else self.choice.checkpointed_layers
+            all_layers = recomputes_all or config.training.gradient_checkpointing is True
+            layers = None if all_layers else self.choice.checkpointed_layers
             savings[option] = self.trace.peak - traced(self.spec.changed(config, shape), layers).peak
         best_first = sorted(savings, key=lambda option: -savings[option])
         return "\n".join(_line(option, savings[option], "saved") for option in best_first if savings[option] > 0)
