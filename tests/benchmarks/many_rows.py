@@ -12,7 +12,6 @@ import importlib
 import json
 import pkgutil
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,20 +63,16 @@ def write_rows(path: Path, rows: int, tokens: int) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def resident() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
 def measure(what: str, model: Path, folder: Path) -> None:
     """Print one line of JSON; a child process does it."""
     from so8t.config import load_config
     from so8t.data import load_dataset
+    from so8t.memory.process import peak_process_bytes
     from so8t.pretrained import load_tokenizer
 
     config = load_config(folder / "config.toml")
     tokenizer = load_tokenizer(config.model, vocab_size=sys.maxsize)
-    before, clock, cpu = resident(), time.perf_counter(), time.process_time()
+    before, clock, cpu = peak_process_bytes(), time.perf_counter(), time.process_time()
     if what == "tokenizer":
         tokens, batch = 0, []
         with (folder / "rows.jsonl").open(encoding="utf-8") as file:
@@ -95,7 +90,7 @@ def measure(what: str, model: Path, folder: Path) -> None:
         tokens = dataset.num_tokens
         mapped = sum(path.stat().st_size for path in (folder / "run" / "tokens").rglob("*") if path.is_file())
     figures = {"what": what, "tokens": tokens, "seconds": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
-    print(json.dumps(figures | {"mb": (resident() - before) / 1e6, "mapped_mb": mapped / 1e6}), flush=True)
+    print(json.dumps(figures | {"mb": (peak_process_bytes() - before) / 1e6, "mapped_mb": mapped / 1e6}), flush=True)
 
 
 def main() -> None:
