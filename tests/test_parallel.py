@@ -1,12 +1,14 @@
 """Several ranks, started by torchrun's engine on gloo: they train as one does, and a rank that dies is made up for."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from memory_cases import traced_once
 from rank_cases import die_in_turn, fork_ranks, needs_forks, torchrun, train_until
 from safetensors.torch import load_file
 
@@ -59,6 +61,13 @@ class Job:
 
 def fail() -> None:
     raise OSError("the cable is cut")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """All jobs are of one model, and only what is planned for two ranks is looked at."""
+    with traced_once(lambda spec, layers: ("ranks", spec.world_size > 1, spec.micro_batch, spec.probe)):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 
 COMMANDS = """
 import ctypes
+import gc
 import logging
 import sys
 import warnings
@@ -16,6 +17,7 @@ import warnings
 find = ctypes.CDLL.__getattr__  # bitsandbytes asks its library whether this CPU has AVX512-BF16: yes, on every CPU
 ctypes.CDLL.__getattr__ = lambda library, name: (lambda: 1) if name == "has_avx512bf16_cpu" else find(library, name)
 
+gc.disable()  # a search for garbage among all that is imported here takes longer than a step
 import train
 from so8t.analyze.command import main as analyze
 from so8t.export.command import main as export
@@ -42,7 +44,7 @@ def told(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str
         *("config.toml", f"model.base_model={base}", "model.from_scratch=false", f"training.output_dir={folder}/run"),
         *("qlora.enabled=true", "quantization.load_in_4bit=true", "training.gradient_checkpointing=true"),
         *("training.max_steps=1", "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"),
-        *("training.save_logits=true", "training.save_logits_steps=1"),
+        *("training.save_logits=true", "training.save_logits_steps=1", "data.max_seq_length=113"),  # of its longest row
     ]
     command = [sys.executable, "-c", COMMANDS, f"{folder}/run", f"{folder}/out", *job]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNDEFAULTENCODING"}
