@@ -24,7 +24,7 @@ from so8t.memory.cache import traced
 from so8t.memory.command import main
 from so8t.memory.ledger import is_out_of_memory
 from so8t.memory.live_bytes import LiveBytes
-from so8t.memory.plan import CONTEXT_BYTES, Plan, budget_of, device_memory
+from so8t.memory.plan import CONTEXT_BYTES, Plan, device_memory
 from so8t.memory.step import SAVING, Trace
 from so8t.memory.trace import held_bytes
 from so8t.model import causal_lm, load_model
@@ -200,17 +200,14 @@ def test_dropout_and_lora_are_traced_as_a_gpu_runs_them(tmp_path: Path, models: 
 
 
 def test_plan_of_the_users_own_job_fits_a_12_gib_card_and_counts_its_parameters() -> None:
-    # what "auto" comes to where it fits
-    keys = ["training.micro_batch_tokens=1024", "training.gradient_checkpointing=false"]
-    config = load_config(RTX3060, keys)
+    config = load_config(RTX3060)
     spec = step_spec(config, BatchShape(1, 1024, False), "cuda", model_config=PHI35)
-    free = 12 * GIB - CONTEXT_BYTES
-    found = plan_memory(spec, free, 12 * GIB)
+    found = plan_memory(spec, 12 * GIB - CONTEXT_BYTES, 12 * GIB)
     held = found.trace.held
     assert found.trace.num_parameters - (held["LoRA"] + held["gates"]) // 4 == 3_821_079_552
     assert held["quantised weights"] == 3_623_878_656 // 2
     assert held["optimizer states, 8-bit"] == (held["LoRA"] + held["gates"]) // 2
-    assert found.trace.peak <= budget_of(free)  # nothing of 1024 tokens needs to be computed twice
+    assert found.choice.checkpointed_layers == 0  # nothing of 1024 tokens needs to be computed twice
     assert found.headroom is not None
     assert found.headroom > 0
     found.check()
