@@ -54,12 +54,13 @@ def pack_rows(model: PreTrainedModel, longest: int, has_weights: bool = True) ->
     if not replaceable or model._is_stateful or not kinds <= ATTENTION or min(windows) < longest:
         return False
     model.set_attn_implementation(ROW_BY_ROW)
-    if has_weights and not _keeps_rows_apart(model):
+    if not has_weights:
+        return True
+    if not _keeps_rows_apart(model):
         model.set_attn_implementation("sdpa")
         return False
-    if has_weights:
-        # it builds a plan for every new length, for longer than it computes (Hopper and later; modelscope/FunASR#3705)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    # it builds a plan for every new length, for longer than it computes (Hopper and later; modelscope/FunASR#3705)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return True
 
 

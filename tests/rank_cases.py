@@ -23,10 +23,14 @@ needs_forks = pytest.mark.skipif(
 )
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def fork_ranks(ranks: int, work: Callable[[int], int]) -> list[int | None]:
     """Run `work` with its rank in so many processes, set up as torchrun sets them up; returns their exit codes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
 
     def run(rank: int) -> None:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -44,14 +48,12 @@ def fork_ranks(ranks: int, work: Callable[[int], int]) -> list[int | None]:
 
 def torchrun(ranks: int, max_restarts: int, work: Callable[..., None], *arguments: Any) -> None:
     """What `torchrun --nproc_per_node=RANKS --max-restarts=N` does: its own agent, but for ranks that are forks."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
         rdzv_backend="static",
-        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_endpoint=f"127.0.0.1:{free_port()}",
         rdzv_configs={"rank": 0, "timeout": 900},
         max_restarts=max_restarts,
         monitor_interval=0.1,

@@ -106,14 +106,6 @@ def optimizer_states(trainable: Sequence[nn.Parameter], optim: str) -> list[dict
     return states
 
 
-def _shape_and_dtype(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
-
-
-def _empty(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
-    return torch.empty(saved[0], dtype=saved[1])
-
-
 class _LeaveTheDevice(saved_tensors_hooks):
     """In the stead of torch's save_on_cpu: of a saved tensor only its shape stays."""
 

@@ -4,7 +4,7 @@
 
 Rows are questions and answers cut from the prose of Python's own documentation strings. Every measurement is a process
 of its own: `tokenizer(list)` in batches of 1,000, a first start of load_dataset with the default policy, a later one.
-Seconds are by the clock and of CPU; memory is the process's peak beyond its imports, less what it maps of the tokens.
+Seconds are by the clock and of CPU; memory is the process's peak beyond its imports, beside the bytes of kept tokens.
 """
 
 import argparse
@@ -44,10 +44,8 @@ def prose() -> list[str]:
         except ImportError:  # another platform's
             continue
         for value in vars(loaded).values():
-            texts.append(getattr(value, "__doc__", None) or "")
-            texts += (
-                [getattr(one, "__doc__", None) or "" for one in vars(value).values()] if isinstance(value, type) else []
-            )
+            owners = [value, *vars(value).values()] if isinstance(value, type) else [value]
+            texts += [getattr(owner, "__doc__", None) for owner in owners]
     return [text for text in dict.fromkeys(texts) if isinstance(text, str) and len(text) > 60]
 
 
@@ -63,7 +61,7 @@ def write_rows(path: Path, rows: int, tokens: int) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def measure(what: str, model: Path, folder: Path) -> None:
+def measure(what: str, folder: Path) -> None:
     """Print one line of JSON; a child process does it."""
     from so8t.config import load_config
     from so8t.data import load_dataset
@@ -84,11 +82,9 @@ def measure(what: str, model: Path, folder: Path) -> None:
                     batch = []
         mapped = 0
     else:
-        dataset = load_dataset(
-            "data.train_data", config.data.train_data, tokenizer, config.data, folder / "run" / "tokens"
-        )
-        tokens = dataset.num_tokens
-        mapped = sum(path.stat().st_size for path in (folder / "run" / "tokens").rglob("*") if path.is_file())
+        kept = folder / "run" / "tokens"
+        tokens = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, kept).num_tokens
+        mapped = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
     figures = {"what": what, "tokens": tokens, "seconds": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
     print(json.dumps(figures | {"mb": (peak_process_bytes() - before) / 1e6, "mapped_mb": mapped / 1e6}), flush=True)
 
@@ -102,7 +98,7 @@ def main() -> None:
     arguments.add_argument("--measure", help=argparse.SUPPRESS)
     chosen = arguments.parse_args()
     if chosen.measure:
-        measure(chosen.measure, chosen.model, chosen.folder)
+        measure(chosen.measure, chosen.folder)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.folder or Path(temporary)
