@@ -45,9 +45,14 @@ def start() -> Process:
         store, _, _ = next(rendezvous("env://", rank, world_size))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the ranks of a life before this one
             store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "gloo" if device.type == "cpu" else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend(device), store=store, rank=rank, world_size=world_size)
     return Process(rank, world_size, device)
+
+
+def backend(device: torch.device) -> str:
+    """What sums numbers on the CPU and what sums tensors of `device`: left alone, torch takes the latter only."""
+    on_device = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
+    return "cpu:gloo" + on_device
 
 
 def stop() -> None:

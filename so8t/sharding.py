@@ -25,11 +25,21 @@ def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shared = set()
     for layer in checkpointable_layers(model):
-        fully_shard(layer.to(device), mesh=mesh, ignored_params=set(trainable_parameters(layer)))
+        move(layer, device)
+        fully_shard(layer, mesh=mesh, ignored_params=set(trainable_parameters(layer)))
         shared |= set(layer.parameters())
     nn.Module.to(model, device)
     # the root, which lets go of the layers after a backward pass, has nothing of its own to share
     fully_shard(model.base_model, mesh=mesh, ignored_params=set(model.parameters()) - shared)
+
+
+def move(layer: nn.Module, device: torch.device) -> None:
+    """Move a layer to a device, 4-bit weights too, which bitsandbytes 0.50 does not let `Module.to` move."""
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(parameter) is not nn.Parameter:  # a 4-bit weight, which takes its scales along
+                setattr(module, name, parameter.to(device))
+    layer.to(device)
 
 
 def frozen(layer: nn.Module) -> list[Tensor]:

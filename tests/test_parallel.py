@@ -11,8 +11,10 @@ import torch
 from memory_cases import traced_once
 from rank_cases import die_in_turn, fork_ranks, needs_forks, torchrun, train_until
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 import train
+from so8t import parallel
 from so8t.logits import read_logits
 from so8t.metrics import read_metrics
 
@@ -161,6 +163,11 @@ def test_all_ranks_save_the_rows_that_they_trained_on(two: Path) -> None:
 def test_memory_plan_counts_the_gradients_end_to_end(two: Path) -> None:
     (update,) = (one for one in json.loads((two / "memory.json").read_bytes())["moments"] if one["name"] == "update")
     assert update["predicted_bytes"] == pytest.approx(update["measured_bytes"], rel=0.02)
+
+
+def test_ranks_with_a_gpu_add_up_numbers_on_the_cpu_too() -> None:
+    asked = Backend(parallel.backend(torch.device("cuda")))
+    assert BackendConfig(asked).device_backend_map == {"cpu": "gloo", "cuda": "nccl"}
 
 
 def test_rank_that_fails_alone_ends_the_job_at_once_with_its_own_words(

@@ -17,6 +17,9 @@ from so8t.config import InputError, load_config
 from so8t.logits import read_logits
 from so8t.memory.command import main as plan_main
 from so8t.metrics import read_metrics
+from so8t.model import causal_lm, checkpointable_layers, load_model
+from so8t.quantization import constants
+from so8t.sharding import move
 
 pytestmark = needs_forks
 LORA = (
@@ -112,6 +115,16 @@ def test_a_rank_of_a_shared_base_is_planned_with_its_share(
     half = sizes[1]["other weights"] - sizes[2]["other weights"]
     assert half == pytest.approx(in_layers * 2 / 3, rel=0.01)
     assert sizes[2]["layers gathered from all ranks"] == sizes[4]["layers gathered from all ranks"] > 0
+
+
+def test_4_bit_layer_moves_to_another_device_with_its_scales(base: Path) -> None:
+    keys = [f"model.base_model={base}", *LORA, "quantization.load_in_4bit=true"]
+    spec = load_config(Path("config.toml"), keys).model_spec
+    layer = checkpointable_layers(causal_lm(load_model(spec, torch.device("cpu"), seed=0)))[0]
+    move(layer, torch.device("meta"))
+    scales = constants(layer)
+    assert scales
+    assert {tensor.device.type for tensor in (*layer.parameters(), *layer.buffers(), *scales)} == {"meta"}
 
 
 @pytest.mark.parametrize(

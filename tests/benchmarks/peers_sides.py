@@ -45,6 +45,7 @@ class Pace:
         self.saves = False  # in this turn
         self.waits: list[float] = []  # seconds that the loop spent in saving, of this turn
         self.file_bytes = self.file_tokens = 0  # of all files so far, and the real tokens in them
+        self.peak_tensors = 0  # as so8t's ledger knows it, which resets a GPU's own
         self.finish: Callable[[], None] = lambda: None  # ends what a turn has left to do, within its time
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what the sides print goes to stderr
         os.dup2(2, 1)
@@ -77,7 +78,7 @@ class Pace:
             "peak_resident": peak_process_bytes(),
         }
         if torch.cuda.is_available():
-            report["peak_tensors"] = torch.cuda.max_memory_allocated()
+            report["peak_tensors"] = max(self.peak_tensors, torch.cuda.max_memory_allocated())
         elif self._live is not None:
             report["peak_tensors"] = self._live.peak
         print(json.dumps(report), file=self._out, flush=True)
@@ -110,6 +111,7 @@ def run_so8t(folder: Path, pace: Pace) -> None:
         def after_step(self, step: int, **values: float) -> None:
             super().after_step(step, **values)
             pace.file_bytes += int(values.get("logits_bytes", 0))
+            pace.peak_tensors = int(values["peak_memory_bytes"])
             if pace.saves:
                 pace.waits.append(values.get("logits_wait_ms", 0.0) / 1000)
             pace.after_step()

@@ -1,4 +1,4 @@
-"""Figures of the GPU tests: printed, and kept in one JSON that is whole after every test."""
+"""Figures of the GPU tests: printed, and kept in one JSON that is whole after every test, of several runs too."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ def figures_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def figures() -> dict[str, dict[str, Any]]:
+def figures(figures_file: Path) -> dict[str, dict[str, Any]]:
     import bitsandbytes
     import peft
     import transformers
@@ -31,7 +31,8 @@ def figures() -> dict[str, dict[str, Any]]:
     properties = torch.cuda.get_device_properties(0)
     versions = {library.__name__: library.__version__ for library in (torch, transformers, peft, bitsandbytes)}
     machine = {"name": properties.name, "memory_gib": round(properties.total_memory / GIB, 1)}
-    return {"machine": machine | {"cuda": torch.version.cuda, "python": platform.python_version()} | versions}
+    earlier = json.loads(figures_file.read_bytes()) if figures_file.exists() else {}
+    return earlier | {"machine": machine | {"cuda": torch.version.cuda, "python": platform.python_version()} | versions}
 
 
 @pytest.fixture
