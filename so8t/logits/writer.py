@@ -157,7 +157,8 @@ class Writer:
             self._counters.file_dropped(f"{left} files were not written within {timeout:g} s of the end and are lost")
 
     def _run(self) -> None:
-        torch.set_num_threads(1)  # for this thread only: a second team of threads would slow the loop's
+        torch.get_num_threads()  # a thread's first question gives it the number that any thread set last
+        torch.set_num_threads(1)  # for this thread only: beside a second team of threads the loop's own does not spin
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()
