@@ -37,7 +37,7 @@ def load_model(
     device: torch.device,
     *,
     seed: int,
-    checkpointed_layers: int | None = 0,
+    checkpointed_layers: int = 0,
     offload: bool = False,
     mlp_tile: int = 0,
     checkpoint: Path | None = None,
@@ -78,9 +78,9 @@ def adapt(model: PreTrainedModel, spec: ModelSpec, *, seed: int = 0, checkpoint:
 
 
 def apply_checkpointing(
-    model: PreTrainedModel, spec: ModelSpec, checkpointed_layers: int | None, offload: bool, mlp_tile: int
+    model: PreTrainedModel, spec: ModelSpec, checkpointed_layers: int, offload: bool, mlp_tile: int
 ) -> None:
-    """Recompute the first `checkpointed_layers` in the backward pass, None = all.
+    """Recompute the first `checkpointed_layers` in the backward pass.
 
     offload: their inputs wait in pinned host memory; mlp_tile: tokens that an MLP takes at a time, 0 = all.
     """

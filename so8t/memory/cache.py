@@ -24,7 +24,7 @@ ELSEWHERE = {
 }
 
 
-def traced(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
+def traced(spec: StepSpec, checkpointed_layers: int) -> Trace:
     """What `trace_step` gives, or gave for the same step, code and versions."""
     path = cache_folder() / f"{_key(spec, checkpointed_layers)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or torn: it is made anew
@@ -49,7 +49,7 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "so8t" / "traces"
 
 
-def _key(spec: StepSpec, checkpointed_layers: int | None) -> str:
+def _key(spec: StepSpec, checkpointed_layers: int) -> str:
     """A hash of all that a trace depends on. Of the data only whether there is any to evaluate."""
     config = spec.config
     config = replace(

@@ -68,14 +68,8 @@ def _rows(spec: StepSpec, budget: int) -> int:
     if spec.rows == 1:
         return 1
     setting, one = spec.config.training.gradient_checkpointing, with_tokens(spec, spec.micro_batch.length)
-    fixed = None if setting is True or setting == "auto" else int(setting)
-    number = traced(one, fixed).num_layers
-    layers = range(number + 1) if setting == "auto" else [number if fixed is None else min(fixed, number)]
-
-    def trace(spec: StepSpec, recomputed: int) -> Trace:
-        return traced(spec, recomputed if recomputed < number else None)  # as the plan asks for all of them
-
-    ends = {recomputed: _growing(trace(one, recomputed), one.accumulates) for recomputed in (layers[0], layers[-1])}
+    layers = range(spec.num_layers + 1) if setting == "auto" else [_asked(spec)]
+    ends = {recomputed: _growing(traced(one, recomputed), one.accumulates) for recomputed in (layers[0], layers[-1])}
 
     def peak(rows: int, recomputed: int) -> float:
         share = (recomputed - layers[0]) / max(1, layers[-1] - layers[0])
@@ -85,13 +79,13 @@ def _rows(spec: StepSpec, budget: int) -> int:
         return fixed + rows * grows
 
     fitting = [
-        (cost(rows * one.micro_batch.tokens, recomputed / number), rows)
+        (cost(rows * one.micro_batch.tokens, recomputed / spec.num_layers), rows)
         for rows in range(1, spec.rows + 1)
         for recomputed in layers
         if peak(rows, recomputed) <= budget
     ]
     rows = min(fitting)[1] if fitting else 1
-    while rows > 1 and trace(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1]).peak > budget:
+    while rows > 1 and traced(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1]).peak > budget:
         rows -= 1
     return rows
 
@@ -113,28 +107,33 @@ def _for_long_rows(spec: StepSpec, budget: int) -> StepSpec:
     for tile, offload in product(tiles, offloads):  # a tile costs a forward of the MLPs, offloading two copies
         chosen = replace(training, mlp_tile_tokens=tile, offload_checkpoints=offload)
         spec = replace(spec, config=replace(spec.config, training=chosen))
-        if traced(spec, None).peak <= budget:
+        if traced(spec, spec.num_layers).peak <= budget:
             break
     return spec
 
 
 def _layers(spec: StepSpec, budget: int) -> tuple[int, str, Trace]:
     """The layers to recompute: what the config says, or as few as fit."""
-    setting, layers = spec.config.training.gradient_checkpointing, None  # None = all
-    if setting != "auto":
-        layers, reason = None if setting is True else int(setting), "training.gradient_checkpointing says so"
+    layers = spec.num_layers
+    if spec.config.training.gradient_checkpointing != "auto":
+        layers, reason = _asked(spec), "training.gradient_checkpointing says so"
     elif not budget:
         reason = "auto: without training.memory_budget_gib a CPU has no limit to keep to"
-    elif (every := traced(spec, None)).peak > budget:
+    elif (every := traced(spec, layers)).peak > budget:
         reason = f"auto: with all of them it is still more than {size_of(budget)}"
     elif (none := traced(spec, 0)).peak <= budget:
         layers, reason = 0, f"auto: none is needed for {size_of(budget)}"
     else:
-        layers = every.num_layers * (none.peak - budget) // (none.peak - every.peak)  # nearly linear: a first guess
+        layers = layers * (none.peak - budget) // (none.peak - every.peak)  # nearly linear: a first guess
         while traced(spec, layers).peak > budget:
             layers += 1
         while traced(spec, layers - 1).peak <= budget:
             layers -= 1
         reason = f"auto: one fewer needs more than {size_of(budget)}"
-    chosen = traced(spec, layers)
-    return chosen.num_layers if layers is None else min(layers, chosen.num_layers), reason, chosen
+    return layers, reason, traced(spec, layers)
+
+
+def _asked(spec: StepSpec) -> int:
+    """The layers to recompute where training.gradient_checkpointing is no "auto"."""
+    setting = spec.config.training.gradient_checkpointing
+    return spec.num_layers if setting is True else min(int(setting), spec.num_layers)

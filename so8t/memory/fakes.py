@@ -51,7 +51,7 @@ def fake_model(
     spec: ModelSpec,
     model_config: Any,
     device_type: str,
-    checkpointed_layers: int | None,
+    checkpointed_layers: int,
     longest: int,
     offload: bool = False,
     mlp_tile: int = 0,

@@ -110,7 +110,7 @@ class MemoryLedger:
             return "memory: no step was measured"
         plan, shape = self._plan, self._largest
         held = held_bytes(self._model, self._optimizer.state.values())
-        measured = Trace(held, self._phases, plan.trace.num_parameters, plan.trace.num_layers)
+        measured = Trace(held, self._phases, plan.trace.num_parameters)
         predicted = plan.trace if shape == plan.spec.micro_batch else plan.traced_for(shape)
         rows = _side_by_side(*(ledger_rows(trace, plan.spec.accumulates) for trace in (predicted, measured)))
         phases = _side_by_side(_peaks(predicted), _peaks(measured))

@@ -86,7 +86,7 @@ class Plan:
         )
         if choice.micro_batch_tokens:
             lines.append(f"  {choice.micro_batch_tokens} tokens a micro-batch at most ({choice.tokens_reason})")
-        layers = f"{choice.checkpointed_layers} of {trace.num_layers} layers checkpointed"
+        layers = f"{choice.checkpointed_layers} of {self.spec.num_layers} layers checkpointed"
         lines.append(f"  {layers} ({choice.layers_reason})")
         if self.spec.mlp_tile:
             lines.append(f"  MLPs take {self.spec.mlp_tile} tokens at a time")
@@ -117,7 +117,7 @@ class Plan:
             "micro_batch": vars(self.spec.micro_batch),
             "micro_batch_tokens": self.choice.micro_batch_tokens,
             "checkpointed_layers": self.choice.checkpointed_layers,
-            "num_layers": self.trace.num_layers,
+            "num_layers": self.spec.num_layers,
             "rows": [
                 {"name": name, "where": "device", "predicted_bytes": size, "measured_bytes": None}
                 for name, size in self.rows.items()
@@ -143,10 +143,9 @@ class Plan:
     def advice(self) -> str:
         """Each option that makes the peak smaller, with the bytes it saves on its own, best first."""
         savings = {}
-        recomputes_all = self.choice.checkpointed_layers == self.trace.num_layers
         for option, config, shape in _options(self.spec.config, self.spec.micro_batch):
-            all_layers = recomputes_all or config.training.gradient_checkpointing is True
-            layers = None if all_layers else self.choice.checkpointed_layers
+            recomputes_all = config.training.gradient_checkpointing is True
+            layers = self.spec.num_layers if recomputes_all else self.choice.checkpointed_layers
             savings[option] = self.trace.peak - traced(self.spec.changed(config, shape), layers).peak
         best_first = sorted(savings, key=lambda option: -savings[option])
         return "\n".join(_line(option, savings[option], "saved") for option in best_first if savings[option] > 0)
@@ -160,7 +159,7 @@ class Plan:
 
         def peak(length: int) -> int:
             shape = BatchShape(1, length, is_padded=False)
-            return traced(spec.changed(spec.config, shape), None).peak
+            return traced(spec.changed(spec.config, shape), spec.num_layers).peak
 
         positions: int = spec.model_config.max_position_embeddings
         lengths: list[int] = [*range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]

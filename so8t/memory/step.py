@@ -63,6 +63,12 @@ class StepSpec:
         return replace(self, config=config, micro_batch=micro_batch, rows=rows, logits=logits)
 
     @property
+    def num_layers(self) -> int:
+        """Layers that can be recomputed."""
+        number: int = self.model_config.get_text_config().num_hidden_layers
+        return number
+
+    @property
     def layer_shares(self) -> int:
         """The number of ranks that share out the frozen layers; 1 = each holds all of them."""
         return self.world_size if self.config.parallel.shard_base else 1
@@ -91,7 +97,6 @@ class Trace:
     held: dict[str, int]  # bytes between steps, by kind
     phases: dict[str, Phase]
     num_parameters: int  # before quantization
-    num_layers: int  # that can be checkpointed
 
     @property
     def peak(self) -> int:

@@ -43,7 +43,7 @@ KINDS = (
 Mark = Callable[[str], None]
 
 
-def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
+def trace_step(spec: StepSpec, checkpointed_layers: int) -> Trace:
     """The phases of a step whose optimizer has its states already and whose gradients add up over micro-batches."""
     with fake_model(
         spec.config.model_spec,
@@ -68,9 +68,8 @@ def trace_step(spec: StepSpec, checkpointed_layers: int | None) -> Trace:
         if spec.config.training.save_logits:
             forward = phases["forward"]
             phases[SAVING] = Phase(forward.allocated, max(phases["layers"].peak, forward.peak, tap.peak))
-        layers = checkpointable_layers(model)
-        trace = Trace(held_bytes(model, states), phases, num_parameters(model), len(layers))
-        return _shared_out(trace, layers, spec.layer_shares) if spec.layer_shares > 1 else trace
+        trace = Trace(held_bytes(model, states), phases, num_parameters(model))
+        return _shared_out(trace, checkpointable_layers(model), spec.layer_shares) if spec.layer_shares > 1 else trace
 
 
 def _shared_out(trace: Trace, layers: Sequence[nn.Module], shares: int) -> Trace:

@@ -31,7 +31,7 @@ def spec_of(**training: Any) -> StepSpec:
     return StepSpec(config, MODEL, "cuda", train.forward, logits, shape, ROWS)
 
 
-def peak(spec: StepSpec, rows: int, layers: int | None) -> int:
+def peak(spec: StepSpec, rows: int, layers: int) -> int:
     return traced(with_tokens(spec, rows * LONGEST), layers).peak
 
 
@@ -40,7 +40,7 @@ def chosen(spec: StepSpec, budget: int) -> tuple[int, int]:
     choice: Choice = choose(spec, budget, None)
     assert choice.trace.peak <= budget
     layers = choice.checkpointed_layers
-    assert choice.trace == traced(choice.spec, layers if layers < LAYERS else None)
+    assert choice.trace == traced(choice.spec, layers)
     return choice.micro_batch_tokens // LONGEST, layers
 
 
@@ -63,7 +63,7 @@ def test_auto_recomputes_no_layer_that_would_have_fitted() -> None:
 
 def test_with_checkpointing_set_only_the_tokens_are_chosen() -> None:
     spec = spec_of(gradient_checkpointing=True)
-    assert chosen(spec, round(1.05 * peak(spec, 3, None))) == (3, LAYERS)
+    assert chosen(spec, round(1.05 * peak(spec, 3, LAYERS))) == (3, LAYERS)
 
 
 def test_nothing_smaller_than_the_longest_row_is_chosen_even_if_it_does_not_fit() -> None:
@@ -107,7 +107,7 @@ def known() -> Trace:
 def count_traces(monkeypatch: pytest.MonkeyPatch, known: Trace | None = None) -> list[int]:
     made = []
 
-    def trace(spec: StepSpec, layers: int | None) -> Trace:
+    def trace(spec: StepSpec, layers: int) -> Trace:
         made.append(1)
         return known or trace_step(spec, layers)
 
