@@ -139,6 +139,14 @@ class Encoder:
             place = sum(start <= character for start, _ in encoding.offsets) - 1
         return max(int(place), 0)
 
+    @staticmethod
+    def _last_at(encoding: Any, character: int) -> int:
+        """The place of the last token that begins at or before a character near the end, from where it looks."""
+        place = len(encoding) - 1
+        while place > 0 and encoding.token_to_chars(place)[0] > character:
+            place -= 1
+        return place
+
     # ---- labels
 
     def _label(
@@ -148,7 +156,8 @@ class Encoder:
         ids = np.array(numbers, dtype=np.int32)
         sections = np.full(len(ids), PROMPT, dtype=np.uint8)
         for answer, start in zip(text.answers, starts, strict=True):
-            end = len(ids) if text.is_plain else self._token_at(encoding, answer.end - 1 - shift) + 1
+            find = self._last_at if answer is text.answers[-1] else self._token_at
+            end = len(ids) if text.is_plain else find(encoding, answer.end - 1 - shift) + 1
             if start >= end:
                 raise BadRow("an answer has no token of its own")
             sections[start:end] = ANSWER

@@ -16,12 +16,7 @@ from so8t.memory.step import StepSpec, Trace
 
 KEPT = 500  # files of about 1 KB, the newest
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-# keys of [training] that no trace depends on: how long, how fast and whereto a run trains, and what the plan decides
-ELSEWHERE = {
-    **{"output_dir": "", "num_train_epochs": 1, "max_steps": 0, "learning_rate": 0.0, "seed": 0, "resume": ""},
-    **{"gradient_checkpointing": "auto", "micro_batch_tokens": "auto"},
-    **{"memory_budget_gib": 0.0, "ignore_memory_plan": False},
-}
+OF_TRAINING = ("bf16", "fp16", "optim", "save_logits")  # the keys of [training] that a trace reads as they are
 
 
 def traced(spec: StepSpec, checkpointed_layers: int) -> Trace:
@@ -52,23 +47,13 @@ def cache_folder() -> Path:
 def _key(spec: StepSpec, checkpointed_layers: int) -> str:
     """A hash of all that a trace depends on. Of the data only whether there is any to evaluate."""
     config = spec.config
-    config = replace(
-        config,
-        model=replace(config.model, base_model=""),  # its config.json counts, not its folder
-        training=replace(
-            config.training,
-            **ELSEWHERE,  # type: ignore[arg-type]
-            offload_checkpoints=spec.offload,
-            mlp_tile_tokens=spec.mlp_tile,
-        ),
-    )
-    sections = [config.model, config.quantization, config.qlora, config.so8t, config.pet, config.training]
+    model = replace(config.model, base_model="")  # its config.json counts, not its folder
     parts = [
-        *map(repr, sections),
-        bool(config.data.eval_data),
+        (model, config.quantization, config.qlora, config.so8t, config.pet, bool(config.data.eval_data)),
+        [getattr(config.training, name) for name in OF_TRAINING],
+        (spec.offload, spec.mlp_tile, spec.world_size > 1, spec.layer_shares),
         json.dumps(spec.model_config.to_dict(), sort_keys=True, default=str),
         (spec.device_type, spec.logits.layout, spec.micro_batch, spec.accumulates, spec.probe, checkpointed_layers),
-        (spec.world_size > 1, spec.layer_shares),
         (sys.version, [version(package) for package in PACKAGES], _code()),
     ]
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """What the plan decides by itself: tokens of a micro-batch, layers to recompute, and that a trace is made once."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ from model_cases import LAYERS, SIZES
 from transformers import Phi3Config
 
 import train
-from so8t.config import Config, load_config
+from so8t.config import Config, TrainingConfig, load_config
 from so8t.logits import plan_logits
 from so8t.memory import BatchShape, StepSpec
-from so8t.memory.cache import cache_folder, traced
+from so8t.memory.cache import OF_TRAINING, cache_folder, traced
 from so8t.memory.choice import Choice, choose, cost, with_tokens
 from so8t.memory.step import Trace
 from so8t.memory.trace import trace_step
@@ -134,6 +134,25 @@ def test_a_trace_is_made_once_for_a_step_and_anew_for_another(
     for other, layers in others:
         assert traced(other, layers) != first
     assert len(made) == 1 + len(others)
+
+
+def test_a_trace_reads_no_key_of_training_beside_those_that_tell_traces_apart() -> None:
+    read = set()
+
+    class Noted(TrainingConfig):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    spec = spec_of(save_logits=True)
+    noted = Noted(**vars(spec.config.training))
+    config, logits = replace(spec.config, training=noted), replace(spec.logits, training=noted)
+    trace_step(replace(spec, config=config, logits=logits), 1)
+    in_the_layout = {"save_logits_form", "save_logits_top_k", "save_logits_dtype"}
+    as_the_step_has_them = {"offload_checkpoints", "mlp_tile_tokens"}
+    keys = {key.name for key in fields(TrainingConfig)}
+    assert read & keys <= {*OF_TRAINING, *in_the_layout, *as_the_step_has_them}
+    assert read >= set(OF_TRAINING)
 
 
 def test_an_edited_program_is_never_planned_by_an_old_trace(
