@@ -135,13 +135,11 @@ class Encoder:
     def _token_at(encoding: Any, character: int) -> int:
         """The place of the token that a character is in, or of the last one before it where none has it."""
         place = encoding.char_to_token(character)
-        if place is None:
-            place = sum(start <= character for start, _ in encoding.offsets) - 1
-        return max(int(place), 0)
+        return max(Encoder._last_at(encoding, character), 0) if place is None else int(place)
 
     @staticmethod
     def _last_at(encoding: Any, character: int) -> int:
-        """The place of the last token that begins at or before a character near the end, from where it looks."""
+        """The place of the last token that begins at or before a character; quick where that is near the end."""
         place = len(encoding) - 1
         while place > 0 and encoding.token_to_chars(place)[0] > character:
             place -= 1

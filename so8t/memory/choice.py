@@ -67,8 +67,9 @@ def _rows(spec: StepSpec, budget: int) -> int:
     """
     if spec.rows == 1:
         return 1
-    setting, one = spec.config.training.gradient_checkpointing, with_tokens(spec, spec.micro_batch.length)
-    layers = range(spec.num_layers + 1) if setting == "auto" else [_asked(spec)]
+    one = with_tokens(spec, spec.micro_batch.length)
+    is_auto = spec.config.training.gradient_checkpointing == "auto"
+    layers = range(spec.num_layers + 1) if is_auto else [_asked(spec)]
     ends = {recomputed: _growing(traced(one, recomputed), one.accumulates) for recomputed in (layers[0], layers[-1])}
 
     def peak(rows: int, recomputed: int) -> float:

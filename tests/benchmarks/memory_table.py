@@ -40,7 +40,9 @@ BASES = {
 def trainer_peak(config: Config, shape: BatchShape) -> int:
     """Bytes at the height of a Trainer's step with logits that are saved."""
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
-    with fake_model(config.model_spec, load_model_config(config.model), "cuda", 32, 2048) as (model, live):
+    model_config = load_model_config(config.model)
+    layers = model_config.num_hidden_layers
+    with fake_model(config.model_spec, model_config, "cuda", layers, 2048) as (model, live):
         for module in model.modules() if quantized else ():  # prepare_model_for_kbit_training
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.dtype == torch.bfloat16:
@@ -71,7 +73,8 @@ def main() -> None:
         cells = []
         for length in (1024, 2048, 4096):
             shape = BatchShape(rows, length, is_padded=rows > 1)
-            ours = trace_step(step_spec(config, shape, "cuda"), 32).peak
+            spec = step_spec(config, shape, "cuda")
+            ours = trace_step(spec, spec.num_layers).peak
             cells.append(f"{ours / GIB:.1f} ({trainer_peak(config, shape) / GIB:.1f})")
         print(f"| {name} | {rows} | {' | '.join(cells)} |", flush=True)
 

@@ -53,7 +53,7 @@ def main() -> None:
         QloraConfig(enabled=True, r=16, lora_dropout=0.0, target_modules=(*linear, "o_proj", "down_proj")),
         So8tConfig(enabled=True),
     )
-    model = load_model(spec, device, seed=0, checkpointed_layers=99 if on_gpu else 0)
+    model = load_model(spec, device, seed=0, checkpointed_layers=99 if on_gpu else 0)  # 99: all
     base, autocast = causal_lm(model), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
     assert pack_rows(base, LONGEST)
 

@@ -70,7 +70,7 @@ def our_peak(model_folder: Path, folder: Path, length: int) -> tuple[int, int]:
     path = folder / "config.toml"
     path.write_text(CONFIG.format(model=model_folder, folder=folder, linear=LINEAR), encoding="utf-8")
     config = load_config(path)
-    model = load_model(config.model_spec, torch.device("cpu"), seed=0, checkpointed_layers=99)
+    model = load_model(config.model_spec, torch.device("cpu"), seed=0, checkpointed_layers=99)  # all
     optimizer = make_optimizer(model, config.training)
     no_autocast = torch.autocast("cpu", enabled=False)
     saver, batch, live = (

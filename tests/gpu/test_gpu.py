@@ -299,7 +299,8 @@ def test_base_in_parts_computes_what_the_whole_base_does(
     tokens = torch.randint(3, 2000, (2, 64), device=cuda)
     found = []
     for sharded in (False, True):
-        model = load_model(spec, torch.device("cpu") if sharded else cuda, seed=0, checkpointed_layers=99)
+        device = torch.device("cpu") if sharded else cuda
+        model = load_model(spec, device, seed=0, checkpointed_layers=99)  # all
         if sharded:
             shard_layers(causal_lm(model), cuda)
         with torch.autocast("cuda", torch.bfloat16):
