@@ -134,8 +134,9 @@ def train(config: Config, process: parallel.Process) -> int:
         # ---- the model, and what trains it
         model = load_model(
             config.model_spec,
-            torch.device("cpu") if sharded else device,  # it may be more than a device holds
+            device,
             seed=seed,
+            on_host=sharded,  # it may be more than a device holds
             checkpointed_layers=plan.choice.checkpointed_layers,
             offload=plan.spec.offload,
             mlp_tile=plan.spec.mlp_tile,

@@ -37,6 +37,7 @@ def load_model(
     device: torch.device,
     *,
     seed: int,
+    on_host: bool = False,
     checkpointed_layers: int = 0,
     offload: bool = False,
     mlp_tile: int = 0,
@@ -44,10 +45,16 @@ def load_model(
 ) -> Model:
     """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given.
 
+    device: where it will compute; on_host: it stays in host memory, because `shard_layers` moves it there.
     checkpointed_layers, offload, mlp_tile: see `apply_checkpointing`.
     """
     torch.manual_seed(derive_seed(seed, "initial weights"))
-    model = _load_base(spec.model, spec.quantization, device, None if spec.qlora.enabled else checkpoint)
+    place = torch.device("cpu") if on_host else device
+    model = _load_base(spec.model, spec.quantization, place, None if spec.qlora.enabled else checkpoint)
+    if spec.quantization.bits:
+        from so8t.quantization import check_layers
+
+        check_layers(model, device)
     _check_head(model, spec.model.base_model)
     adapted = adapt(model, spec, seed=seed, checkpoint=checkpoint)
     apply_checkpointing(model, spec, checkpointed_layers, offload, mlp_tile)
@@ -158,7 +165,7 @@ def _load_base(
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
     if quantization.bits:
-        from so8t.quantization import check_layers, loading_options
+        from so8t.quantization import loading_options
 
         options["quantization_config"] = loading_options(quantization, dtype)
     model: PreTrainedModel
@@ -180,8 +187,6 @@ def _load_base(
                 raise OSError(f"its config.json wants other shapes than its files have of {', '.join(mismatched)}")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(not_a_model(checkpoint or config.base_model, error)) from error
-    if quantization.bits:
-        check_layers(model, device)
     return model
 
 

@@ -51,8 +51,10 @@ def start() -> Process:
 
 def backend(device: torch.device) -> str:
     """What sums numbers on the CPU and what sums tensors of `device`: left alone, torch takes the latter only."""
-    on_device = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
-    return "cpu:gloo" + on_device
+    if device.type == "cpu":
+        return "cpu:gloo"
+    best = dist.get_default_backend_for_device(device)
+    return f"cpu:gloo,{device.type}:{best if dist.is_backend_available(best) else 'gloo'}"  # Windows has no NCCL
 
 
 def stop() -> None:

@@ -35,7 +35,7 @@ def quantize_on_meta(model: PreTrainedModel, quantization: QuantizationConfig, d
 
 
 def check_layers(model: nn.Module, device: torch.device) -> None:
-    """Keep the layout of 4-bit layers that were read; on a CPU, hold one of each width against plain torch."""
+    """Keep the layout of 4-bit layers that were read; if a CPU computes, hold one of each width against plain torch."""
     layers = _keep_layout(model)
     if device.type == "cpu":
         for layer in {layer.in_features: layer for layer in layers}.values():

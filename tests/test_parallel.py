@@ -165,9 +165,13 @@ def test_memory_plan_counts_the_gradients_end_to_end(two: Path) -> None:
     assert update["predicted_bytes"] == pytest.approx(update["measured_bytes"], rel=0.02)
 
 
-def test_ranks_with_a_gpu_add_up_numbers_on_the_cpu_too() -> None:
+@pytest.mark.parametrize(("has_nccl", "on_gpu"), [(True, "nccl"), (False, "gloo")])  # torch for Windows has none
+def test_ranks_with_a_gpu_add_up_numbers_on_the_cpu_too(
+    monkeypatch: pytest.MonkeyPatch, has_nccl: bool, on_gpu: str
+) -> None:
+    monkeypatch.setattr("torch.distributed.distributed_c10d._NCCL_AVAILABLE", has_nccl)
     asked = Backend(parallel.backend(torch.device("cuda")))
-    assert BackendConfig(asked).device_backend_map == {"cpu": "gloo", "cuda": "nccl"}
+    assert BackendConfig(asked).device_backend_map == {"cpu": "gloo", "cuda": on_gpu}
 
 
 def test_rank_that_fails_alone_ends_the_job_at_once_with_its_own_words(
