@@ -16,11 +16,11 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from so8t import cli
-from so8t.driver import settings_before_torch, unused_gpu
+from so8t.driver import allocator_settings, unused_gpu
 
 if __name__ == "__main__":
     cli.train_parser(__doc__).parse_args()  # before torch is imported, so that --help does not wait for it
-os.environ.update(settings_before_torch())  # before torch is imported
+os.environ.update(allocator_settings())  # before torch is imported
 
 import torch
 from torch import Tensor

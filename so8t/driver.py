@@ -1,4 +1,4 @@
-"""How this machine's NVIDIA driver behaves, and what must be set before torch is imported. Does not import torch."""
+"""How this machine's NVIDIA driver behaves, and whether torch can use it. Does not import torch."""
 
 import os
 import platform
@@ -18,20 +18,16 @@ def lends_host_memory() -> bool:
     return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 
-def settings_before_torch() -> dict[str, str]:
-    """Environment variables that must be set before torch is imported, but for those that the user has set.
+def allocator_settings() -> dict[str, str]:
+    """Environment variables that must be set before torch is imported, unless the user has set one of them.
 
     Expandable segments: without them, rows of many lengths strand memory in blocks of the wrong size. Windows and WSL
     do not have them. The older name of the variable still counts where a user has set it.
-    Spin count: how often a thread of libgomp (torch's on Linux) looks for work before it lets go of its core, 300,000
-    times by itself. With 1,000 a step is as fast alone, and took 0.7 times as long beside another busy process.
     """
-    settings = {}
-    if not lends_host_memory() and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-        settings["GOMP_SPINCOUNT"] = "1000"
-    return settings
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if lends_host_memory() or any(name in os.environ for name in names):
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def unused_gpu(cuda_build: str | None) -> str:

@@ -10,7 +10,6 @@ import pytest
 from so8t import driver
 
 SETTING = "expandable_segments:True"
-SPIN_COUNT = {"GOMP_SPINCOUNT": "1000"}
 
 
 @pytest.fixture(params=["Windows", "WSL", "Linux"])
@@ -19,26 +18,23 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(sys, "platform", "win32" if request.param == "Windows" else "linux")
     release = {"Windows": "10", "WSL": "5.15.167.4-microsoft-standard-WSL2", "Linux": "6.8.0-51-generic"}
     monkeypatch.setattr(platform, "release", lambda: release[request.param])
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     return str(request.param)
 
 
 def test_segments_grow_where_that_works(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = SPIN_COUNT | ({"PYTORCH_ALLOC_CONF": SETTING} if system == "Linux" else {})
-    assert driver.settings_before_torch() == expected
+    assert driver.allocator_settings() == ({"PYTORCH_ALLOC_CONF": SETTING} if system == "Linux" else {})
     assert driver.lends_host_memory() is (system != "Linux")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
-    assert driver.settings_before_torch() == SPIN_COUNT  # what the user has set stays
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert driver.settings_before_torch() == {}
+    assert driver.allocator_settings() == {}  # what the user has set stays
 
 
-def test_train_sets_them_before_torch_is_imported() -> None:
+def test_train_sets_the_allocator_before_torch_is_imported() -> None:
     code = "import sys; from so8t import driver; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
     lines = Path("train.py").read_text(encoding="utf-8").splitlines()
-    assert lines.index("import torch") > next(n for n, line in enumerate(lines) if "settings_before_torch()" in line)
+    assert lines.index("import torch") > next(n for n, line in enumerate(lines) if "allocator_settings()" in line)
 
 
 def test_a_driver_that_torch_cannot_use_is_one_sentence_with_the_remedy(

@@ -13,7 +13,6 @@ machine that others use too, those in CPU seconds say more.
 import argparse
 import importlib.util
 import json
-import os
 import random
 import shutil
 import statistics
@@ -32,7 +31,6 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 from so8t.config import load_config
 from so8t.data import load_dataset
-from so8t.driver import settings_before_torch
 from so8t.pretrained import load_tokenizer
 
 SIDES = ("so8t", "trainer", "trl", "floor")
@@ -207,17 +205,10 @@ def started(name: str, folder: Path) -> Iterator[Side]:
     start = time.perf_counter()
     command = [sys.executable, "-m", "tests.benchmarks.peers_sides", name, str(folder)]
     log = folder / f"{name}.log"
-    settings = settings_before_torch() if name == "so8t" else {}  # as `python train.py` sets them
     with (
         log.open("w", encoding="utf-8") as errors,
         subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            encoding="utf-8",
-            env=os.environ | settings,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
         ) as process,
     ):
         try:

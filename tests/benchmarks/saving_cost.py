@@ -9,7 +9,6 @@ saving step ends when its file is on the disk, so nothing that the writer's thre
 
 import argparse
 import gc
-import os
 import statistics
 import sys
 import tempfile
@@ -17,13 +16,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from so8t.driver import settings_before_torch  # noqa: E402
-
-os.environ.update(settings_before_torch())  # as `python train.py` does
-
-import torch  # noqa: E402
 from memory_cases import PeakBytes, take_step  # noqa: E402
 from peers import busy_process  # noqa: E402
 
