@@ -116,8 +116,8 @@ class MemoryLedger:
         phases = _side_by_side(_peaks(predicted), _peaks(measured))
         phases = [phase for phase in phases if phase["measured_bytes"] is not None]
         peak = {"predicted_bytes": predicted.peak, "measured_bytes": measured.peak}
-        on_host = _side_by_side({"logits buffers": plan.spec.logits.host_bytes}, {"logits buffers": logits_buffers})
-        on_host = [row for row in on_host if row["predicted_bytes"] or row["measured_bytes"]]
+        buffers = plan.spec.logits.host_bytes
+        on_host = _side_by_side({"logits buffers": buffers}, {"logits buffers": logits_buffers}) if buffers else []
         record = {
             "rows": [row | {"where": "device"} for row in rows] + [row | {"where": "host"} for row in on_host],
             "moments": phases,
