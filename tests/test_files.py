@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from so8t.files import TEMPORARY_SUFFIX, append_line, atomic_folder, atomic_writ
 pytestmark = pytest.mark.disk
 ROOT = Path(__file__).parents[1]
 KILLED = 137  # the exit code of a process that leaves by os._exit, which cleans up as little as SIGKILL does
-Make = Callable[[Path], AbstractContextManager[object]]
 
 
 class Stop(BaseException):
@@ -68,22 +67,6 @@ def disk_that_is_full_at(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A file system that nothing can be written to, with one folder `old` on it."""
-    if sys.platform != "linux":
-        pytest.skip("only Linux mounts one so simply")
-    folder = tmp_path / "read_only"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], capture_output=True)
-    if mount.returncode != 0:
-        pytest.skip("this process may not mount a file system")
-    write_folder(folder / "old", **{"a.bin": b"old"})
-    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture
@@ -164,15 +147,6 @@ def test_a_full_disk_is_an_error_and_leaves_the_older_file(tmp_path: Path) -> No
         write(path, bytes(50_000))
     assert names(tmp_path) == ["a.bin"]
     assert path.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("make", [atomic_write, atomic_folder])
-def test_a_read_only_disk_is_an_error_and_leaves_the_older_content(make: Make, read_only: Path) -> None:
-    for name in ("old", "new"):
-        with pytest.raises(OSError, match="Read-only file system"), make(read_only / name):
-            pytest.fail("nothing can be written there")
-    assert names(read_only) == ["old", "old/a.bin"]
-    assert (read_only / "old" / "a.bin").read_bytes() == b"old"
 
 
 def test_a_folder_in_the_way_is_an_error_and_leaves_no_temporary(tmp_path: Path) -> None:

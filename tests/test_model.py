@@ -32,7 +32,6 @@ from model_cases import (
     logits_of,
     loss_of_hugging_face,
     make_batch,
-    make_rows,
     model_input,
     randomize_lora,
 )
@@ -52,7 +51,7 @@ from transformers import (
 )
 
 from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
-from so8t.data import Batch, collate, split
+from so8t.data import Batch
 from so8t.evaluate import score
 from so8t.gates import gates_of
 from so8t.losses import Head, ce_sum
@@ -149,18 +148,6 @@ def test_gradients_of_lora_and_gates_follow_from_hugging_faces_gradient_of_the_w
 
 
 # ---- what a batch is made of does not matter
-
-
-@pytest.mark.parametrize("architecture", ["phi3", "llama, tied"])
-def test_one_micro_batch_of_four_rows_trains_like_four_of_one(base_models: dict[str, Path], architecture: str) -> None:
-    rows = make_rows((16, 9), (5, 1), (12, 4), (9, 6))
-    model = load(base_models[architecture], qlora={"target_modules": ("o_proj", "down_proj")})
-    randomize_lora(model)
-    together, apart = gradients(model, [collate(rows)]), gradients(model, split(rows, 1))
-    assert len(together) == len(trainable_parameters(model))
-    for name, gradient in together.items():
-        assert gradient.any()
-        torch.testing.assert_close(apart[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_micro_batch_without_targets_changes_nothing(base_models: dict[str, Path]) -> None:

@@ -62,10 +62,6 @@ class Plan:
         of_layer = self.spec.micro_batch.tokens * hidden_size * getattr(torch, self.spec.config.model.dtype).itemsize
         return self.choice.checkpointed_layers * of_layer if self.spec.offload else 0
 
-    def traced_for(self, shape: BatchShape) -> Trace:
-        """The same step with other micro-batches."""
-        return traced(replace(self.spec, micro_batch=shape), self.choice.checkpointed_layers)
-
     @property
     def rows(self) -> dict[str, int]:
         """What a step holds, and what it adds for a time, by name; not all of it at once."""
@@ -122,7 +118,7 @@ class Plan:
                 {"name": name, "where": "device", "predicted_bytes": size, "measured_bytes": None}
                 for name, size in self.rows.items()
             ],
-            "moments": {name: phase.peak for name, phase in self.trace.phases.items()},
+            "moments": self.trace.peaks,
             "peak_bytes": self.trace.peak,
             "peak_moment": peak_phase(self.trace),
             "assumed_bytes": {"CUDA context": CONTEXT_BYTES, "fragmentation": self.fragmentation},
@@ -209,7 +205,7 @@ def budget_of(free: int) -> int:
 
 
 def peak_phase(trace: Trace) -> str:
-    return max(trace.phases, key=lambda name: trace.phases[name].peak)
+    return max(trace.peaks, key=trace.peaks.__getitem__)
 
 
 def _options(config: Config, shape: BatchShape) -> list[tuple[str, Config, BatchShape]]:

@@ -104,8 +104,12 @@ class Trace:
     num_parameters: int  # before quantization
 
     @property
+    def peaks(self) -> dict[str, int]:
+        return {name: phase.peak for name, phase in self.phases.items()}
+
+    @property
     def peak(self) -> int:
-        return max(phase.peak for phase in self.phases.values())
+        return max(self.peaks.values())
 
 
 def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from logits_cases import HIDDEN, VOCAB, make_batch, make_case, make_saver, save_one, save_steps, settings
+from logits_cases import HIDDEN, VOCAB, make_case, make_saver, save_one, save_steps, settings
 from torch import Tensor, nn
 
 from so8t.logits import read_logits
@@ -20,8 +20,6 @@ from so8t.logits.score import HostBuffer, HostTransfer, Scorer
 from so8t.losses import NO_TARGET, Head, ce_sum
 
 FORMS = ("full", "topk", "stats")
-SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
 def saved_records(output_dir: Path) -> list[Any]:
@@ -29,34 +27,6 @@ def saved_records(output_dir: Path) -> list[Any]:
 
 
 # ---- the numbers
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("architecture", ["phi3", "llama", "llama, tied"])
-def test_saved_logits_are_those_of_hugging_face(tmp_path: Path, architecture: str, autocast: bool) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
-
-    torch.manual_seed(0)
-    if architecture == "phi3":
-        model: Any = Phi3ForCausalLM(Phi3Config(**SIZES))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=architecture == "llama, tied"))
-    batch = make_batch(rows=3, length=70)  # more rows than one chunk
-    context = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with torch.no_grad(), context:
-        expected = model(batch.input_ids, attention_mask=batch.attention_mask).logits
-        hidden = model.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        saver = make_saver(tmp_path, computed_in=expected.dtype)
-        ce_sum(hidden, Head(model.lm_head.weight), batch.targets, saver.tap(1, 0, batch))
-        loss = model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    saver.after_step(1)
-    saver.close()
-    (record,) = saved_records(tmp_path)
-    assert record.contents["logits"].dtype == expected.dtype
-    eps = torch.finfo(expected.dtype).eps
-    torch.testing.assert_close(record.contents["logits"], expected, rtol=eps, atol=8 * eps)
-    assert record.loss == pytest.approx(float(loss), rel=2 * eps)
-    assert record.verified
 
 
 def test_numbers_are_in_float32_also_where_autocast_is_on(tmp_path: Path) -> None:
@@ -110,8 +80,9 @@ def test_numbers_of_every_form_equal_the_textbook(tmp_path: Path, form: str) -> 
         torch.testing.assert_close(contents[name].double(), value.double(), rtol=1e-5, atol=1e-4, equal_nan=True)
     best = logprobs.max(dim=-1).values
     torch.testing.assert_close(logprobs.gather(-1, contents["top1_id"].long()[..., None]).squeeze(-1), best)
+    top1_logprob = contents["topk_logprobs"][..., 0] if form == "topk" else contents["top1_logprob"]
+    torch.testing.assert_close(top1_logprob.double(), best, rtol=1e-3, atol=1e-3 if form == "topk" else 1e-5)
     (record,) = saved_records(tmp_path)
-    torch.testing.assert_close(record.top1_logprob.double(), best, rtol=1e-3, atol=1e-3 if form == "topk" else 1e-5)
     assert torch.equal(record.rank == 0, has_target & (gold.squeeze(-1) == best))  # tied with the top is the top
 
 

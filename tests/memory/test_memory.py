@@ -333,15 +333,6 @@ def test_what_does_not_fit_is_refused_with_the_options_that_help_best_first(
     replace(too_large, choice=replace(too_large.choice, spec=replace(spec, config=ignored))).check()
 
 
-def test_wrong_key_and_missing_model_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config.toml", "model.base_model=nowhere/at/all"]) == 2
-    assert main(["config.toml", "training.memory_budget=3"]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2
-    assert "nowhere/at/all" in errors[0]
-    assert "training.memory_budget_gib" in errors[1]
-
-
 # ---- what a run measures
 
 
