@@ -26,7 +26,7 @@ SQUARINGS = 8
 
 
 def rotation(angles: Tensor) -> Tensor:
-    """The rotation exp(A) of every block, in the dtype of `angles`, whatever autocast says.
+    """The rotation exp(A) of every block, in float32 (float64 if `angles` is), whatever autocast says.
 
     angles: [num_blocks, 28], radians: the entries of the skew matrix A above its diagonal, row by row.
     Returns [num_blocks, 8, 8], exactly the identity where all angles are zero. Differentiable.
@@ -36,7 +36,7 @@ def rotation(angles: Tensor) -> Tensor:
     `torch.linalg.matrix_exp` would wait for the GPU in every call, to choose its degree on the CPU.
     """
     with _no_autocast(angles):
-        scaled: Tensor = _skew(angles) / 2**SQUARINGS
+        scaled: Tensor = _skew(angles if angles.dtype == torch.float64 else angles.float()) / 2**SQUARINGS
         x: Tensor = scaled / TAYLOR_DEGREE
         for k in range(TAYLOR_DEGREE - 1, 0, -1):  # Horner: x = scaled / k (I + x)
             x = torch.baddbmm(scaled, scaled, x, beta=1 / k, alpha=1 / k)
@@ -50,7 +50,7 @@ def largest_angle(angles: Tensor) -> Tensor:
 
     It is the generator's norm, so it may exceed pi. Waits for the GPU: do not call it in the training loop.
     """
-    norms: Tensor = torch.linalg.matrix_norm(_skew(angles), ord=2)
+    norms: Tensor = torch.linalg.matrix_norm(_skew(angles.float()), ord=2)
     return norms.amax()
 
 
@@ -62,7 +62,7 @@ def bake(o_proj_weight: Tensor, angles: Tensor) -> Tensor:
     """
     with torch.no_grad(), _no_autocast(angles):
         blocks = o_proj_weight.float().reshape(len(o_proj_weight), -1, BLOCK_SIZE)
-        baked = torch.einsum("obi,bij->obj", blocks, rotation(angles))
+        baked = torch.einsum("obi,bij->obj", blocks, rotation(angles.float()))
         return baked.flatten(-2).to(o_proj_weight.dtype)
 
 

@@ -68,8 +68,8 @@ def adapt(model: PreTrainedModel, spec: ModelSpec, *, seed: int = 0, checkpoint:
         )
     if spec.so8t.enabled:  # after LoRA, so that base layer and adapter both get the rotated input
         attach_gates(model, spec.so8t.layer_indices, spec.so8t.init_scale, derive_seed(seed, "gates"))
-    if spec.so8t.enabled and checkpoint is not None:
-        load_gates(model, checkpoint / GATES_FILE)
+        if checkpoint is not None:
+            load_gates(model, checkpoint / GATES_FILE)
     return adapted
 
 

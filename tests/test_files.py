@@ -156,42 +156,20 @@ def test_a_folder_in_the_way_is_an_error_and_leaves_no_temporary(tmp_path: Path)
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_a_kill_in_the_middle_leaves_the_older_file_and_a_temporary_that_the_sweep_removes(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    write(path, b"old")
-    code = """
-with files.atomic_write(Path(sys.argv[1])) as file:
-    file.write(b"half")
-    file.flush()
-    os._exit(137)
-"""
-    assert run_process(code, path) == KILLED
-    assert names(tmp_path) == ["a.bin", f"a.bin{TEMPORARY_SUFFIX}"]
-    assert path.read_bytes() == b"old"
-    sweep_temporaries(tmp_path)
-    assert names(tmp_path) == ["a.bin"]
-
-
 # ---- a folder
 
 
-def test_a_folder_has_its_name_only_when_it_is_complete_and_its_parents_are_made(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoints" / "step_000001"
+def test_a_folder_has_its_name_only_when_it_is_complete_and_an_older_one_is_replaced_wholly(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "step_000001"  # whose parent is made
     with atomic_folder(path) as folder:
-        assert folder.parent == path.parent
-        assert names(folder) == []
-        (folder / "a.bin").write_bytes(b"whole")
+        assert (folder.parent, names(folder)) == (path.parent, [])
+        (folder / "a").write_bytes(b"old")
+        (folder / "b").write_bytes(b"old")
         assert not path.exists()
-    assert names(tmp_path) == ["checkpoints", "checkpoints/step_000001", "checkpoints/step_000001/a.bin"]
-
-
-def test_an_older_folder_is_replaced_wholly(tmp_path: Path) -> None:
-    path = tmp_path / "step_000001"
-    write_folder(path, a=b"old", b=b"old")
     with atomic_folder(path) as folder:
         (folder / "a").write_bytes(b"new")
         assert (path / "a").read_bytes() == b"old"
-    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert names(tmp_path) == ["checkpoints", "checkpoints/step_000001", "checkpoints/step_000001/a"]
     assert (path / "a").read_bytes() == b"new"
 
 
@@ -245,20 +223,6 @@ def test_a_left_over_temporary_folder_does_not_get_into_the_new_one(tmp_path: Pa
         write_folder(tmp_path / "step_000001", a=content)
         assert names(tmp_path / "step_000001") == ["a"]
     assert names(tmp_path) == ["step_000001", "step_000001/a"]
-
-
-def test_a_kill_while_a_folder_is_written_leaves_the_older_one(tmp_path: Path) -> None:
-    path = tmp_path / "step_000001"
-    write_folder(path, a=b"old")
-    code = """
-with files.atomic_folder(Path(sys.argv[1])) as folder:
-    (folder / "a").write_bytes(b"new")
-    os._exit(137)
-"""
-    assert run_process(code, path) == KILLED
-    sweep_temporaries(tmp_path)
-    assert names(tmp_path) == ["step_000001", "step_000001/a"]
-    assert (path / "a").read_bytes() == b"old"
 
 
 KILLED_WHILE_DELETING = """

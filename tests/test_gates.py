@@ -99,6 +99,12 @@ def test_small_angles_keep_their_digits() -> None:
     assert rotation(angles)[0, 0, 1].item() == pytest.approx(1e-6, rel=1e-6)
 
 
+def test_bfloat16_angles_are_turned_into_a_float32_rotation() -> None:
+    angles = random_angles(4, 0.5).bfloat16()
+    assert rotation(angles).dtype == torch.float32
+    assert torch.equal(rotation(angles), rotation(angles.float()))
+
+
 def test_gradient_of_the_rotation_is_that_of_the_matrix_exponential() -> None:
     angles = random_angles(3, 0.7, torch.float64).requires_grad_()
     weights = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

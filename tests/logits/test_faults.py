@@ -1,7 +1,6 @@
 """Faults of the disk and of the device: they cost files, never training, whose losses stay the same to the bit."""
 
 import shutil
-import sys
 import threading
 import time
 from pathlib import Path
@@ -68,24 +67,6 @@ def test_full_disk_pauses_saving_and_deletes_no_older_file(
     assert (saver.counters.saved, saver.counters.failed) == (5, 3)
     assert len(warnings_of(caplog)) == 1
     assert "step 3 is not saved (OSError: [Errno 28] No space left on device" in warnings_of(caplog)[0]
-
-
-def test_file_size_limit(tmp_path: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    if sys.platform == "win32":
-        pytest.skip("Windows limits no file's size")
-    import resource
-
-    saver = make_saver(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES // 2, hard))
-    try:
-        losses = train_losses(saver)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert losses == undisturbed
-    assert saver.metrics()["logits_failed"] == 8
-    assert list((tmp_path / "logits").iterdir()) == []
-    assert len(warnings_of(caplog)) == 1
 
 
 def test_folder_deleted_in_mid_run_comes_back(tmp_path: Path, undisturbed: list[float]) -> None:

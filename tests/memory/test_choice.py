@@ -51,13 +51,6 @@ def test_auto_takes_the_whole_step_at_once_where_it_fits_and_less_with_less_memo
         assert cost(rows * LONGEST, layers / LAYERS) <= 1.1 * cost(least * LONGEST, 0)
 
 
-def test_auto_recomputes_no_layer_that_would_have_fitted() -> None:
-    spec = spec_of()
-    rows, layers = chosen(spec, peak(spec, 1, 2))
-    assert (rows, layers) == (1, 2)
-    assert peak(spec, 1, 1) > peak(spec, 1, 2)
-
-
 def test_with_checkpointing_set_only_the_tokens_are_chosen() -> None:
     spec = spec_of(gradient_checkpointing=True)
     assert chosen(spec, round(1.05 * peak(spec, 3, LAYERS))) == (3, LAYERS)
