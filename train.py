@@ -31,19 +31,11 @@ from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_
 from so8t.config import Config, load_config
 from so8t.data import Batch, TrainingBatches, count, cut, derive_seed, fixed_rows, load_dataset, split, with_idle
 from so8t.evaluate import Probe, Validation, keep_evidence
-from so8t.logits import LogitsSaver, plan_logits
+from so8t.logits import LogitsSaver
 from so8t.losses import Tap, ce_sum, pet_sum
 from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, device_memory, plan_memory, shape_of
 from so8t.metrics import Metrics, write_run_file
-from so8t.model import (
-    Model,
-    causal_lm,
-    describe,
-    head,
-    hidden_states,
-    load_model,
-    trainable_parameters,
-)
+from so8t.model import Model, causal_lm, describe, head, hidden_states, load_model, trainable_parameters
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
 from so8t.packing import pack_rows
 from so8t.pretrained import load_model_config, load_tokenizer
@@ -115,11 +107,9 @@ def train(config: Config, process: parallel.Process) -> int:
         write_run_file(output_dir, device, total_steps, fingerprint)
     largest = BatchShape(rows_per_batch, dataset.longest, is_padded=rows_per_batch > 1)
     probe_shapes = tuple(map(shape_of, probe_batches))
-    probe_tokens = sum(shape.tokens for shape in probe_shapes)
-    logits_plan = plan_logits(config, model_config.vocab_size, largest.tokens, probe_tokens, process.world_size)
     step_rows = -(-data.rows_per_step // process.world_size)
     step_spec = StepSpec(
-        config, model_config, device.type, forward, logits_plan, largest, step_rows, probe_shapes, process.world_size
+        config, model_config, device.type, forward, largest, step_rows, probe_shapes, process.world_size
     )
     free, capacity = device_memory(device)
     plan = plan_memory(step_spec, free, capacity, resumed_tokens)

@@ -177,8 +177,7 @@ class Checkpoints:
         try:
             with atomic_folder(folder) as temporary:
                 save_model(model, tokenizer, temporary)
-                with atomic_write(temporary / CONFIG_FILE) as file:
-                    file.write(to_toml(self.config).encode())
+                (temporary / CONFIG_FILE).write_bytes(to_toml(self.config).encode())
                 with atomic_write(temporary / STATE_FILE) as file:
                     torch.save(state, file)
         except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise an error of their own

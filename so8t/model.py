@@ -9,11 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from so8t.config import InputError, ModelConfig, ModelSpec, QuantizationConfig
@@ -79,8 +75,8 @@ def adapt(model: PreTrainedModel, spec: ModelSpec, *, seed: int = 0, checkpoint:
         )
     if spec.so8t.enabled:  # after LoRA, so that base layer and adapter both get the rotated input
         attach_gates(model, spec.so8t.layer_indices, spec.so8t.init_scale, derive_seed(seed, "gates"))
-    if spec.so8t.enabled and checkpoint is not None:
-        load_gates(model, checkpoint / GATES_FILE)
+        if checkpoint is not None:
+            load_gates(model, checkpoint / GATES_FILE)
     return adapted
 
 
@@ -94,11 +90,11 @@ def apply_checkpointing(
     if mlp_tile:
         for layer in checkpointable_layers(model):
             tile_mlp(layer, mlp_tile)
-    if checkpointed_layers != 0:
+    if checkpointed_layers:
         # An 8-bit layer keeps its own input where non-reentrant checkpointing cannot drop it (1.06 MiB a token on
         # Phi-3.5), so that an 8-bit base takes the reentrant form; the gradients are equal to the bit.
         model.activation_checkpointing_enable({"use_reentrant": spec.quantization.load_in_8bit}, offload=offload)
-    if checkpointed_layers:  # the first ones, because the backward pass frees the last ones early anyway
+        # the first ones, because the backward pass frees the last ones early anyway
         for layer in checkpointable_layers(model)[checkpointed_layers:]:
             layer.gradient_checkpointing = False
 

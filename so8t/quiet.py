@@ -5,27 +5,15 @@ so8t/__init__.py calls `keep_chatter_out`, because bitsandbytes logs while it is
 
 import logging
 import warnings
-from collections.abc import Callable
-from typing import Any
-
-LOG_LINES = {  # logger name -> how the line begins
-    # logged on CPUs with AVX512-BF16; the missing kernel is for inference in a layout without gradients
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
-}
-FUTURE_WARNINGS = (
-    r"`is_gradient_checkpointing` is deprecated",  # peft 0.21 uses the old name with transformers 5
-)
 
 
 def keep_chatter_out() -> None:
-    for name, beginning in LOG_LINES.items():
-        logging.getLogger(name).addFilter(_without(beginning))
-    for message in FUTURE_WARNINGS:
-        warnings.filterwarnings("ignore", message, FutureWarning)
-
-
-def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
-    return lambda record: not str(record.msg).startswith(beginning)
+    # logged on CPUs with AVX512-BF16; the missing kernel is for inference in a layout without gradients
+    missing_kernel = "Failed to load CPU gemm_4bit_forward from kernels-community"
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(lambda record: not str(record.msg).startswith(missing_kernel))
+    # peft 0.21 uses the old name with transformers 5
+    warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def hide_bars() -> None:
@@ -35,7 +23,4 @@ def hide_bars() -> None:
     """
     from transformers.utils import logging as transformers_logging  # takes seconds, too long for `import so8t`
 
-    def no_bar(bar: Callable[..., Any], args: tuple[Any, ...], keys: dict[str, Any]) -> Any:
-        return transformers_logging.EmptyTqdm(*args, **keys)
-
-    transformers_logging.set_tqdm_hook(no_bar)
+    transformers_logging.set_tqdm_hook(lambda bar, args, keys: transformers_logging.EmptyTqdm(*args, **keys))

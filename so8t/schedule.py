@@ -2,11 +2,8 @@
 
 import math
 from fractions import Fraction
-from typing import Literal
 
 from so8t.config import PetConfig, TrainingConfig
-
-PetPhase = Literal["off", "exploration", "transition", "stabilization"]
 
 
 def lr_at(step: int, total_steps: int, training: TrainingConfig) -> float:
@@ -35,31 +32,20 @@ def lr_at(step: int, total_steps: int, training: TrainingConfig) -> float:
             return training.learning_rate * ((1 + math.cos(math.pi * progress)) / 2)
 
 
-def pet_phase_at(step: int, total_steps: int, pet: PetConfig) -> PetPhase:
-    """The PET phase of `step`, counted from 1 to `total_steps`; "off" if PET is not enabled.
+def pet_weight_at(step: int, total_steps: int, pet: PetConfig) -> float:
+    """The factor of PET in the loss of `step`, counted from 1 to `total_steps`; 0 if PET is not enabled.
 
     A phase ends with the last step that lies wholly inside its share of the run: with 100 steps and shares of
     0.2, 0.4 and 0.4, steps 1 to 20 are exploration, 21 to 60 transition, 61 to 100 stabilization.
     """
     if not pet.enabled:
-        return "off"
+        return 0.0
     exploration_end = _part(pet.exploration_ratio, total_steps)
     if step <= exploration_end:
-        return "exploration"
+        return pet.lambda_exploration
     if step <= exploration_end + _part(pet.transition_ratio, total_steps):
-        return "transition"
-    return "stabilization"
-
-
-def pet_weight_at(step: int, total_steps: int, pet: PetConfig) -> float:
-    """The factor of PET in the loss of `step`, counted from 1 to `total_steps`; 0 if PET is not enabled."""
-    weights: dict[PetPhase, float] = {
-        "off": 0.0,
-        "exploration": pet.lambda_exploration,
-        "transition": pet.lambda_transition,
-        "stabilization": pet.lambda_stabilization,
-    }
-    return weights[pet_phase_at(step, total_steps, pet)]
+        return pet.lambda_transition
+    return pet.lambda_stabilization
 
 
 def _part(ratio: float, total_steps: int) -> Fraction:

@@ -12,7 +12,7 @@ from torch import Tensor
 from so8t.config import TrainingConfig
 from so8t.data import Batch
 from so8t.logits import LogitsPlan, LogitsSaver
-from so8t.logits.writer import Kind, write_file
+from so8t.logits.writer import Kind
 from so8t.losses import NO_TARGET, Head, ce_sum
 
 VOCAB, HIDDEN = 97, 16
@@ -76,11 +76,9 @@ def make_plan(
     return LogitsPlan(settings(**keys), vocab, computed_in, max_tokens, probe_tokens)
 
 
-def make_saver(
-    output_dir: Path, write: Callable[[Path, dict[str, Any]], None] = write_file, **options: Any
-) -> LogitsSaver:
+def make_saver(output_dir: Path, **options: Any) -> LogitsSaver:
     """options: those of make_plan."""
-    return LogitsSaver(make_plan(**options), output_dir, write=write)
+    return LogitsSaver(make_plan(**options), output_dir)
 
 
 def disabled(output_dir: Path) -> LogitsSaver:
@@ -98,21 +96,21 @@ def capture(saver: LogitsSaver, step: int, case: Case, kind: Kind | None = None)
 def save_one(output_dir: Path, case: Case, **options: Any) -> dict[str, Any]:
     """The contents of the file that these settings make of the case, as a user loads it."""
     vocab, computed_in = len(case.head_weight), case.head_weight.dtype
-    saver = make_saver(output_dir, vocab=vocab, computed_in=computed_in, **options)
-    capture(saver, 1, case)
-    saver.after_step(1)
-    saver.close()
+    save_steps(make_saver(output_dir, vocab=vocab, computed_in=computed_in, **options), [1], case)
     (path,) = (output_dir / "logits").iterdir()
     contents: dict[str, Any] = torch.load(path)
     return contents
 
 
-def save_steps(saver: LogitsSaver, steps: Iterable[int]) -> None:
-    """Save the same batch at each of these steps that is due."""
-    case = make_case()
+def save_step(saver: LogitsSaver, step: int, case: Case | None = None) -> None:
+    capture(saver, step, case or make_case())
+    saver.after_step(step)
+
+
+def save_steps(saver: LogitsSaver, steps: Iterable[int], case: Case | None = None) -> None:
+    """Save the same batch at each of these steps that is due, and close the saver."""
     for step in filter(saver.is_due, steps):
-        capture(saver, step, case)
-        saver.after_step(step)
+        save_step(saver, step, case)
     saver.close()
 
 
@@ -121,9 +119,8 @@ def train_losses(
 ) -> list[float]:
     """Train a tiny model, with dropout, by train.py's own `forward`; returns the loss of every step."""
     # here, because they take seconds that the tests of rotation need not wait for
+    from memory_cases import take_step
     from transformers import Phi3Config, Phi3ForCausalLM
-
-    import train
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 16, "num_attention_heads": 2}
@@ -137,14 +134,7 @@ def train_losses(
     try:
         for step in range(1, steps + 1):
             before_step(step)
-            batch = make_batch(seed=step)
-            tap = saver.tap(step, 0, batch)
-            share, parts = train.forward(model, batch, NO_AUTOCAST, batch.num_targets, 20, 0.1, 0.0, tap)
-            torch.autograd.backward(share)
-            optimizer.step()
-            optimizer.zero_grad()
-            saver.after_step(step)
-            losses.append(float(parts[0]))
+            losses.append(take_step(model, [make_batch(seed=step)], optimizer, saver, step, NO_AUTOCAST))
     finally:
         saver.close()
     return losses

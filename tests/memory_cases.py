@@ -13,27 +13,18 @@ from torch.nn.utils import clip_grad_norm_
 import train
 from so8t.config import Config
 from so8t.data import Batch
-from so8t.logits import LogitsSaver, plan_logits
+from so8t.logits import LogitsSaver
 from so8t.memory import BatchShape, StepSpec
 from so8t.memory.live_bytes import LiveBytes
 from so8t.model import Model, trainable_parameters
 from so8t.pretrained import load_model_config
 
 
-def step_spec(
-    config: Config,
-    micro_batch: BatchShape,
-    device_type: str = "cpu",
-    *,
-    model_config: Any = None,
-    probe: tuple[BatchShape, ...] = (),
-) -> StepSpec:
+def step_spec(config: Config, micro_batch: BatchShape, device_type: str = "cpu", model_config: Any = None) -> StepSpec:
     """What train.py plans with, for the model of this config or for `model_config`."""
     model_config = model_config or load_model_config(config.model)
-    probe_tokens = sum(shape.tokens for shape in probe)
-    logits = plan_logits(config, model_config.vocab_size, micro_batch.tokens, probe_tokens)
     rows = micro_batch.rows * config.training.gradient_accumulation_steps
-    return StepSpec(config, model_config, device_type, train.forward, logits, micro_batch, rows, probe)
+    return StepSpec(config, model_config, device_type, train.forward, micro_batch, rows)
 
 
 @contextmanager
@@ -55,17 +46,18 @@ def take_step(
     step: int,
     autocast: torch.autocast,
     pet_weight: float = 0.1,
-) -> None:
-    """One step of a real model by train.py's `forward`."""
+) -> float:
+    """One step of a real model by train.py's `forward`; returns the loss of its last micro-batch."""
     for batch in micro_batches:
         tap = saver.tap(step, 0, batch) if batch is micro_batches[-1] else None
-        share, _ = train.forward(model, batch, autocast, 1, 1, pet_weight, 0.0, tap)
+        share, parts = train.forward(model, batch, autocast, 1, 1, pet_weight, 0.0, tap)
         torch.autograd.backward(share)
         del share
     clip_grad_norm_(trainable_parameters(model), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     saver.after_step(step)
+    return float(parts[0])
 
 
 class PeakBytes(LiveBytes):  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
 """Families of models, as tiny random ones: planned, trained and exported right, or refused in a sentence."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
+from so8t.export.check import compute
 from so8t.export.merge import merge
 from so8t.gates import state_without_gates
 from so8t.losses import ce_sum
@@ -194,6 +196,17 @@ def test_a_model_that_lets_rows_see_each_other_is_found_out(tmp_path: Path) -> N
     attention.register_forward_hook(lambda module, args, output: (output[0] + output[0].cumsum(1), output[1]))
     assert not pack_rows(model, 20)
     assert not takes_packed_rows(model)
+
+
+@pytest.mark.parametrize("name", ["GPT-OSS", "Phi-3, 3.5, 4", "Qwen 3 MoE"])
+def test_the_check_of_an_export_rounds_neither_gates_nor_adapters_of_a_16_bit_base(tmp_path: Path, name: str) -> None:
+    spec = spec_of(tmp_path, *FAMILIES[name])  # an attention of GPT-OSS has weights of its own beside its gate
+    model = load_model(replace(spec, model=replace(spec.model, dtype="bfloat16")), CPU, seed=0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    compute(model, [make_batch((20, 9)), make_batch((7, 3))])
+    head(model).weight.data = head(model).weight.data.bfloat16()  # it alone stays in float32
+    for name, parameter in model.named_parameters():
+        assert_close(parameter, before[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("kind", "sizes"), REFUSED.values(), ids=REFUSED)

@@ -157,14 +157,8 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = [re.sub(r"\d{8}_\d{6}", "TIME", name) for name in files]
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
-    adapter |= {
-        "generation_config.json",
-        "config.toml",
-        "so8t_gates.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "training_state.pt",
-    }
+    adapter |= {"generation_config.json", "config.toml", "so8t_gates.safetensors", "training_state.pt"}
+    adapter |= {"tokenizer.json", "tokenizer_config.json"}
     expected = {f"checkpoints/step_{step:06d}/{name}" for step in (8, 9) for name in adapter}
     expected |= {f"logits/logits_step_{step}_epoch_{(step - 1) // 3}_TIME.pt" for step in (6, 8)}
     arrays = {"input_ids", "sections", "offsets", "sample_ids", "times_an_epoch", "was_cut", "files", "lines"}
@@ -234,12 +228,7 @@ def test_micro_batches_of_any_size_make_the_same_step(run: Run) -> None:
     runs = []
     for rows, accumulation in ((4, 1), (2, 2), (1, 4)):
         sizes = f"training.per_device_train_batch_size={rows}", f"training.gradient_accumulation_steps={accumulation}"
-        options = (
-            "qlora.lora_dropout=0.0",
-            'training.optim="adamw"',
-            "training.save_logits=false",
-            "training.max_steps=4",
-        )
+        options = "qlora.lora_dropout=0.0", "training.optim=adamw", "training.save_logits=false", "training.max_steps=4"
         runs.append(series(run(f"run_{rows}", *sizes, *options), "loss", "pet", "grad_norm", "num_targets"))
     for other in runs[1:]:
         for expected, found in zip(runs[0], other, strict=True):
@@ -276,26 +265,23 @@ def test_validation_is_the_mean_over_all_tokens_and_logged_when_due(run: Run, tm
     assert records[1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_probe_file_holds_the_fixed_rows_beside_the_training_batch(run: Run, tmp_path: Path) -> None:
-    probe = tmp_path / "probe.jsonl"
-    copy_rows(probe, 20, 23)
-    folder = run("run", f"training.save_logits_probe={probe}", "training.max_steps=4")
+def test_probe_file_holds_the_fixed_rows_and_belongs_to_the_checkpoint_of_its_step(
+    run: Run, base: Path, tmp_path: Path
+) -> None:
+    copy_rows(tmp_path / "probe.jsonl", 20, 23)
+    folder = run(
+        "run", f"training.save_logits_probe={tmp_path / 'probe.jsonl'}", "training.max_steps=4", "so8t.enabled=false"
+    )
     records = [record for record in read_logits(folder / "logits") if record.kind == "probe"]
     assert [record.step for record in records] == [2, 4]
     assert torch.equal(records[0].input_ids, records[1].input_ids)
     assert len(records[0].input_ids) == 3
-    assert not torch.equal(records[0].contents["logits"], records[1].contents["logits"])
-
-
-def test_probe_file_of_a_step_belongs_to_the_checkpoint_of_that_step(run: Run, base: Path, tmp_path: Path) -> None:
-    copy_rows(tmp_path / "probe.jsonl", 20, 21)
-    folder = run(
-        "run", f"training.save_logits_probe={tmp_path / 'probe.jsonl'}", "training.max_steps=2", "so8t.enabled=false"
-    )
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(checkpoint_of(folder)))
-    (record,) = (record for record in read_logits(folder / "logits") if record.kind == "probe")
-    expected = plain_logits(model, record.input_ids[0], record.input_ids.shape[1])
-    torch.testing.assert_close(record.contents["logits"][0], expected, rtol=1e-4, atol=1e-5)
+    for record, checkpoint in zip(records, sorted((folder / "checkpoints").iterdir()), strict=True):
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(checkpoint))
+        for row, (input_ids, sections) in enumerate(zip(record.input_ids, record.sections, strict=True)):
+            expected = plain_logits(model, input_ids, int((sections != 0).sum()))
+            found = record.contents["logits"][row, : len(expected)]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- stopping and resuming
@@ -393,7 +379,9 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_to_the_bit(
     "options",
     [
         ("training.fp16=true",),
-        pytest.param(("qlora.enabled=false", 'training.lr_scheduler_type="linear"'), marks=pytest.mark.disk),
+        pytest.param(
+            ("qlora.enabled=false", "training.optim=adamw", "training.lr_scheduler_type=linear"), marks=pytest.mark.disk
+        ),
         ("quantization.load_in_4bit=true", 'training.optim="paged_adamw_8bit"', "training.gradient_checkpointing=true"),
         ("quantization.load_in_8bit=true", "training.gradient_checkpointing=true", "pet.huber_delta=0.1"),
     ],
@@ -431,7 +419,7 @@ def test_step_that_is_not_finite_stops_before_the_weights_and_leaves_evidence(
         "training.learning_rate=1e18",
         "training.save_steps=1",
         "training.warmup_ratio=0.0",
-        'training.optim="adamw"',
+        "training.optim=adamw",
     )
     folder = run("run", *options, "training.save_logits_steps=1000", exit_code=1)
     message = capsys.readouterr().err.splitlines()[-1]
@@ -527,16 +515,6 @@ def test_resuming_what_would_alter_the_result_is_refused(
     assert len(read_metrics(four_steps / "metrics.jsonl")) == 4
 
 
-def test_resuming_with_other_rows_in_the_same_file_is_refused(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run("run", "training.max_steps=2")
-    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "rows.jsonl").write_text("\n".join([rows[1], rows[0], *rows[2:]]), encoding="utf-8")
-    run("run", "training.max_steps=2", exit_code=2)
-    assert "the rows have changed" in capsys.readouterr().err
-
-
 # ---- the files of the repository
 
 
@@ -593,9 +571,3 @@ def test_the_loss_formula_stands_once_in_train_py() -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in (Path("train.py"), *Path("so8t").rglob("*.py"))}
     assert [str(path) for path, text in texts.items() if "pet_weight *" in text] == ["train.py"]
     assert texts[Path("train.py")].count("pet_weight *") == 1
-
-
-def test_metrics_lines_are_plain_json(four_steps: Path) -> None:
-    lines = (four_steps / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
-    assert [record["step"] for record in records] == [1, 2, 3, 4]

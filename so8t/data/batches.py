@@ -33,11 +33,11 @@ class Batch:
         """[batch, seq] the targets in Hugging Face's convention: labels[:, t] belongs to input_ids[:, t]."""
         return torch.nn.functional.pad(self.targets[:, :-1], (1, 0), value=NO_TARGET)
 
-    @property
+    @cached_property  # the step counts with it, then the model packs with it
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
-        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
-        return [int(length) for length in mask.sum(dim=1)]
+        rows, length = self.input_ids.shape
+        return [length] * rows if self.attention_mask is None else self.attention_mask.sum(dim=1).tolist()
 
     @property
     def num_targets(self) -> int:

@@ -1,7 +1,9 @@
 """Checks an exported model against the live one: both run on the same rows, in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,33 +60,36 @@ def ends_in_stop(batch: Batch, model: PreTrainedModel) -> bool:
 
 def compute(model: Model, batches: Sequence[Batch]) -> Outputs:
     """Score the rows, one a batch."""
-    multiply_in_float32(causal_lm(model))
-    scores = list(score(model, batches, torch.autocast(causal_lm(model).device.type, enabled=False)))
+    with multiplied_in_float32(causal_lm(model)):
+        scores = list(score(model, batches, torch.autocast(causal_lm(model).device.type, enabled=False)))
     nll = torch.stack([ce for _, _, ce in scores]).sum().item() / sum(batch.num_targets for batch in batches)
     weight = head(model).weight.detach()  # merging casts the parameter
     return Outputs([hidden[0] for _, hidden, _ in scores], replace(head(model), weight=weight), nll)
 
 
-def multiply_in_float32(model: PreTrainedModel) -> None:
+@contextmanager
+def multiplied_in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Cast each module's weights up while it runs, and back afterwards, so that no second model is needed.
 
     The rounding of 16-bit arithmetic would hide what the check looks for, and most CPUs only emulate it, slowly.
     """
-    dtype = model.dtype
-    if dtype == torch.float32:
-        return
+    dtype, hooks = model.dtype, []
 
-    def cast_up(module: nn.Module, args: Any) -> None:
-        module.float()
+    def cast(parameters: list[nn.Parameter], to: torch.dtype, *_: Any) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(to)
 
-    def cast_back(module: nn.Module, args: Any, output: Any) -> None:
-        module.to(dtype)
-
-    model.get_output_embeddings().float()  # only its weight is used, so no hook of it would run
-    for module in model.modules():
-        if any(parameter.dtype == dtype for parameter in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(cast_up)
-            module.register_forward_hook(cast_back)
+    if dtype != torch.float32:
+        model.get_output_embeddings().float()  # only its weight is used, so no hook of it would run
+        for module in model.modules():
+            # not those of its children, such as gates and adapters, which are float32: casting back would round them
+            own = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype == dtype]
+            if own:
+                hooks.append(module.register_forward_pre_hook(partial(cast, own, torch.float32)))
+                hooks.append(module.register_forward_hook(partial(cast, own, dtype)))
+    yield
+    for hook in hooks:  # they hold weights that merging replaces
+        hook.remove()
 
 
 @torch.no_grad()

@@ -84,7 +84,12 @@ class LogitsFolder:
             size += file.path.stat().st_size
             if 0 < self._max_files < len(steps) or 0 < self._max_bytes < size:
                 doomed.append(file)
-        errors = [error for error in map(_delete, doomed) if error is not None]
+        errors = []
+        for file in doomed:
+            try:
+                file.path.unlink()
+            except OSError as error:
+                errors.append(error)
         if errors:
             raise errors[0]
 
@@ -93,12 +98,3 @@ class LogitsFolder:
 
     def _is_kept(self, file: LogitsFile) -> bool:
         return self._kept_steps > 0 and file.step % self._kept_steps == 0
-
-
-def _delete(file: LogitsFile) -> OSError | None:
-    """Delete the file; returns the error if that failed."""
-    try:
-        file.path.unlink()
-    except OSError as error:
-        return error
-    return None

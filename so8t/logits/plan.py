@@ -8,7 +8,7 @@ import torch
 
 from so8t.config import Config, InputError, TrainingConfig
 from so8t.logits.folder import list_files
-from so8t.logits.record import Layout, head_computes_in, position_bytes, position_layout
+from so8t.logits.record import Layout, position_bytes, position_layout
 from so8t.text import GIB, size_of
 
 BUFFERS = 2  # of each kind of file: one is filled while the other is written
@@ -84,9 +84,10 @@ def plan_logits(
     config: Config, vocab_size: int, max_tokens: int, probe_tokens: int = 0, world_size: int = 1
 ) -> LogitsPlan:
     """max_tokens: of a micro-batch, padding included; probe_tokens: of all rows of the probe together."""
-    computed_in = head_computes_in(config.training, config.model.dtype)
-    ranks = world_size if config.training.save_logits_ranks == "all" else 1
-    return LogitsPlan(config.training, vocab_size, computed_in, max_tokens, probe_tokens, ranks)
+    training = config.training
+    computed_in = "float16" if training.fp16 else "bfloat16" if training.bf16 else config.model.dtype
+    ranks = world_size if training.save_logits_ranks == "all" else 1
+    return LogitsPlan(training, vocab_size, getattr(torch, computed_in), max_tokens, probe_tokens, ranks)
 
 
 def _free_bytes(folder: Path) -> int:

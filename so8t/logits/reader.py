@@ -79,13 +79,6 @@ class LogitsRecord:
         """[B, T] int32: the likeliest token."""
         return self._on_grid(self.contents["top1_id"])
 
-    @property
-    def top1_logprob(self) -> Tensor:
-        """[B, T] float32: its log-probability."""
-        if self.form == "topk":
-            return self._on_grid(self.contents["topk_logprobs"][..., 0].float())
-        return self._on_grid(self.contents["top1_logprob"])
-
     @cached_property
     def target_positions(self) -> Tensor:
         """[N, 2] int64: (row, t) of the positions that have a target, row by row."""

@@ -65,14 +65,6 @@ def position_layout(training: TrainingConfig, vocab_size: int, computed_in: torc
     return layout
 
 
-def head_computes_in(training: TrainingConfig, dtype: str) -> torch.dtype:
-    """The dtype in which the head will multiply in this training; dtype: of the weights."""
-    if training.fp16 or training.bf16:
-        return torch.float16 if training.fp16 else torch.bfloat16
-    weights: torch.dtype = getattr(torch, dtype)
-    return weights
-
-
 def position_bytes(layout: Layout) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
 
@@ -126,10 +118,13 @@ def is_consistent(contents: dict[str, Any], computed_in: torch.dtype) -> bool:
     four standard deviations of their mean are within 4 / sqrt(N) of that. In float32, where sums in another order are
     what differs, eps counts as 1e-4.
     """
-    targets = at_positions(contents, shift(contents["labels"])).flatten()
+    targets = shift(contents["labels"]).flatten()
     rows = (targets != NO_TARGET).nonzero().squeeze(1)
     if not len(rows):
         return True
+    targets = targets[rows]
+    if "positions" in contents:  # which are these rows, and no others
+        rows = torch.arange(len(rows))
     names = ("label_logprob", "logsumexp", "entropy")
     label_logprob, logsumexp, entropy = (contents[name].flatten()[rows] for name in names)
     eps = max(torch.finfo(computed_in).eps, 1e-4)
@@ -137,8 +132,8 @@ def is_consistent(contents: dict[str, Any], computed_in: torch.dtype) -> bool:
     if "logits" in contents:
         logits = contents["logits"].flatten(0, -2)
         eps = max(eps, torch.finfo(logits.dtype).eps)
-        chunks = (rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE))
-        sums = (F.cross_entropy(logits[chunk].float(), targets[chunk], reduction="sum") for chunk in chunks)
+        chunks = zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
+        sums = (F.cross_entropy(logits[chunk].float(), labels, reduction="sum") for chunk, labels in chunks)
         nll = sum(map(float, sums)) / len(rows)
     loss = float(contents["loss"])
     if not (math.isfinite(loss) and math.isfinite(nll)):
@@ -150,11 +145,3 @@ def is_consistent(contents: dict[str, Any], computed_in: torch.dtype) -> bool:
 def shift(labels: Tensor) -> Tensor:
     """Labels [B, T] -> targets [B, T]: what each position predicts, -100 = nothing."""
     return F.pad(labels[:, 1:], (0, 1), value=NO_TARGET)
-
-
-def at_positions(contents: dict[str, Any], grid: Tensor) -> Tensor:
-    """The entries of a [B, T] tensor that belong to the file's positions."""
-    if "positions" not in contents:
-        return grid
-    row, t = contents["positions"].unbind(1)
-    return grid[row, t]

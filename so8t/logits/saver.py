@@ -9,11 +9,10 @@ seconds, then drops the file. A failure, such as a full disk, is one warning and
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from so8t.data import Batch
 from so8t.logits.folder import LogitsFolder
 from so8t.logits.plan import LogitsPlan
 from so8t.logits.score import HostTransfer, Scorer
-from so8t.logits.writer import Kind, Record, SaverCounters, Writer, write_file
+from so8t.logits.writer import Kind, Record, SaverCounters, Writer
 from so8t.losses import NO_TARGET, Head
 
 FLUSH_SECONDS = 30.0  # how long flush() and close() wait for the writer
@@ -31,14 +30,8 @@ FLUSH_SECONDS = 30.0  # how long flush() and close() wait for the writer
 class LogitsSaver:
     """Saves the logits of every due step's last micro-batch. When disabled, each call returns at once."""
 
-    def __init__(
-        self,
-        plan: LogitsPlan,
-        output_dir: Path,
-        rank: int = 0,
-        write: Callable[[Path, dict[str, Any]], None] = write_file,
-    ) -> None:
-        """plan: sizes the buffers, which are allocated when first needed; write: puts a file's contents on the disk.
+    def __init__(self, plan: LogitsPlan, output_dir: Path, rank: int = 0) -> None:
+        """plan: sizes the buffers, which are allocated when first needed.
 
         A micro-batch longer than planned makes its buffer grow; a probe must keep within its number of tokens.
         """
@@ -46,11 +39,9 @@ class LogitsSaver:
         self.counters = SaverCounters()
         self.plan = plan
         self._folder = LogitsFolder(output_dir / plan.training.save_logits_dir, plan.training, rank, plan.ranks)
-        self._write = write
-        self._writer: Writer | None = None  # started when first needed, like the transfer
-        self._transfer: HostTransfer | None = None
+        self._writer = Writer(plan, self._folder, self.counters)  # its thread starts with the first file
+        self._transfer: HostTransfer | None = None  # made when the device is known
         self._records: dict[Kind, Record] = {}  # of the step under way
-        self._buffer_bytes: dict[int, int] = {}  # id of a buffer -> its bytes
         self._lost_probe = 0  # the last step whose probe was dropped, or failed
         if self.enabled:
             try:
@@ -61,7 +52,7 @@ class LogitsSaver:
     @property
     def host_bytes(self) -> int:
         """Size of the buffers that logits have waited in."""
-        return sum(self._buffer_bytes.values())
+        return self._writer.host_bytes
 
     def is_due(self, step: int) -> bool:
         return self.enabled and self.plan.is_due(step)
@@ -82,7 +73,7 @@ class LogitsSaver:
     def after_step(self, step: int) -> None:
         """Hand this step's records to the writer thread; an incomplete one is given up."""
         for kind, record in list(self._records.items()):
-            if self._writer is not None and record.step == step and record.scorer is None:
+            if record.step == step and record.scorer is None:
                 self._writer.submit(self._records.pop(kind))
             else:
                 self.give_up(kind, record.step)
@@ -92,7 +83,7 @@ class LogitsSaver:
 
         Call it before a checkpoint is written: a run that resumes from it does not save the steps before it again.
         """
-        if self._writer is not None:
+        if self.enabled:
             start = time.perf_counter()
             self._writer.flush(timeout)
             self.counters.waited(time.perf_counter() - start)
@@ -100,9 +91,7 @@ class LogitsSaver:
     def close(self, timeout: float = FLUSH_SECONDS) -> None:
         """Wait for the files handed over so far, `timeout` seconds at most. Nothing is saved afterwards."""
         self.enabled = False
-        if self._writer is not None:
-            self._writer.close(timeout)
-            self._writer = None
+        self._writer.close(timeout)
 
     def metrics(self) -> dict[str, float]:
         """For metrics.jsonl: logits_saved, logits_dropped and logits_failed, counted in files since the start.
@@ -153,16 +142,13 @@ class LogitsSaver:
     def give_up(self, kind: Kind, step: int) -> None:
         """The file of this step is lost: its buffer is free again."""
         record = self._records.pop(kind, None)
-        if record is not None and self._writer is not None:
+        if record is not None:
             self._writer.give_back(record)
         if kind == "probe":
             self._lost_probe = step
 
     def _new_record(self, kind: Kind, step: int, epoch: int, batch: Batch, device: torch.device) -> Record | None:
-        old = self._records.pop(kind, None)
-        if self._writer is None:
-            self._writer = Writer(self.plan, self._folder, self.counters, self._write)
-        if old is not None:
+        if (old := self._records.pop(kind, None)) is not None:
             self._writer.give_back(old)
         start = time.perf_counter()
         buffer = self._writer.take_buffer(kind)
@@ -175,8 +161,7 @@ class LogitsSaver:
         record = Record(kind, step, epoch, datetime.now().strftime("%Y%m%d_%H%M%S"), buffer)
         self._records[kind] = record  # before the buffer grows, so that a failure there gives it back
         planned = self.plan.probe_tokens if kind == "probe" else self.plan.max_tokens
-        buffer.fit(self.plan.layout, max(batch.targets.numel(), planned), pinned=device.type != "cpu")
-        self._buffer_bytes[id(buffer)] = buffer.nbytes
+        buffer.fit(max(batch.targets.numel(), planned), pinned=device.type != "cpu")
         return record
 
 

@@ -19,8 +19,8 @@ BLOCK = 256  # logits, at most, in which the largest one is looked for
 class HostBuffer:
     """Memory for all tensors of a record, reused by the next one; pinned where a GPU copies into it."""
 
-    def __init__(self) -> None:
-        self._layout: Layout = {}
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._positions = 0
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
@@ -28,14 +28,17 @@ class HostBuffer:
     def nbytes(self) -> int:
         return self._bytes.nbytes
 
-    def fit(self, layout: Layout, positions: int, pinned: bool) -> None:
-        """Grow to `positions` of this layout, if there is less room."""
-        if layout == self._layout and positions <= self._positions:
+    def fit(self, positions: int, pinned: bool) -> None:
+        """Grow to so many positions, if there is less room."""
+        if positions <= self._positions:
             return
-        self._positions = 0
+        self._positions, size = 0, positions * position_bytes(self._layout)
         self._bytes = torch.empty(0, dtype=torch.uint8)  # free the old one before the new one is made
-        self._bytes = _host_memory(positions * position_bytes(layout), pinned)
-        self._layout, self._positions = layout, positions
+        if pinned:
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        else:  # by numpy, so that it is not counted among a step's tensors
+            self._bytes = torch.from_numpy(np.empty(size, np.uint8))
+        self._positions = positions
 
     def tensors(self, start: int, end: int) -> dict[str, Tensor]:
         """The values of the positions from `start` to `end`, [end - start, ...] each.
@@ -55,13 +58,6 @@ class HostBuffer:
             tensors[name] = tensor.view(end - start, *shape)
             offset += self._positions * width * dtype.itemsize
         return tensors
-
-
-def _host_memory(size: int, pinned: bool) -> Tensor:
-    """Allocated by torch if they must be pinned, else by numpy, so that they are not counted among a step's tensors."""
-    return (
-        torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else torch.from_numpy(np.empty(size, np.uint8))
-    )
 
 
 class HostTransfer:

@@ -4,7 +4,6 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -106,25 +105,23 @@ def write_file(path: Path, contents: dict[str, Any]) -> None:
 class Writer:
     """One daemon thread, its queue, and the pool of buffers that bounds the queue."""
 
-    def __init__(
-        self,
-        plan: LogitsPlan,
-        folder: LogitsFolder,
-        counters: SaverCounters,
-        write: Callable[[Path, dict[str, Any]], None],
-    ) -> None:
+    def __init__(self, plan: LogitsPlan, folder: LogitsFolder, counters: SaverCounters) -> None:
         self._plan = plan
         self._folder = folder
         self._counters = counters
-        self._write = write
         self._queue: SimpleQueue[Record | threading.Event | None] = SimpleQueue()  # an event is set in its turn
         self._submitted = self._done = 0
         self._free: dict[Kind, SimpleQueue[HostBuffer]] = {"logits": SimpleQueue(), "probe": SimpleQueue()}
-        for pool in self._free.values():
-            for _ in range(BUFFERS):
-                pool.put(HostBuffer())
+        pools = BUFFERS * list(self._free.values())
+        self._buffers = [HostBuffer(plan.layout) for _ in pools]
+        for pool, buffer in zip(pools, self._buffers, strict=True):
+            pool.put(buffer)
         self._thread = threading.Thread(target=self._run, name="so8t-logits", daemon=True)
-        self._thread.start()
+
+    @property
+    def host_bytes(self) -> int:
+        """Size of the buffers so far: one grows when it is first needed."""
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def take_buffer(self, kind: Kind) -> HostBuffer | None:
         """A free buffer, or None if none comes free within save_logits_max_wait seconds."""
@@ -137,21 +134,24 @@ class Writer:
         self._free[record.kind].put(record.buffer)
 
     def submit(self, record: Record) -> None:
+        if not self._submitted:
+            self._thread.start()
         self._submitted += 1
         self._queue.put(record)
 
     def flush(self, timeout: float) -> int:
         """Wait until all submitted so far is done, `timeout` seconds at most; returns how much is left."""
-        all_done = threading.Event()
-        self._queue.put(all_done)
-        all_done.wait(timeout)
+        if self._submitted > self._done:
+            all_done = threading.Event()
+            self._queue.put(all_done)
+            all_done.wait(timeout)
         return self._submitted - self._done
 
     def close(self, timeout: float) -> None:
         """Flush and end the thread; files that are not written in time count as dropped."""
         left = self.flush(timeout)
         self._queue.put(None)
-        if not left:  # a thread that still frees tensors while Python shuts down aborts the process
+        if self._submitted and not left:  # a thread that still frees tensors while Python shuts down aborts the process
             self._thread.join()
         for _ in range(left):
             self._counters.file_dropped(f"{left} files were not written within {timeout:g} s of the end and are lost")
@@ -171,7 +171,7 @@ class Writer:
         start = time.perf_counter()
         file = self._folder.file(record.kind, record.step, record.epoch, record.timestamp)
         try:
-            self._write(file.path, self._contents(record))
+            write_file(file.path, self._contents(record))
             size = file.path.stat().st_size
         except Exception as error:
             self._counters.file_failed(record.step, error)

@@ -57,7 +57,7 @@ def with_tokens(spec: StepSpec, tokens: int) -> StepSpec:
     rows = min(-(-tokens // longest), spec.rows)
     length = min(longest, max(tokens // rows, 1)) if rows > 1 else longest
     shape = BatchShape(rows, length, is_padded=rows > 1)
-    return replace(spec, micro_batch=shape, logits=replace(spec.logits, max_tokens=shape.tokens))
+    return replace(spec, micro_batch=shape)
 
 
 def _rows(spec: StepSpec, budget: int) -> int:

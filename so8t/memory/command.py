@@ -22,9 +22,7 @@ LARGEST_GIB = 100_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m so8t.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("python -m so8t.memory", __doc__)
     cli.add_config(parser)
     parser.add_argument("--gpu-memory-gib", type=_gib, help="plan for a GPU with so much memory, not for this machine")
     parser.add_argument("--nproc", type=_ranks, default=1, help="plan for the first of so many ranks, each on its GPU")
@@ -52,7 +50,6 @@ def _plan(options: argparse.Namespace) -> int:
     # imported here, because they take seconds that --help should not wait for
     import torch
 
-    from so8t.logits import plan_logits
     from so8t.memory.plan import CONTEXT_BYTES, device_memory, plan_memory
     from so8t.memory.step import BatchShape, StepSpec
     from so8t.pretrained import load_model_config
@@ -71,9 +68,8 @@ def _plan(options: argparse.Namespace) -> int:
         _, capacity = device_memory(torch.device("cuda"))
     rows = config.training.per_device_train_batch_size
     shape = BatchShape(rows, config.data.max_seq_length, is_padded=rows > 1)
-    logits = plan_logits(config, model_config.vocab_size, shape.tokens)
     step_rows = rows * config.training.gradient_accumulation_steps
-    spec = StepSpec(config, model_config, device_type, _forward, logits, shape, step_rows, world_size=options.nproc)
+    spec = StepSpec(config, model_config, device_type, _forward, shape, step_rows, world_size=options.nproc)
     free = None if capacity is None else capacity - CONTEXT_BYTES
     with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):
         plan = plan_memory(spec, free, capacity)

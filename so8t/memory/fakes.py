@@ -6,8 +6,9 @@ a comment at each says what breaks when that library moves it.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -31,7 +32,7 @@ STATE_BLOCK = 256  # values of an 8-bit state that share one float32 scale
 class FakeBatch(Batch):
     """A batch without data: every position is a target, and in the worst case none is padding."""
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         rows, length = self.input_ids.shape
         return [length] * rows
@@ -69,7 +70,11 @@ def fake_model(
     with ExitStack() as stack:
         if device_type != "cpu":
             if spec.quantization.load_in_8bit:
-                stack.enter_context(_products_in_8_bits())
+                from bitsandbytes.autograd import _functions
+
+                # its layers take another code path on a CPU.
+                # Breaks with bitsandbytes: AttributeError here, or the activations of 8-bit layers are counted twice.
+                stack.enter_context(mock.patch.object(_functions, "MatMul8bitFp", _functions.MatMul8bitLt))
             # peft asks whether autocast is on without naming a device, which means the GPU's; the trace has the CPU's.
             # Breaks with peft: a float32 copy of every LoRA input is counted that a GPU never makes.
             enabled = torch.is_autocast_enabled
@@ -113,16 +118,6 @@ class _LeaveTheDevice(saved_tensors_hooks):
         super().__init__(
             lambda tensor: (tensor.shape, tensor.dtype), lambda saved: torch.empty(*saved[:1], dtype=saved[1])
         )
-
-
-def _products_in_8_bits() -> AbstractContextManager[Any]:
-    """8-bit layers take another code path on a CPU.
-
-    Breaks with bitsandbytes: AttributeError here, or the activations of 8-bit layers are counted twice.
-    """
-    from bitsandbytes.autograd import _functions
-
-    return mock.patch.object(_functions, "MatMul8bitFp", _functions.MatMul8bitLt)
 
 
 def _dropout_as_on_a_gpu(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

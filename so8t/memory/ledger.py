@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from so8t import driver
 from so8t.checkpoint import checkpoint_folders
 from so8t.data import Batch
 from so8t.files import atomic_write
+from so8t.memory.cache import traced
 from so8t.memory.live_bytes import LiveBytes, Phase
 from so8t.memory.plan import Plan
 from so8t.memory.process import peak_process_bytes
@@ -111,13 +113,13 @@ class MemoryLedger:
         plan, shape = self._plan, self._largest
         held = held_bytes(self._model, self._optimizer.state.values())
         measured = Trace(held, self._phases, plan.trace.num_parameters)
-        predicted = plan.trace if shape == plan.spec.micro_batch else plan.traced_for(shape)
+        predicted = traced(replace(plan.spec, micro_batch=shape), plan.choice.checkpointed_layers)
         rows = _side_by_side(*(ledger_rows(trace, plan.spec.accumulates) for trace in (predicted, measured)))
-        phases = _side_by_side(_peaks(predicted), _peaks(measured))
+        phases = _side_by_side(predicted.peaks, measured.peaks)
         phases = [phase for phase in phases if phase["measured_bytes"] is not None]
         peak = {"predicted_bytes": predicted.peak, "measured_bytes": measured.peak}
-        on_host = _side_by_side({"logits buffers": plan.spec.logits.host_bytes}, {"logits buffers": logits_buffers})
-        on_host = [row for row in on_host if row["predicted_bytes"] or row["measured_bytes"]]
+        buffers = plan.spec.logits.host_bytes
+        on_host = _side_by_side({"logits buffers": buffers}, {"logits buffers": logits_buffers}) if buffers else []
         record = {
             "rows": [row | {"where": "device"} for row in rows] + [row | {"where": "host"} for row in on_host],
             "moments": phases,
@@ -173,10 +175,6 @@ class MemoryLedger:
             f'out of memory in step {self._step}, after the mark "{self._last_mark}"; {kept} ({reason})\n'
             f"{self._plan.table()}\nwhat would make the peak smaller:\n{self._plan.advice()}"
         )
-
-
-def _peaks(trace: Trace) -> dict[str, int]:
-    return {name: phase.peak for name, phase in trace.phases.items()}
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -62,10 +62,6 @@ class Plan:
         of_layer = self.spec.micro_batch.tokens * hidden_size * getattr(torch, self.spec.config.model.dtype).itemsize
         return self.choice.checkpointed_layers * of_layer if self.spec.offload else 0
 
-    def traced_for(self, shape: BatchShape) -> Trace:
-        """The same step with other micro-batches, beside the same buffers."""
-        return traced(replace(self.spec, micro_batch=shape), self.choice.checkpointed_layers)
-
     @property
     def rows(self) -> dict[str, int]:
         """What a step holds, and what it adds for a time, by name; not all of it at once."""
@@ -122,7 +118,7 @@ class Plan:
                 {"name": name, "where": "device", "predicted_bytes": size, "measured_bytes": None}
                 for name, size in self.rows.items()
             ],
-            "moments": {name: phase.peak for name, phase in self.trace.phases.items()},
+            "moments": self.trace.peaks,
             "peak_bytes": self.trace.peak,
             "peak_moment": peak_phase(self.trace),
             "assumed_bytes": {"CUDA context": CONTEXT_BYTES, "fragmentation": self.fragmentation},
@@ -209,7 +205,7 @@ def budget_of(free: int) -> int:
 
 
 def peak_phase(trace: Trace) -> str:
-    return max(trace.phases, key=lambda name: trace.phases[name].peak)
+    return max(trace.peaks, key=trace.peaks.__getitem__)
 
 
 def _options(config: Config, shape: BatchShape) -> list[tuple[str, Config, BatchShape]]:
@@ -218,9 +214,6 @@ def _options(config: Config, shape: BatchShape) -> list[tuple[str, Config, Batch
 
     def with_training(**keys: Any) -> Config:
         return replace(config, training=replace(training, **keys))
-
-    def with_quantization(**keys: Any) -> Config:
-        return replace(config, quantization=replace(quantization, **keys))
 
     half = replace(shape, length=shape.length // 2)
     options = [(f"data.max_seq_length = {half.length}", config, half)]
@@ -235,10 +228,10 @@ def _options(config: Config, shape: BatchShape) -> list[tuple[str, Config, Batch
             by_rows = with_training(per_device_train_batch_size=1)
             options.append(("training.per_device_train_batch_size = 1", by_rows, one))
     if qlora.enabled and not quantization.load_in_4bit and not config.model.from_scratch:
-        four_bit = with_quantization(load_in_4bit=True, load_in_8bit=False)
-        options.append(("quantization.load_in_4bit = true", four_bit, shape))
+        four_bit = replace(quantization, load_in_4bit=True, load_in_8bit=False)
+        options.append(("quantization.load_in_4bit = true", replace(config, quantization=four_bit), shape))
     if quantization.load_in_4bit and not quantization.bnb_4bit_use_double_quant:
-        double = with_quantization(bnb_4bit_use_double_quant=True)
+        double = replace(config, quantization=replace(quantization, bnb_4bit_use_double_quant=True))
         options.append(("quantization.bnb_4bit_use_double_quant = true", double, shape))
     if qlora.enabled and qlora.r > 1:
         options.append((f"qlora.r = {qlora.r // 2}", replace(config, qlora=replace(qlora, r=qlora.r // 2)), shape))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from so8t.config import Config
 from so8t.data import Batch
-from so8t.logits import LogitsPlan
+from so8t.logits import LogitsPlan, plan_logits
 from so8t.losses import Tap
 from so8t.memory.live_bytes import Phase
 
@@ -49,18 +50,22 @@ class StepSpec:
     model_config: Any  # the model's config.json
     device_type: str  # "cuda" or "cpu", where the step will run
     forward: Forward
-    logits: LogitsPlan
     micro_batch: BatchShape  # the largest
     rows: int  # of a step, on this rank
     probe: tuple[BatchShape, ...] = ()  # the micro-batches of training.save_logits_probe
     world_size: int = 1  # ranks of the job
 
     def changed(self, config: Config, micro_batch: BatchShape) -> "StepSpec":
-        """The same step by another config, with other micro-batches and the logits buffers that they need."""
-        training = config.training
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        logits = replace(self.logits, training=training, max_tokens=micro_batch.tokens)
-        return replace(self, config=config, micro_batch=micro_batch, rows=rows, logits=logits)
+        """The same step by another config, with other micro-batches."""
+        rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+        return replace(self, config=config, micro_batch=micro_batch, rows=rows)
+
+    @cached_property
+    def logits(self) -> LogitsPlan:
+        """What saving its logits takes."""
+        probe_tokens = sum(shape.tokens for shape in self.probe)
+        vocab_size = self.model_config.vocab_size
+        return plan_logits(self.config, vocab_size, self.micro_batch.tokens, probe_tokens, self.world_size)
 
     @property
     def num_layers(self) -> int:
@@ -99,8 +104,12 @@ class Trace:
     num_parameters: int  # before quantization
 
     @property
+    def peaks(self) -> dict[str, int]:
+        return {name: phase.peak for name, phase in self.phases.items()}
+
+    @property
     def peak(self) -> int:
-        return max(phase.peak for phase in self.phases.values())
+        return max(self.peaks.values())
 
 
 def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:

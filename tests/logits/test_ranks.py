@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from logits_cases import capture, make_case, make_plan, save_steps
+from logits_cases import make_case, make_plan, save_steps
 
 from so8t.analyze.run import analyze, compare_steps, verify
 from so8t.logits import LogitsSaver, logits_paths, read_files, read_logits
@@ -34,10 +34,7 @@ def ranks_by_step(output_dir: Path) -> dict[int, list[int]]:
 def test_files_of_a_step_are_read_as_one_record_of_all_rows(tmp_path: Path, form: str, positions: str) -> None:
     cases = [make_case(rows=2, length=12, seed=1), make_case(rows=3, length=9, seed=2)]
     for rank, case in enumerate(cases):
-        saver = rank_saver(tmp_path, rank, 2, form=form, positions=positions)
-        capture(saver, 1, case)
-        saver.after_step(1)
-        saver.close()
+        save_steps(rank_saver(tmp_path, rank, 2, form=form, positions=positions), [1], case)
     (joined,) = read_logits(tmp_path / "logits")
     parts = [read_files([path]) for path in joined.paths]
     assert [part.sample_ids.tolist() for part in parts] == [case.batch.sample_ids.tolist() for case in cases]
@@ -62,11 +59,7 @@ def test_files_of_a_step_are_read_as_one_record_of_all_rows(tmp_path: Path, form
 
 def test_analysis_sees_steps_not_files(tmp_path: Path) -> None:
     for rank in (0, 1):
-        saver = rank_saver(tmp_path, rank, 2)
-        for step in (1, 2):
-            capture(saver, step, make_case(seed=rank))
-            saver.after_step(step)
-        saver.close()
+        save_steps(rank_saver(tmp_path, rank, 2), [1, 2], make_case(seed=rank))
     analysis = analyze(tmp_path)
     assert [(step.step, step.total.tokens) for step in analysis.steps] == [(1, 20), (2, 20)]
     assert [(one.earlier_step, one.later_step, one.rows) for one in analysis.comparisons] == [(1, 2, 4)]
