@@ -37,7 +37,8 @@ class Batch:
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
         mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
-        return [int(length) for length in mask.sum(dim=1)]
+        lengths: list[int] = mask.sum(dim=1).tolist()
+        return lengths
 
     @property
     def num_targets(self) -> int:
