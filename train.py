@@ -93,7 +93,7 @@ def train(config: Config, process: parallel.Process) -> int:
     probe_data = training.save_logits_probe if training.save_logits else ()
     probe_rows = fixed_rows("training.save_logits_probe", probe_data, tokenizer, config.data, folder)
     probe_batches = split(probe_rows, rows_per_batch, one_length=True) if process.is_main or sharded else []
-    fingerprint = dataset.fingerprint()
+    fingerprint = dataset.fingerprint
     state = load_training_state(checkpoint, fingerprint)
     micro_batches_per_step, resumed_tokens = training.gradient_accumulation_steps * process.world_size, None
     if state is not None:  # another number of processes goes on with the same rows in every step

@@ -298,7 +298,6 @@ def _tables(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 class Key:
     """A key of the configuration."""
 
-    name: str  # without its table
     annotation: Any
     default: Any  # MISSING = it must be given
     free_on_resume: bool
@@ -312,7 +311,7 @@ def _keys() -> Iterator[tuple[str, Key]]:
             if f"{table}.{item.name}" not in TABLES:
                 free = "free_on_resume" in item.metadata
                 default = item.default if item.default_factory is MISSING else item.default_factory()
-                yield f"{table}.{item.name}", Key(item.name, annotations[item.name], default, free)
+                yield f"{table}.{item.name}", Key(annotations[item.name], default, free)
 
 
 TABLES: dict[str, Any] = dict(_tables(Config))
@@ -504,8 +503,9 @@ def _describe(annotation: Any) -> str:
 def _nearest(name: str) -> str:
     """Suggest a key for an unknown name: one with a similar name, preferably in the same table."""
     table, _, key = name.rpartition(".")
-    near = get_close_matches(key.lower(), [known.name for known in KEYS.values()], 1, 0.7)
-    homes = [known for known, its in KEYS.items() if its.name in near]
+    keys = {known: known.rpartition(".")[2] for known in KEYS}
+    near = get_close_matches(key.lower(), keys.values(), 1, 0.7)
+    homes = [known for known, its_key in keys.items() if its_key in near]
     homes = [known for known in homes if known.startswith(f"{table}.")] or homes
     return f"did you mean {' or '.join(homes)}?" if homes else "config.toml lists every key"
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NO_TARGET = -100  # Hugging Face's value for a position that carries no loss
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as settings call those of floats
 CHUNK_BYTES = 2**26  # of logits and their gradient alive at once
 
 

@@ -1,10 +1,12 @@
 """Text helpers: a lazy table for folding Unicode, sizes in words, lines for the console."""
 
+import re
 import textwrap
 from collections.abc import Callable
 
 MIB, GIB = 2**20, 2**30
 COLUMNS = 100  # of everything that a run prints
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which UTF-8 cannot write
 
 
 class Fold(dict[int, str]):

@@ -55,7 +55,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
-from so8t.text import Fold
+from so8t.text import HALF_CHARACTER, Fold
 
 PARTS = ("task", "safety", "policy", "final")
 TAG_NAMES = {"task": "think-task", "safety": "think-safety", "policy": "think-policy", "final": "final"}
@@ -125,7 +125,7 @@ def parse(text: str, query: str = "") -> Thinking:
 
     What a thought has from `query` may be repeated.
     """
-    if _HALF_CHARACTER.search(text):
+    if HALF_CHARACTER.search(text):
         raise ThinkingError("there is half of a surrogate pair, which is no character; save the text as UTF-8")
     positions: dict[str, int] = {}
     for name in TAG_NAMES.values():
@@ -349,7 +349,6 @@ def _fold(text: str) -> str:
     return _REFERENCES.sub(_decode, text).translate(_FOLD)
 
 
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _FOLDED_VERDICTS = {_fold(word): label for word, label in VERDICTS.items()}
 
 

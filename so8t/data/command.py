@@ -12,13 +12,12 @@ import html
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from so8t import cli
-from so8t.config import Config, load_config
+from so8t.config import load_config
 from so8t.data.dataset import Dataset, load_dataset
 from so8t.data.store import Row
 from so8t.data.template import stop_token_ids
@@ -26,8 +25,10 @@ from so8t.files import atomic_write
 from so8t.thinking import PARTS, SECTIONS
 
 # the section of a piece -> how a terminal shows it; "stop" is the last token of an answer
-_COLOURS = {"prompt": "2", "answer": "1;32", "stop": "7;1;31", "task": "1;36", "safety": "1;35", "policy": "1;33"}
-_COLOURS["final"] = "1;32"
+_COLOURS = {
+    **{"prompt": "2", "answer": "1;32", "stop": "7;1;31"},
+    **{"task": "1;36", "safety": "1;35", "policy": "1;33", "final": "1;32"},
+}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a row must not steer the terminal
 _STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ccc; padding: 1em }
@@ -37,16 +38,8 @@ td, th { text-align: left; padding: 0 1em 0 0; vertical-align: top }
 sup { font-size: 70%; color: #333 }"""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Neighbouring tokens of one kind."""
-
-    kind: str  # a name of thinking.SECTIONS, or "stop"
-    text: str
-
-
-def pieces_of(row: Row, tokenizer: Any, stops: Sequence[int]) -> Iterator[Piece]:
-    """A row from its first token to its last."""
+def pieces_of(row: Row, tokenizer: Any, stops: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """(kind, text) of neighbouring tokens, from the first to the last; a kind is a name of SECTIONS, or "stop"."""
     ids, labels = row.input_ids.tolist(), row.is_answer.tolist()
     kinds = [SECTIONS[code] for code in row.sections.tolist()]
     for place, token in enumerate(ids):
@@ -54,7 +47,7 @@ def pieces_of(row: Row, tokenizer: Any, stops: Sequence[int]) -> Iterator[Piece]
         if labels[place] and (is_last or kinds[place] == "answer") and token in stops:
             kinds[place] = "stop"
     for kind, run in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
-        yield Piece(kind, tokenizer.decode([token for _, token in run], skip_special_tokens=False))
+        yield kind, tokenizer.decode([token for _, token in run], skip_special_tokens=False)
 
 
 def heading(number: int, row: Row, place: str) -> str:
@@ -66,21 +59,21 @@ def terminal_lines(dataset: Dataset, num_rows: int, tokenizer: Any, has_colour: 
     stops = stop_token_ids(tokenizer)
     for number, row in enumerate(dataset.rows[:num_rows], start=1):
         yield heading(number, row, dataset.places[row.sample_id])
-        yield "".join(_shown(piece, has_colour) for piece in pieces_of(row, tokenizer, stops))
+        yield "".join(_shown(kind, text, has_colour) for kind, text in pieces_of(row, tokenizer, stops))
         yield ""
     for reason, count, place in dataset.left_out():
         yield f"left out: {count} x {reason}; the first is {place}"
     yield dataset.summary()
 
 
-def _shown(piece: Piece, has_colour: bool) -> str:
-    name = f"{piece.kind}: " if piece.kind in PARTS else ""
-    text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], piece.text)
+def _shown(kind: str, text: str, has_colour: bool) -> str:
+    name = f"{kind}: " if kind in PARTS else ""
+    text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
     if has_colour:
-        return f"\x1b[{_COLOURS[piece.kind]}m{name}{text}\x1b[0m"
-    if piece.kind == "prompt":
+        return f"\x1b[{_COLOURS[kind]}m{name}{text}\x1b[0m"
+    if kind == "prompt":
         return text
-    return f"[{'stop: ' if piece.kind == 'stop' else name}{text}]"
+    return f"[{'stop: ' if kind == 'stop' else name}{text}]"
 
 
 def page(dataset: Dataset, num_rows: int, tokenizer: Any) -> str:
@@ -89,9 +82,9 @@ def page(dataset: Dataset, num_rows: int, tokenizer: Any) -> str:
     rows = []
     for number, row in enumerate(dataset.rows[:num_rows], start=1):
         spans = "".join(
-            (f"<sup>{piece.kind}</sup>" if piece.kind in (*PARTS, "stop") else "")
-            + f'<span class="{piece.kind}">{html.escape(piece.text)}</span>'
-            for piece in pieces_of(row, tokenizer, stops)
+            (f"<sup>{kind}</sup>" if kind in (*PARTS, "stop") else "")
+            + f'<span class="{kind}">{html.escape(text)}</span>'
+            for kind, text in pieces_of(row, tokenizer, stops)
         )
         rows.append(f"<h2>{html.escape(heading(number, row, dataset.places[row.sample_id]))}</h2>\n<pre>{spans}</pre>")
     table = "".join(
@@ -106,32 +99,26 @@ def page(dataset: Dataset, num_rows: int, tokenizer: Any) -> str:
     )
 
 
-def look(config: Config, num_rows: int, path: Path | None) -> None:
+def look(options: argparse.Namespace) -> int:
     from so8t.pretrained import load_model_config, load_tokenizer  # model imports this package
 
+    config, num_rows = load_config(options.config, options.overrides), max(options.rows, 0)
     tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
     dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
-    if path is not None:
-        with atomic_write(path) as file:
+    if options.html is not None:
+        with atomic_write(options.html) as file:
             file.write(page(dataset, num_rows, tokenizer).encode())
-        print(f"{path}: {min(num_rows, len(dataset.rows))} rows")
-        return
-    encoding = sys.stdout.encoding
+        print(f"{options.html}: {min(num_rows, len(dataset.rows))} rows")
+        return 0
     for line in terminal_lines(dataset, num_rows, tokenizer, sys.stdout.isatty()):
-        print(line.encode(encoding, "backslashreplace").decode(encoding))  # a console may know few characters
+        print(line)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m so8t.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("python -m so8t.data", __doc__)
     cli.add_config(parser)
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default: 3)")
     parser.add_argument("--html", type=Path, help="write a page instead")
     options = parser.parse_intermixed_args(arguments)
-
-    def command() -> int:
-        look(load_config(options.config, options.overrides), max(options.rows, 0), options.html)
-        return 0
-
-    return cli.run("so8t.data", command)
+    return cli.run("so8t.data", lambda: look(options))

@@ -6,12 +6,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 import transformers
@@ -20,10 +20,10 @@ from tqdm import tqdm
 from so8t import cli, parallel
 from so8t.config import DataConfig, InputError
 from so8t.data.messages import Conversation, read_conversation
-from so8t.data.sources import BadRow, Fields, File, count_lines, find_files, read_file
+from so8t.data.sources import BadRow, File, count_lines, find_files, read_file
 from so8t.data.store import META_FILE, Places, Row, Rows, Writer, map_arrays, read_meta
 from so8t.data.template import ChatTemplate, configure_template
-from so8t.data.tokens import Encoder, Pending, TooLong
+from so8t.data.tokens import Encoder, Pending, Tokens, TooLong
 from so8t.files import atomic_folder
 from so8t.policy import RULES, PolicyReport, broken_rule, make_report
 
@@ -41,14 +41,17 @@ class Dataset:
     long_rows: list[str]  # the same, of those that do not fit data.max_seq_length
     policy: PolicyReport
     num_conversations: int  # less than the rows where each answer has a row of its own
-    num_tokens: int
     num_answer_tokens: int
-    longest: int  # in tokens
-    _fingerprint: str
+    fingerprint: str  # a hash of every token and label: equal fingerprints train alike
 
-    def fingerprint(self) -> str:
-        """A hash of every token and label: equal fingerprints train alike."""
-        return self._fingerprint
+    @property
+    def num_tokens(self) -> int:
+        return int(self.rows.lengths.sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.rows.lengths.max())
 
     def left_out(self) -> list[tuple[str, int, str]]:
         """(reason, number of rows, the first of them as file:line), most frequent first; rules of the policy too."""
@@ -102,39 +105,43 @@ def load_dataset(
     configure_template(tokenizer, config)
     files = find_files(key, patterns, config)
     if folder is None:
-        template = ChatTemplate(tokenizer, date.today())
-        return _build(key, files, tokenizer, template, config, None, "")
+        writer = Writer(None)
+        meta = _build(key, files, tokenizer, ChatTemplate(tokenizer, date.today()), config, writer)
+        return _dataset(meta, writer.arrays())
     stored = folder / key.rpartition(".")[2]
-    template = ChatTemplate(tokenizer, _first_day(folder))
+    day = _first_day(folder)
+    template = ChatTemplate(tokenizer, day)
     if template.added_stop:
         cli.say(
             f"model.base_model: answers end with {template.added_stop}, at which its generation_config.json does not "
             "stop; that of the trained model will"
         )
     wanted = _key(files, tokenizer, template, config)
-    built: InputError | None = None
+    failed: InputError | None = None
     if parallel.is_main() and read_meta(stored).get("key") != wanted:
         try:
-            with atomic_folder(stored) as temporary:
-                _build(key, files, tokenizer, template, config, temporary, wanted)
+            with atomic_folder(stored) as temporary, closing(Writer(temporary)) as writer:
+                meta = _build(key, files, tokenizer, template, config, writer)
+                meta |= {"key": wanted, "day": day.isoformat()}
+                (temporary / META_FILE).write_bytes(json.dumps(meta, ensure_ascii=False).encode())
         except InputError as error:
-            built = error
+            failed = error
         except OSError as error:
-            built = InputError(
+            failed = InputError(
                 f"training.output_dir: cannot write into {folder.parent} ({error.strerror}); choose another"
             )
-    if built is not None:  # nothing is left behind
+    if failed is not None:  # nothing is left behind
         with suppress(OSError):
             folder.rmdir()
             folder.parent.rmdir()
-    if parallel.all_max(built is not None):
-        raise built or InputError(f"{key}: the first process says why its rows cannot be used")
+    if parallel.all_max(failed is not None):
+        raise failed or InputError(f"{key}: the first process says why its rows cannot be used")
     if read_meta(stored).get("key") != wanted:
         raise InputError(
             f"{key}: {stored} does not hold the tokens that the first process made of the same files; every machine "
             "needs the same data, and one training.output_dir that all of them share"
         )
-    return _open(stored)
+    return _dataset(read_meta(stored), map_arrays(stored))
 
 
 def _first_day(folder: Path) -> date:
@@ -156,11 +163,6 @@ def _key(files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: 
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _open(folder: Path) -> Dataset:
-    meta, arrays = read_meta(folder), map_arrays(folder)
-    return _dataset(meta, arrays)
-
-
 def _dataset(meta: dict[str, Any], arrays: dict[str, Any]) -> Dataset:
     return Dataset(
         Rows(arrays),
@@ -168,30 +170,24 @@ def _dataset(meta: dict[str, Any], arrays: dict[str, Any]) -> Dataset:
         meta["bad_rows"],
         meta["long_rows"],
         PolicyReport(**meta["policy"]),
-        **{name: meta[name] for name in ("num_conversations", "num_tokens", "num_answer_tokens", "longest")},
-        _fingerprint=meta["fingerprint"],
+        **{name: meta[name] for name in ("num_conversations", "num_answer_tokens", "fingerprint")},
     )
 
 
 def _build(
-    key: str,
-    files: Sequence[File],
-    tokenizer: Any,
-    template: ChatTemplate,
-    config: DataConfig,
-    folder: Path | None,
-    stored_key: str,
-) -> Dataset:
-    """Make the tokens, in `folder` or in memory."""
-    building = _Building(files, Writer(folder), config)
+    key: str, files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: DataConfig, writer: Writer
+) -> dict[str, Any]:
+    """Make the tokens. Returns what there is to say of all of them."""
+    building = _Building(files, writer, config)
     encoder = Encoder(tokenizer, template, config)
+    rows = building.read(key)
     pending: tuple[Any, Pending] | None = None
     gc.freeze()  # or the collector looks through all of torch again and again, 6 % of the time
     with tqdm(
         total=count_lines(files), desc=f"{key}: tokenizing", unit=" lines", leave=False, delay=2, disable=None
     ) as bar:
-        for chunk in _chunks(building.read(key)):
-            started = chunk, encoder.start([conversation for _, _, conversation in chunk])
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            started = chunk, encoder.start([row.conversation for row in chunk])
             if pending is not None:  # this chunk is tokenized while the one before it is labelled
                 building.add(pending[0], encoder.finish(pending[1]))
             pending = started
@@ -201,12 +197,16 @@ def _build(
             building.add(pending[0], encoder.finish(pending[1]))
     gc.unfreeze()
     building.stop_at_errors()
-    return building.close(key, template, folder, stored_key)
+    return building.close(key)
 
 
-def _chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:
-    while chunk := list(islice(rows, CHUNK_ROWS)):
-        yield chunk
+class _Admitted(NamedTuple):
+    """A row that the policy lets through."""
+
+    sample_id: int
+    place: str  # file:line
+    times_an_epoch: int
+    conversation: Conversation
 
 
 class _Building:
@@ -218,83 +218,72 @@ class _Building:
         self._config = config
         self._num_samples = 0
         self._num_rows = 0
-        self._num_tokens = 0
         self._num_conversations = 0
         self._dropped: list[tuple[str, str]] = []
         self._bad: list[tuple[int, str]] = []  # sample_id and sentence: batches come back later than other errors
         self._long: list[tuple[int, str]] = []
-        self._places: dict[int, str] = {}  # of the rows that are being tokenized
         self.lines_read = 0
 
-    def read(self, key: str) -> Iterator[tuple[int, int, Conversation]]:
-        """sample_id, times an epoch and conversation of every row that the policy lets through."""
-        lines_before = 0
+    def read(self, key: str) -> Iterator[_Admitted]:
+        policy, lines_before = self._config.policy, 0
         for number, file in enumerate(self._files):
-            line = 0
-            for line, fields in read_file(key, file.path):
+            line, inherited = 0, file.fields
+            for line, found in read_file(key, file.path):
                 self.lines_read = lines_before + line
                 sample_id, place = self._num_samples, f"{file.path}:{line}"
                 self._num_samples += 1
                 self._writer.add_sample(number, line)
                 try:
-                    if isinstance(fields, BadRow):
-                        raise fields
-                    conversation = self._admit(place, file.fields | _present(fields))
+                    if isinstance(found, BadRow):
+                        raise found
+                    fields = inherited | {name: value for name, value in found.items() if value is not None}
+                    conversation = read_conversation(fields)
                 except BadRow as error:
                     self._bad.append((sample_id, f"{place}: {error}"))
                     continue
-                if conversation is not None:
-                    self._places[sample_id] = place
-                    yield sample_id, self._times(file, fields), conversation
+                rule = broken_rule(fields, conversation.messages, policy)
+                if rule is not None:
+                    self._dropped.append((place, rule))
+                    continue
+                if self._config.train_on_answers == "last":
+                    last = conversation.trained[-1]
+                    is_trained = [turn == last for turn in range(len(conversation.messages))]
+                    conversation = replace(conversation, is_trained=is_trained)
+                trust = policy.trusted_weight if fields.get("source") in policy.trusted_sources else 1
+                yield _Admitted(sample_id, place, file.origin.weight * trust, conversation)
             lines_before += line
 
-    def _admit(self, place: str, fields: Fields) -> Conversation | None:
-        conversation = read_conversation(fields)
-        rule = broken_rule(fields, conversation.messages, self._config.policy)
-        if rule is not None:
-            self._dropped.append((place, rule))
-            return None
-        if self._config.train_on_answers == "last":
-            last = max(turn for turn, is_trained in enumerate(conversation.is_trained) if is_trained)
-            return replace(conversation, is_trained=[turn == last for turn in range(len(conversation.messages))])
-        return conversation
-
-    def _times(self, file: File, fields: Fields) -> int:
-        policy = self._config.policy
-        source = fields.get("source", file.origin.source)
-        return file.origin.weight * (policy.trusted_weight if source in policy.trusted_sources else 1)
-
-    def add(self, chunk: Sequence[tuple[int, int, Conversation]], results: Sequence[Any]) -> None:
-        for (sample_id, times, _), result in zip(chunk, results, strict=True):
-            place = self._places.pop(sample_id)
+    def add(self, chunk: Sequence[_Admitted], results: Sequence[list[Tokens] | BadRow]) -> None:
+        for row, result in zip(chunk, results, strict=True):
             if isinstance(result, BadRow):
                 kind = self._long if isinstance(result, TooLong) else self._bad
-                kind.append((sample_id, f"{place}: {result}"))
+                kind.append((row.sample_id, f"{row.place}: {result}"))
                 continue
             self._num_conversations += 1
+            self._num_rows += len(result)
             for tokens in result:
-                self._num_rows += 1
-                self._num_tokens += len(tokens.input_ids)
-                self._writer.add_row(tokens, sample_id, times)
+                self._writer.add_row(tokens, row.sample_id, row.times_an_epoch)
         self._writer.flush()
 
     def stop_at_errors(self) -> None:
         """Raise InputError at the first row that must not be there, a chunk after it at the latest."""
-        bad, long = ([sentence for _, sentence in sorted(kind)] for kind in (self._bad, self._long))
-        if bad and self._config.on_bad_row == "error":
-            more = f" ({len(bad) - 1} more bad rows follow)" if len(bad) > 1 else ""
-            raise InputError(f'{bad[0]}{more}; correct it, or set data.on_bad_row = "skip"')
-        if long and self._config.on_long_row == "error":
-            more = f" ({len(long) - 1} more such rows follow)" if len(long) > 1 else ""
-            raise InputError(f'{long[0]}{more}; raise that, or set data.on_long_row to "cut_prompt" or "skip"')
-        if self._dropped and self._config.policy.mode == "error":
-            more = f" ({len(self._dropped) - 1} more rows break the policy)" if len(self._dropped) > 1 else ""
-            raise InputError(f'{self._first_dropped()}{more}; correct it, or set data.policy.mode = "exclude"')
+        config = self._config
+        if self._bad and config.on_bad_row == "error":
+            first = min(self._bad)[1] + _more(self._bad, "bad rows follow")
+            raise InputError(f'{first}; correct it, or set data.on_bad_row = "skip"')
+        if self._long and config.on_long_row == "error":
+            first = min(self._long)[1] + _more(self._long, "such rows follow")
+            raise InputError(f'{first}; raise that, or set data.on_long_row to "cut_prompt" or "skip"')
+        if self._dropped and config.policy.mode == "error":
+            first = self._first_dropped() + _more(self._dropped, "rows break the policy")
+            raise InputError(f'{first}; correct it, or set data.policy.mode = "exclude"')
 
     def _first_dropped(self) -> str:
-        return "".join(f"{place}: breaks data.policy.{rule}, {RULES[rule]}" for place, rule in self._dropped[:1])
+        place, rule = self._dropped[0]
+        return f"{place}: breaks data.policy.{rule}, {RULES[rule]}"
 
-    def close(self, key: str, template: ChatTemplate, folder: Path | None, stored_key: str) -> Dataset:
+    def close(self, key: str) -> dict[str, Any]:
+        self._writer.flush()
         report = make_report(self._config.policy, self._num_samples, self._num_rows, self._dropped)
         bad, long = ([sentence for _, sentence in sorted(kind)] for kind in (self._bad, self._long))
         if not self._num_rows:
@@ -303,25 +292,19 @@ class _Building:
             why += [f"{len(bad)} bad rows: {_most_frequent(bad)}"] if bad else []
             why += [f"{len(long)} rows too long: {_most_frequent(long)}"] if long else []
             raise InputError("; ".join([f"{key}: no usable row in {names}", *why]))
-        meta = {
-            "key": stored_key,
-            "day": template.day.isoformat(),
+        return {
             "names": [file.path for file in self._files],
             "bad_rows": bad,
             "long_rows": long,
             "policy": asdict(report),
             "num_conversations": self._num_conversations,
-            "num_tokens": self._num_tokens,
             "num_answer_tokens": self._writer.num_answer_tokens,
-            "longest": self._writer.longest,
             "fingerprint": self._writer.fingerprint,
         }
-        self._writer.close(meta)
-        return _dataset(meta, self._writer.arrays() if folder is None else map_arrays(folder))
 
 
-def _present(fields: Fields) -> Fields:
-    return {name: value for name, value in fields.items() if value is not None}
+def _more(found: Sequence[object], what: str) -> str:
+    return f" ({len(found) - 1} more {what})" if len(found) > 1 else ""
 
 
 def fixed_rows(

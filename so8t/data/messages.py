@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from so8t.data.sources import BadRow, Fields
+from so8t.text import HALF_CHARACTER
 from so8t.thinking import TAG_NAMES, ThinkingError, parse, render
 
 Message = dict[str, Any]
@@ -36,7 +36,6 @@ _SHAREGPT_ROLES = {
 _WEIGHTS = ("weight", "train", "training", "loss_weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MESSAGE_FIELDS = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", *_WEIGHTS, *_REASONING}
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _OWN_TAGS = re.compile("|".join(f"</?{name}>" for name in TAG_NAMES.values()))
 
 
@@ -48,6 +47,11 @@ class Conversation:
     is_trained: list[bool]  # of each message: an answer to be learned
     tools: list[Any] | None = None
     is_text: bool = False  # the only message is learned as it stands, no template around it
+
+    @property
+    def trained(self) -> list[int]:
+        """The places of the answers to be learned."""
+        return [turn for turn, is_trained in enumerate(self.is_trained) if is_trained]
 
 
 def read_conversation(row: Fields) -> Conversation:
@@ -106,7 +110,7 @@ def _turns(fields: Fields) -> tuple[list[Message], list[bool]]:
         except ThinkingError as error:
             raise BadRow(str(error)) from error
     if "prompt" in fields and "completion" in fields:
-        return _prompt_and_completion(fields["prompt"], fields["completion"])
+        return _prompt_and_completion(fields)
     if "instruction" in fields and not ("output" not in fields and "response" in fields):
         prompt = _text(fields, "instruction")
         if not _is_blank(fields.get("input")):
@@ -124,18 +128,19 @@ def _turns(fields: Fields) -> tuple[list[Message], list[bool]]:
 def _dialogue(pairs: list[tuple[str, str]]) -> tuple[list[Message], list[bool]]:
     turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
     for _, answer in pairs:
-        check_parts(answer)
+        _check_parts(answer)
     return [{"role": role, "content": content} for role, content in turns], [role == "assistant" for role, _ in turns]
 
 
-def _prompt_and_completion(prompt: Any, completion: Any) -> tuple[list[Message], list[bool]]:
+def _prompt_and_completion(fields: Fields) -> tuple[list[Message], list[bool]]:
+    prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         before, _ = _chat(prompt, "prompt")
         after, is_trained = _chat(completion, "completion")
         return before + after, [False] * len(before) + is_trained
     if isinstance(prompt, list) or isinstance(completion, list):
         raise BadRow('"prompt" and "completion" must both be texts, or both lists of messages')
-    return _dialogue([(_text({"prompt": prompt}, "prompt"), _text({"completion": completion}, "completion"))])
+    return _dialogue([(_text(fields, "prompt"), _text(fields, "completion"))])
 
 
 def _is_blank(value: Any) -> bool:
@@ -153,11 +158,11 @@ def _text(fields: Fields, name: str) -> str:
 
 
 def _check_characters(text: str, name: str) -> None:
-    if not text.isascii() and _HALF_CHARACTER.search(text):
+    if not text.isascii() and HALF_CHARACTER.search(text):
         raise BadRow(f'the field "{name}" holds half of a surrogate pair, which is no character')
 
 
-def check_parts(answer: str) -> None:
+def _check_parts(answer: str) -> None:
     """Refuse an answer that has one of the four parts' own tags and is no well-formed four-part answer.
 
     Other tags, as in reasoning data and in code, are ordinary text.
@@ -185,7 +190,7 @@ def _chat(messages: Any, name: str) -> tuple[list[Message], list[bool]]:
                 else _message({key: value for key, value in message.items() if value not in (None, "", [], {})})
             )
             if turn["role"] == "assistant":
-                check_parts(turn["content"])
+                _check_parts(turn["content"])
         except BadRow as error:
             raise BadRow(f'message {number} of "{name}": {error}') from error
         if turn["role"] == "system" and not turn["content"].strip():
@@ -200,7 +205,7 @@ def _is_simple(message: Message) -> bool:
     role, content = message.get("role"), message.get("content")
     if len(message) != 2 or not isinstance(role, str) or not isinstance(content, str):
         return False
-    return bool(role.strip() and content.strip()) and (content.isascii() or not _HALF_CHARACTER.search(content))
+    return bool(role.strip() and content.strip()) and (content.isascii() or not HALF_CHARACTER.search(content))
 
 
 def _message(fields: Fields) -> Message:
@@ -217,8 +222,11 @@ def _message(fields: Fields) -> Message:
     if fields.get("from") == "function_call":
         message["tool_calls"] = [_tool_call(content)]
         return message
-    for part in _parts(content):
-        _add(message, part)
+    if isinstance(content, list):
+        for part in content:
+            _add(message, part)
+    elif content is not None:
+        message["content"] = _text({"content": content}, "content")
     for name in _REASONING:
         if name in fields:
             message["reasoning_content"] = _text(fields, name)
@@ -233,25 +241,13 @@ def _message(fields: Fields) -> Message:
     return message
 
 
-def _parts(content: Any) -> Iterator[tuple[str, Any]]:
-    """(kind, value) of every part of a content, which may be a text or a list."""
-    if content is None:
-        return
-    if not isinstance(content, list):
-        yield "text", _text({"content": content}, "content")
-        return
-    for part in content:
-        if isinstance(part, str):
-            yield "text", part
-            continue
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "reasoning", "thinking", "tool_call"):
-            raise BadRow(f"its content has a part of the type {kind!r}; only text can be trained on")
-        yield kind, part["value"] if part.get(kind) is None and "value" in part else part.get(kind)
-
-
-def _add(message: Message, part: tuple[str, Any]) -> None:
-    kind, value = part
+def _add(message: Message, part: Any) -> None:
+    """A part of a content that is a list."""
+    part = {"type": "text", "text": part} if isinstance(part, str) else part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "reasoning", "thinking", "tool_call"):
+        raise BadRow(f"its content has a part of the type {kind!r}; only text can be trained on")
+    value = part.get("value") if part.get(kind) is None else part[kind]
     if kind == "tool_call":
         message.setdefault("tool_calls", []).append(_tool_call(value))
         return

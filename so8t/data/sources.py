@@ -126,7 +126,7 @@ def _read(key: str, name: str, file: BinaryIO) -> Iterator[tuple[int, Fields | B
     head = file.read(4096)
     file.seek(0)
     for magic, advice in _OTHER_KINDS.items():
-        if head.startswith(magic) and not (magic == b"\xff\xfe" and b"\n" in head[:8]):
+        if head.startswith(magic):
             raise InputError(f"{key}: {name} is {advice}; so8t reads {KINDS}")
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if head.startswith(b"PAR1"):
@@ -149,24 +149,15 @@ def _read_lines(key: str, name: str, file: BinaryIO, head: bytes) -> Iterator[tu
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                yield number, read_fields(line)
-            except BadRow as error:
-                yield number, error
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                yield number, BadRow(f"not JSON in UTF-8 ({error}); a file of rows is {KINDS}")
+            else:
+                yield number, _object(row)
 
 
-def read_fields(line: bytes) -> Fields:
-    """One line of JSON as an object, or BadRow."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"not JSON in UTF-8 ({error}); a file of rows is {KINDS}") from error
-    return _object(row)
-
-
-def _object(row: Any) -> Fields:
-    if not isinstance(row, dict):
-        raise BadRow("not a JSON object")
-    return row
+def _object(row: Any) -> Fields | BadRow:
+    return row if isinstance(row, dict) else BadRow("not a JSON object")
 
 
 _BETWEEN = re.compile(r"[\s,]*")
@@ -185,10 +176,7 @@ def _read_array(content: bytes) -> Iterator[tuple[int, Fields | BadRow]]:
             if text[start : start + 1] == "]":
                 return
             row, start = decode(text, start)
-            try:
-                yield line, _object(row)
-            except BadRow as error:
-                yield line, error
+            yield line, _object(row)
     except (ValueError, RecursionError) as error:
         yield line, BadRow(f"not a JSON array in UTF-8 ({error})")
 

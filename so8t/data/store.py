@@ -1,6 +1,7 @@
 """Tokenized rows as flat arrays with offsets: in memory, or mapped from a folder that ranks and resumed runs share."""
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from so8t.data.tokens import PROMPT, Tokens
-from so8t.files import atomic_write
 
 META_FILE = "rows.json"
 PER_TOKEN = ("input_ids", "sections")
@@ -66,38 +66,26 @@ class Rows(Sequence[Row]):
         return Row(ids, sections > PROMPT, sections, *own)
 
 
-class Places(Sequence[str]):
+class Places:
     """ "file:line" of every row of the files, unusable ones included, so that a sample_id is an index."""
 
     def __init__(self, names: Sequence[str], files: Any, lines: Any) -> None:
         self._names, self._files, self._lines = names, files, lines
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        return f"{self._names[self._files[index]]}:{self._lines[index]}"
+    def __getitem__(self, sample_id: int) -> str:
+        return f"{self._names[self._files[sample_id]]}:{self._lines[sample_id]}"
 
 
 class Writer:
     """Collects rows in memory, or piece by piece in the files of a folder."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._files = {} if folder is None else {name: (folder / name).open("wb") for name in TYPES}
+        self._files: dict[str, Any] = {name: (folder / name).open("wb") if folder else io.BytesIO() for name in TYPES}
         self._pieces: dict[str, list[Any]] = {name: [] for name in TYPES}  # not flushed yet
-        self._kept: dict[str, list[Any]] = {name: [] for name in TYPES}  # in memory
+        self._pieces["offsets"].append(0)
         self._digest = hashlib.sha256()
         self._end = 0
         self.num_answer_tokens = 0
-        self.longest = 0
-        self._pieces["offsets"].append(0)
 
     def add_sample(self, file: int, line: int) -> None:
         self._pieces["files"].append(file)
@@ -116,32 +104,22 @@ class Writer:
             self._digest.update(tokens.input_ids.tobytes())
             self._digest.update(is_answer.tobytes())
         self.num_answer_tokens += int(is_answer.sum())
-        self.longest = max(self.longest, len(tokens.input_ids))
 
     def flush(self) -> None:
         """Put what was collected where it stays."""
         for name, pieces in self._pieces.items():
-            if not pieces:
-                continue
-            array = np.concatenate(pieces) if name in PER_TOKEN else np.array(pieces, dtype=TYPES[name])
-            if self._folder is None:
-                self._kept[name].append(array)
-            else:
-                array.tofile(self._files[name])
-            pieces.clear()
+            if pieces:
+                array = np.concatenate(pieces) if name in PER_TOKEN else np.array(pieces, dtype=TYPES[name])
+                self._files[name].write(array)
+                pieces.clear()
 
-    def close(self, meta: dict[str, Any]) -> None:
-        """Complete the folder: META_FILE says what the arrays are made of."""
-        self.flush()
+    def close(self) -> None:
         for file in self._files.values():
             file.close()
-        if self._folder is not None:
-            with atomic_write(self._folder / META_FILE) as meta_file:
-                meta_file.write(json.dumps(meta, ensure_ascii=False).encode())
 
     def arrays(self) -> dict[str, Any]:
         """What was collected in memory."""
-        return {name: np.concatenate(arrays) for name, arrays in self._kept.items()}
+        return {name: np.frombuffer(self._files[name].getvalue(), dtype) for name, dtype in TYPES.items()}
 
     @property
     def fingerprint(self) -> str:
@@ -149,7 +127,7 @@ class Writer:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What META_FILE says; nothing where there is none, or of another version."""
+    """What META_FILE says of the arrays beside it; nothing where there is none."""
     try:
         meta: dict[str, Any] = json.loads((folder / META_FILE).read_bytes())
     except (OSError, ValueError):

@@ -9,7 +9,7 @@ its last turn, every answer gets a text of its own.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
@@ -131,9 +131,7 @@ def _prefixed(defaults: str, template: str) -> str:
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """Where generation stops: the tokenizer's end of text, those of the base model's generation_config.json, and the
     token with which the chat template ends an answer if none of them does."""
-    stops = _known_stops(tokenizer)
-    template = ChatTemplate(tokenizer, date.today())
-    return stops + [token for token in template.stops if token not in stops]
+    return ChatTemplate(tokenizer, date.today()).stops
 
 
 def _known_stops(tokenizer: Any) -> list[int]:
@@ -151,7 +149,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, day: date) -> None:
         self._tokenizer = tokenizer
-        self.day = day
+        self._day = day
         self._shapes: dict[tuple[Any, ...], list[_Shape] | None] = {}
         self._frozen = lru_cache(self._freeze)
         source = self._frozen(tokenizer.get_chat_template())
@@ -173,7 +171,7 @@ class ChatTemplate:
 
     def _freeze(self, source: str) -> str:
         """The template with the run's first day in the place of today, so that a run goes on tomorrow as it began."""
-        frozen = _DATE.sub(lambda match: json.dumps(self.day.strftime(match[2])), source)
+        frozen = _DATE.sub(lambda match: json.dumps(self._day.strftime(match[2])), source)
         if "strftime_now(" in frozen:
             raise InputError(
                 "model.base_model: the chat template writes today's date in a format that it computes, so that a run "
@@ -263,14 +261,11 @@ class ChatTemplate:
         self, conversations: Sequence[Sequence[Message]], tools: list[Any] | None, add_generation_prompt: bool = False
     ) -> list[str]:
         options: dict[str, Any] = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        source = self._frozen(self._tokenizer.get_chat_template(tools=tools))
         try:
-            source = self._frozen(self._tokenizer.get_chat_template(tools=tools))
-            texts = self._tokenizer.apply_chat_template(list(conversations), chat_template=source, **options)
-        except InputError:
-            raise
+            return list(self._tokenizer.apply_chat_template(list(conversations), chat_template=source, **options))
         except Exception as error:  # a template is a program of the model's authors and may raise anything
             raise BadRow(f"the model's chat template refuses the conversation ({error})") from error
-        return list(texts)
 
     # ---- where the answers are
 
@@ -356,10 +351,10 @@ class ChatTemplate:
 
     def lay_out_singly(self, conversation: Conversation) -> list[Text]:
         """A text for every answer, rendered as at inference; BadRow if there is none."""
-        return [self._continuation(conversation, turn) for turn in _trained(conversation)]
+        return [self._continuation(conversation, turn) for turn in conversation.trained]
 
     def _texts(self, conversation: Conversation) -> list[Text]:
-        trained = _trained(conversation)
+        trained = conversation.trained
         last = self._continuation(conversation, trained[-1])
         if len(trained) == 1:
             return [last]
@@ -367,18 +362,13 @@ class ChatTemplate:
         if whole[: last.answers[0].stop] != last.text[: last.answers[0].stop]:
             return self.lay_out_singly(conversation)
         whole = last.text  # with a stop, if the template leaves the last answer open
-        answers: list[Answer] = []
-        singles: dict[int, Text] = {}
+        checked: dict[int, Answer] = {}
         for turn in self._to_check(conversation, trained[:-1]):
-            singles[turn] = single = self._continuation(conversation, turn)
-            if not whole.startswith(single.text[: single.answers[0].end]):
-                rest = [turn for turn in trained[:-1] if turn not in singles]
-                singles |= {turn: self._continuation(conversation, turn) for turn in rest}
-                return [*(singles[turn] for turn in trained[:-1]), last]
-            answers += single.answers
-        if len(singles) < len(trained) - 1:
-            answers = self._like(whole, trained[:-1], answers, singles)
-        return [Text(whole, (*answers, *last.answers))]
+            single = self._continuation(conversation, turn)
+            [checked[turn]] = single.answers
+            if not whole.startswith(single.text[: checked[turn].end]):
+                return self.lay_out_singly(conversation)
+        return [Text(whole, (*_all_like(checked, whole, trained[:-1]), *last.answers))]
 
     def _to_check(self, conversation: Conversation, trained: Sequence[int]) -> list[int]:
         """All answers; of the many in a long chat of marks the first and last, those at powers of two, and every one
@@ -390,25 +380,10 @@ class ChatTemplate:
         kept, seen = [], set()
         for place, turn in enumerate(trained):
             around = tuple(roles[max(turn - 2, 0) : turn + 2])
-            if place < 3 or place >= len(trained) - 2 or place & (place - 1) == 0 or around not in seen:
+            if place & (place - 1) == 0 or place >= len(trained) - 2 or around not in seen:
                 kept.append(turn)
             seen.add(around)
         return kept
-
-    def _like(
-        self, whole: str, trained: Sequence[int], answers: Sequence[Answer], checked: dict[int, Text]
-    ) -> list[Answer]:
-        """The answers of a chat of marks: those that were not checked stand like the one checked before them."""
-        places = {int(match[1]): match.span() for match in _MARKS.finditer(whole)}
-        by_turn = dict(zip(checked, answers, strict=True))
-        every: list[Answer] = []
-        for turn in trained:
-            if turn in by_turn:
-                like, (start, stop) = by_turn[turn], places[turn]
-                before, pad, after = like.prompt_end - start, like.stop - stop, like.end - stop
-            start, stop = places[turn]
-            every.append(Answer(start + before, start, stop + pad, stop + after))
-        return every
 
     def _continuation(self, conversation: Conversation, turn: int) -> Text:
         """The conversation up to an answer: what is fed at inference, and what the model writes then."""
@@ -477,14 +452,23 @@ class ChatTemplate:
         return Text(text, (replace(answer, end=answer.stop + end),))
 
 
+def _all_like(checked: dict[int, Answer], whole: str, trained: Iterable[int]) -> Iterator[Answer]:
+    """Every answer; in a chat of marks those that were not checked stand like the one checked before them."""
+    places = {int(match[1]): match.span() for match in _MARKS.finditer(whole)}
+    for turn in trained:
+        if turn in checked:
+            like, like_turn = checked[turn], turn
+            yield like
+        else:
+            (start, stop), (like_start, like_stop) = places[turn], places[like_turn]
+            before, pad, after = like.prompt_end - like_start, like.stop - like_stop, like.end - like_stop
+            yield Answer(start + before, start, stop + pad, stop + after)
+
+
 def _untouched(pads: Sequence[str], found: Callable[[str], bool]) -> tuple[str, str | None]:
     """Which of the pads around a mark is left, and so what the template strips from a content on this side."""
     left = next(pad for pad in pads if found(pad))
     return left, {pads[0]: "", pads[1]: "\n", "": None}[left]
-
-
-def _trained(conversation: Conversation) -> list[int]:
-    return [turn for turn, is_trained in enumerate(conversation.is_trained) if is_trained]
 
 
 def _check_all_stand(conversation: Conversation, messages: Sequence[Message], text: str, marks: Iterable[int]) -> None:

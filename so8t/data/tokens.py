@@ -75,6 +75,8 @@ class Encoder:
 
     def finish(self, pending: Pending) -> list[list[Tokens] | BadRow]:
         """The rows of each conversation: one, or one for every answer where no text can hold them all."""
+        if len(self._tails) > CACHED_TAILS:
+            self._tails.clear()
         encodings = iter(pending.encodings.result())
         pieces = [
             texts if isinstance(texts, BadRow) else [self._piece(text, encodings) for text in texts]
@@ -105,7 +107,9 @@ class Encoder:
             else:  # one of the answers would follow other tokens than at inference
                 singles = self._template.lay_out_singly(conversation)
                 encodings = iter(self._encode([single.text for single in singles]))
-                yield from self._rows(conversation, [self._piece(single, encodings) for single in singles])
+                apart = [self._piece(single, encodings) for single in singles]
+                self._learn_tails(apart)
+                yield from self._rows(conversation, apart)
 
     # ---- what stands before an answer
 
@@ -118,15 +122,11 @@ class Encoder:
         return place, text.text[start : answer.prompt_end]
 
     def _learn_tails(self, pieces: Sequence[Piece]) -> None:
-        if len(self._tails) > CACHED_TAILS:
-            self._tails.clear()
         unknown = list({tail for piece in pieces for _, tail in piece.tails if tail not in self._tails})
         self._tails |= {tail: encoded.ids for tail, encoded in zip(unknown, self._encode(unknown), strict=True)}
 
     def _start(self, ids: Sequence[int], place: int, tail: str) -> int | None:
         """The place of an answer's first token; None if the tokens before it are not those of the prompt alone."""
-        if tail not in self._tails:
-            self._tails[tail] = self._core.encode(tail, add_special_tokens=False).ids
         expected = self._tails[tail]
         end = place + len(expected)
         return end if ids[place:end] == expected else None

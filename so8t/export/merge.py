@@ -18,18 +18,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from so8t import cli
 from so8t.checkpoint import checkpoint_at, step_of
-from so8t.config import CONFIG_FILE, Config, InputError, ModelSpec, QuantizationConfig, load_config
+from so8t.config import CONFIG_FILE, Config, InputError, QuantizationConfig, load_config
 from so8t.data import Batch
-from so8t.export.check import TOLERANCES, Outputs, check_batches, check_key, compare, compute, ends_in_stop
+from so8t.export.check import TOLERANCES, check_batches, check_key, compare, compute, ends_in_stop
 from so8t.export.model_card import model_card
 from so8t.files import atomic_folder
 from so8t.gates import SO8Gate, bake, gates_of, largest_angle, state_without_gates
+from so8t.losses import DTYPES
 from so8t.metrics import read_metrics
 from so8t.model import Model, load_model, set_stops
 from so8t.policy import read_report
 from so8t.pretrained import load_model_config, load_tokenizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPORT_FILE = "so8t_export.json"
 
 
@@ -132,16 +132,23 @@ def write_and_check(
 ) -> Report:
     """Write the merged model into `folder`, load it from there, and compare it with the live one on `batches`."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    quantized = as_trained(config, checkpoint, device, batches) if config.quantization.bits else None
+    attention = config.model.attn_implementation
+    attention = "sdpa" if attention == "flash_attention_2" else attention  # which cannot compute in float32
+    spec = replace(config.model_spec, model=replace(config.model, attn_implementation=attention))
+    seed, quantized = config.training.seed, None
+    if config.quantization.bits:  # the model on the quantized weights that it was trained on
+        as_trained = replace(spec, model=replace(spec.model, dtype="float32"))
+        quantized = compute(load_model(as_trained, device, seed=seed, checkpoint=checkpoint), batches)
     gc.collect()  # modules refer to each other in cycles
-    spec = replace(live_spec(config), quantization=QuantizationConfig())
-    model = load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint)
+    model = load_model(replace(spec, quantization=QuantizationConfig()), device, seed=seed, checkpoint=checkpoint)
     live = compute(model, batches)
     angles: list[Tensor] = [gate.angles for gate in gates_of(model).values()]
     gates_largest_angle = largest_angle(torch.cat(angles)).item() if angles else None
     merged = merge(model, DTYPES[dtype])
     try:
-        write_model(merged, tokenizer, folder, max_shard_size)
+        set_stops(merged, tokenizer)
+        merged.save_pretrained(folder, state_dict=state_without_gates(merged), max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
         if vocabulary := sentencepiece_file(config.model.base_model):
             shutil.copyfile(vocabulary, folder / vocabulary.name)
     except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise an error of their own
@@ -170,22 +177,6 @@ def write_and_check(
         quantized_nll=quantized.nll if quantized else None,
         quantized_top1_agreement=compare(quantized, exported).top1 if quantized else None,
     )
-
-
-def live_spec(config: Config) -> ModelSpec:
-    """The model of the run, with an attention that supports float32, unlike flash_attention_2."""
-    attention = config.model.attn_implementation
-    return replace(
-        config.model_spec,
-        model=replace(config.model, attn_implementation="sdpa" if attention == "flash_attention_2" else attention),
-    )
-
-
-def as_trained(config: Config, checkpoint: Path, device: torch.device, batches: Sequence[Batch]) -> Outputs:
-    """The outputs of the model on the quantized weights that it was trained on."""
-    spec = live_spec(config)
-    spec = replace(spec, model=replace(spec.model, dtype="float32"))
-    return compute(load_model(spec, device, seed=config.training.seed, checkpoint=checkpoint), batches)
 
 
 @torch.no_grad()
@@ -219,12 +210,6 @@ def merge(model: Model, dtype: torch.dtype) -> PreTrainedModel:
     base: PreTrainedModel = model.unload() if isinstance(model, PeftModel) else model
     base.to(dtype)  # type: ignore[arg-type]
     return base
-
-
-def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
-    set_stops(model, tokenizer)
-    model.save_pretrained(folder, state_dict=state_without_gates(model), max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
 
 
 def sentencepiece_file(base_model: str) -> Path | None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from so8t.config import TrainingConfig
 from so8t.logits.folder import list_files
-from so8t.logits.record import DTYPES, FORMAT_VERSION, Layout, checksum, position_layout, shift
-from so8t.losses import NO_TARGET
+from so8t.logits.record import FORMAT_VERSION, Layout, checksum, position_layout, shift
+from so8t.losses import DTYPES, NO_TARGET
 from so8t.thinking import SECTIONS
 
 GRIDS = ("labels", "input_ids", "sections")  # [B, T] in every file

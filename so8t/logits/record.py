@@ -40,11 +40,10 @@ from torch import Tensor
 
 from so8t.config import TrainingConfig
 from so8t.data import Batch
-from so8t.losses import NO_TARGET
+from so8t.losses import DTYPES, NO_TARGET
 
 FORMAT_VERSION = 1
 ROWS_AT_ONCE = 32  # of logits held in float32 wherever files are made, checked or read
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape of one position's value
 

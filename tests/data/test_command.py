@@ -38,7 +38,7 @@ def test_on_a_terminal_prompt_is_dim_and_labels_bright_and_control_characters_do
     shown = "\n".join(terminal_lines(dataset, 3, tokenizer, has_colour=True))
     assert "\x1b[2m<|user|>\na\\x1b[2J" in shown
     assert "\x1b[1;32mb\x1b[0m\x1b[7;1;31m<|end|>\x1b[0m" in shown
-    assert "".join(piece.text for piece in pieces_of(dataset.rows[0], tokenizer, [5])).startswith("<|user|>\na\x1b[2J")
+    assert "".join(text for _, text in pieces_of(dataset.rows[0], tokenizer, [5])).startswith("<|user|>\na\x1b[2J")
 
 
 def test_the_page_holds_the_same_and_escapes_it(rows: Path, tmp_path: Path) -> None:

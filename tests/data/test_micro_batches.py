@@ -56,14 +56,9 @@ def test_ranks_get_about_as_many_tokens_each(lengths: list[int], world_size: int
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
-def test_the_cut_depends_on_seed_and_step_only_and_its_last_micro_batch_is_not_always_one_of_the_shortest() -> None:
+def test_the_last_micro_batch_is_not_always_one_of_the_shortest() -> None:
     generator = random.Random(0)
-    rows = rows_of([generator.randint(5, 60) for _ in range(64)])
-    data = TrainingBatches(rows, 4, 4, seed=5)
-    steps = [data.micro_batches(step, 128) for step in range(1, 5)]
-    again = [TrainingBatches(rows, 4, 4, seed=5).micro_batches(step, 128) for step in (4, 3, 2, 1)][::-1]
-    for batches, others in zip(steps, again, strict=True):
-        assert [batch.sample_ids.tolist() for batch in batches] == [batch.sample_ids.tolist() for batch in others]
+    data = TrainingBatches(rows_of([generator.randint(5, 60) for _ in range(64)]), 4, 4, seed=5)
     lengths = [[batch.input_ids.shape[1] for batch in data.micro_batches(step, 128)] for step in range(1, 5)]
     assert not all(of_step[-1] == max(of_step) for of_step in lengths)
     assert not all(of_step[-1] == min(of_step) for of_step in lengths)

@@ -3,7 +3,6 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from data_cases import DEMO, TOKENIZER, load, settings_of, tokens_of
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from so8t.config import DataConfig, InputError, PolicyConfig
+from so8t.config import InputError, PolicyConfig
 from so8t.data import (
     BadRow,
     Batch,
@@ -34,13 +34,9 @@ from so8t.data import (
     split,
 )
 from so8t.data.store import Writer
-from so8t.data.template import ChatTemplate
-from so8t.data.tokens import Encoder, Tokens
+from so8t.data.tokens import Tokens
 from so8t.losses import NO_TARGET
 from so8t.thinking import SECTIONS, final_only, has_tags
-
-DEMO = Path(__file__).parents[2] / "so8t" / "demo"
-TOKENIZER: Any = AutoTokenizer.from_pretrained(DEMO)
 
 THINKING = {
     "query": "卵をゆでる時間は？",
@@ -67,11 +63,6 @@ CHAT = {
 PLAIN = {"instruction": "Translate.", "input": "猫", "output": "Cat."}
 
 
-def settings_of(max_seq_length: int = 1024, **keys: Any) -> DataConfig:
-    policy = {"policy": PolicyConfig(provenance=False)}
-    return DataConfig(train_data=("unused",), max_seq_length=max_seq_length, **policy | keys)
-
-
 def write(path: Path, rows: Sequence[object]) -> str:
     """A JSONL file; a row in bytes is written as it is."""
     lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
@@ -79,19 +70,11 @@ def write(path: Path, rows: Sequence[object]) -> str:
     return str(path)
 
 
-def load(*patterns: str, tokenizer: Any = TOKENIZER, **keys: Any) -> Dataset:
-    return load_dataset("data.train_data", patterns, tokenizer, settings_of(**keys))
-
-
 def encode_all(row: dict[str, Any], tokenizer: Any = TOKENIZER, **keys: Any) -> list[Row]:
     """The rows of one conversation; raises BadRow."""
-    encoder = Encoder(tokenizer, ChatTemplate(tokenizer, date.today()), settings_of(**keys))
-    [rows] = encoder.finish(encoder.start([read_conversation(row)]))
-    if isinstance(rows, BadRow):
-        raise rows
     return [
         Row(torch.from_numpy(ids), torch.from_numpy(sections > 1), torch.from_numpy(sections), 0, was_cut)
-        for ids, sections, was_cut in rows
+        for ids, sections, was_cut in tokens_of(row, tokenizer, **keys)
     ]
 
 
@@ -160,22 +143,7 @@ def ids_of(batches: Sequence[Batch]) -> list[int]:
     return [sample_id for batch in batches for sample_id in batch.sample_ids.tolist()]
 
 
-def same(left: Sequence[Batch], right: Sequence[Batch]) -> bool:
-    def tensors(batches: Sequence[Batch]) -> list[list[Any]]:
-        return [[None if t is None else t.tolist() for t in vars(batch).values()] for batch in batches]
-
-    return tensors(left) == tensors(right)
-
-
 # ---- the three formats, and which tokens are targets
-
-
-def test_a_four_part_row_has_its_tags_and_end_of_turn_among_the_targets_and_its_query_not() -> None:
-    assert answers(encode(THINKING)) == ["\n".join(PARTS) + "<|end|>"]
-
-
-def test_a_chat_has_targets_in_every_turn_of_the_assistant() -> None:
-    assert answers(encode(CHAT)) == ["Hello.<|end|>", "Four.<|end|>"]
 
 
 def test_with_the_last_answer_alone_the_earlier_ones_are_context(tmp_path: Path) -> None:
@@ -202,7 +170,8 @@ def test_the_tokens_are_those_of_the_chat_template(row: dict[str, Any]) -> None:
     assert encode(row).input_ids.tolist() == theirs
 
 
-def test_sections_name_the_part_of_every_token() -> None:
+def test_sections_name_the_part_of_every_token_and_all_but_the_prompt_is_learned() -> None:
+    assert answers(encode(THINKING)) == ["\n".join(PARTS) + "<|end|>"]
     assert named_sections(encode(THINKING)) == [
         ("prompt", "<|user|>\n卵をゆでる時間は？<|end|>\n<|assistant|>\n"),
         ("task", PARTS[0]),
@@ -234,13 +203,6 @@ def test_an_output_or_a_turn_with_tags_has_the_sections_of_its_parts() -> None:
     turns = [*CHAT["messages"][:2], {"role": "assistant", "content": "\n".join(PARTS)}, *CHAT["messages"][3:]]
     expected = ["prompt", *sections, "prompt", "answer", "prompt"]
     assert [name for name, _ in named_sections(encode({"messages": turns}))] == expected
-
-
-def test_an_answer_that_its_question_already_contains_is_found_in_its_own_turn() -> None:
-    turns = ["Say: Yes.", "Yes.", "Yes.", "Yes."]
-    roles = ["user", "assistant"] * 2
-    row = encode({"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]})
-    assert answers(row) == ["Yes.<|end|>", "Yes.<|end|>"]
 
 
 def wild_texts() -> st.SearchStrategy[str]:
@@ -308,65 +270,15 @@ def test_answers_are_found_in_templates_that_strip_and_add_and_under_tokenizers_
     assert sum(int((row.input_ids[row.is_answer] == marker).sum()) for row in rows) == 2
 
 
-def test_the_text_that_a_template_puts_before_an_answer_is_learned_too() -> None:
-    # as Qwen3 does for the last turn: what is not in the generation prompt must come from the model
-    template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
-        "{% if loop.last and m['role'] == 'assistant' %}{{ '(no thoughts)\n' }}{% endif %}"
-        "{{ m['content'] + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-    )
-    rows = encode_all(CHAT, with_template(template))
-    assert [answers(row) for row in rows] == [["(no thoughts)\nHello.<|end|>"], ["(no thoughts)\nFour.<|end|>"]]
-
-
-MARKERLESS = (
-    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:\n' }}"
-)
-
-
-@pytest.mark.parametrize("ending", ["", "{% else %}{{ eos_token }}"])
-def test_without_a_token_that_ends_a_turn_the_end_of_text_is_learned_behind_every_answer(ending: str) -> None:
-    rows = encode_all(CHAT, with_template(MARKERLESS + ending + "{% endif %}"))
-    ends = ["<|endoftext|>"] * 2 if not ending else ["\n<|endoftext|>"] * 2
-    assert [answers(row) for row in rows] == [[f"Hello.{ends[0]}"], [f"Four.{ends[1]}"]]
-
-
-def test_the_first_word_is_a_target_where_the_prompt_ends_with_a_space() -> None:
+def test_the_first_word_is_a_target_where_prompt_and_tokenizer_each_put_a_space() -> None:
     template = (
         "{% for m in messages %}{{ ('' if loop.first else '\n') + m['role'] + ': ' + m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
     )
-    tokenizer = with_template(template)
-    turns = [{"role": "user", "content": "Any?"}, {"role": "assistant", "content": "a"}]
-    row = encode({"messages": turns}, tokenizer)
-    assert answers(row) == ["a<|endoftext|>"]  # and not one token with the prompt's space, which inference feeds
-    prefixing = sentencepiece_like(template)
-    thinking = encode(THINKING, prefixing)
-    assert answers(thinking, prefixing) == ["\n".join(PARTS) + "<|endoftext|>"]
-    assert named_sections(thinking, prefixing)[1] == ("task", PARTS[0])
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        (PHI.replace("m['content']", "m['content'].upper()"), 'leaves out the message of the role "system"'),
-        (PHI.replace("for m in messages", "for m in messages[-2:]"), 'leaves out the message of the role "system"'),
-        ("{{ '' }}", 'leaves out the message of the role "system"'),
-        (
-            "{{ raise_exception('only one system turn') }}",
-            r"template refuses the conversation \(only one system turn\)",
-        ),
-    ],
-)
-def test_a_template_that_rewrites_or_refuses_a_conversation_makes_it_a_bad_row(template: str, reason: str) -> None:
-    with pytest.raises(BadRow, match=reason):
-        encode(CHAT, with_template(template))
-
-
-def test_a_conversation_that_the_assistant_begins_is_a_bad_row() -> None:
-    with pytest.raises(BadRow, match="chat template refuses the conversation"):
-        encode({"messages": [{"role": "assistant", "content": "Hello."}]})
+    tokenizer = sentencepiece_like(template)
+    row = encode(THINKING, tokenizer)
+    assert answers(row, tokenizer) == ["\n".join(PARTS) + "<|endoftext|>"]
+    assert named_sections(row, tokenizer)[1] == ("task", PARTS[0])
 
 
 def test_a_tokenizer_without_a_chat_template_is_an_error_that_says_where_to_put_one(tmp_path: Path) -> None:
@@ -498,7 +410,7 @@ def test_no_usable_row_is_an_error(tmp_path: Path, rows: list[bytes]) -> None:
 def test_a_missing_file_is_an_error_that_names_the_key(tmp_path: Path, pattern: str) -> None:
     name = str(tmp_path / pattern)
     with pytest.raises(InputError, match=rf"^data\.eval_data: there is no file {re.escape(name)}$"):
-        load_dataset("data.eval_data", [name], TOKENIZER, settings_of(on_bad_row="skip"))
+        load(name, key="data.eval_data", on_bad_row="skip")
 
 
 def test_globs_are_read_in_the_order_of_names_and_lists_in_their_own(tmp_path: Path) -> None:
@@ -553,8 +465,8 @@ def test_the_fingerprint_changes_with_any_token_or_label_or_the_order(tmp_path: 
         fingerprint(first),
         fingerprint(first, second, times=2),
     ]
-    assert load(name).fingerprint() == dataset.fingerprint() == fingerprint(first, second)
-    assert len({dataset.fingerprint(), *others}) == 6
+    assert load(name).fingerprint == dataset.fingerprint == fingerprint(first, second)
+    assert len({dataset.fingerprint, *others}) == 6
 
 
 def test_tokens_in_the_runs_folder_are_mapped_again_until_anything_changes(tmp_path: Path) -> None:
@@ -568,8 +480,8 @@ def test_tokens_in_the_runs_folder_are_mapped_again_until_anything_changes(tmp_p
     assert made == made_again
     for dataset in (first, second):
         assert dataset.summary() == plain.summary()
-        assert dataset.fingerprint() == plain.fingerprint()
-        assert list(dataset.places) == [f"{name}:{line}" for line in (1, 2, 3)]
+        assert dataset.fingerprint == plain.fingerprint
+        assert [dataset.places[sample_id] for sample_id in range(3)] == [f"{name}:{line}" for line in (1, 2, 3)]
         for row, expected in zip(dataset.rows, plain.rows, strict=True):
             assert all(torch.equal(getattr(row, key), getattr(expected, key)) for key in ("input_ids", "sections"))
         assert [row.sample_id for row in dataset.rows[-1:]] == [2]
@@ -639,10 +551,8 @@ def test_rows_of_a_trusted_source_are_shown_more_often_in_training_only(tmp_path
     data = TrainingBatches(dataset.rows, 1, 2, seed=1)
     assert data.steps_per_epoch == 2
     assert sorted(ids_of([*data.micro_batches(1), *data.micro_batches(2)])) == [0, 3, 3, 3]
-    assert [row.sample_id for row in fixed_rows("data.eval_data", [name], TOKENIZER, settings_of(policy=trusting))] == [
-        0,
-        3,
-    ]
+    rows = fixed_rows("data.eval_data", [name], TOKENIZER, settings_of(policy=trusting))
+    assert [row.sample_id for row in rows] == [0, 3]
 
 
 # ---- batches
@@ -675,11 +585,7 @@ def test_rows_are_padded_at_the_end_to_the_longest_and_padding_is_marked_everywh
     assert batch.sections.tolist() == [[6, 6, 6, 0, 0], [6, 6, 6, 6, 6]]
     assert batch.sample_ids.tolist() == [7, 8]
     assert batch.counts == (3, 1 + 3, 3 + 5)
-
-
-def test_types_are_what_a_model_and_a_saved_file_need() -> None:
-    batch = collate([make_row(3), make_row(4)])
-    assert batch.attention_mask is not None
+    # the types that a model and a saved file need
     for tensor in (batch.input_ids, batch.attention_mask, batch.targets, batch.labels, batch.sample_ids):
         assert tensor.dtype == torch.int64
     assert batch.sections.dtype == torch.uint8
@@ -694,11 +600,9 @@ def test_there_is_no_mask_where_nothing_is_padded() -> None:
     assert padded.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0]]
 
 
-def test_rows_of_one_or_two_tokens_have_no_triples_and_take_none_from_others() -> None:
-    assert collate([make_row(1), make_row(2), make_row(5)]).counts == (2, 3, 8)
-
-
 def test_a_step_adds_up_the_counts_of_its_micro_batches_and_of_none_counts_zero() -> None:
+    # rows of one or two tokens have no triples, and take none from others
+    assert collate([make_row(1), make_row(2), make_row(5)]).counts == (2, 3, 8)
     batches = [collate([make_row(3), make_row(5, 2)]), collate([make_row(4)])]
     assert count(batches).tolist() == [3 + 1, 4 + 2, 8 + 4]
     # a rank may be left without rows in the last step of an epoch
@@ -716,26 +620,22 @@ def test_fixed_batches_keep_the_order_and_pad_all_to_the_longest_row(tmp_path: P
         fixed_rows("data.eval_data", ["none"], TOKENIZER, settings_of())
 
 
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 3))
-def test_an_epoch_holds_every_row_as_often_as_it_is_to_be_seen(times: list[int], per_step: int, epoch: int) -> None:
-    rows = [replace(row, times_an_epoch=number) for row, number in zip(make_rows(len(times)), times, strict=True)]
-    data = TrainingBatches(rows, 1, per_step, seed=3)
-    steps = range(epoch * data.steps_per_epoch + 1, (epoch + 1) * data.steps_per_epoch + 1)
-    ids = ids_of([batch for step in steps for batch in data.micro_batches(step)])
-    assert [ids.count(index) for index in range(len(rows))] == times
-
-
-sizes = {"num_rows": st.integers(1, 40), "rows_per_batch": st.integers(1, 7), "accumulation": st.integers(1, 5)}
-
-
-@given(**sizes, epoch=st.integers(0, 3), seed=st.integers(0, 2**63 - 1))
-def test_an_epoch_holds_every_row_once_and_its_steps_are_full_but_the_last(
-    num_rows: int, rows_per_batch: int, accumulation: int, epoch: int, seed: int
+@given(
+    times=st.lists(st.integers(1, 4), min_size=1, max_size=20),
+    rows_per_batch=st.integers(1, 7),
+    accumulation=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_an_epoch_holds_every_row_as_often_as_it_is_to_be_seen_and_its_steps_are_full_but_the_last(
+    times: list[int], rows_per_batch: int, accumulation: int, epoch: int, seed: int
 ) -> None:
-    data = TrainingBatches(make_rows(num_rows), rows_per_batch, accumulation, seed)
+    rows = [replace(row, times_an_epoch=number) for row, number in zip(make_rows(len(times)), times, strict=True)]
+    data = TrainingBatches(rows, rows_per_batch, accumulation, seed)
     per_epoch = data.steps_per_epoch
     steps = [data.micro_batches(step) for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1)]
-    assert sorted(ids_of([batch for step in steps for batch in step])) == list(range(num_rows))
+    ids = ids_of([batch for step in steps for batch in step])
+    assert [ids.count(index) for index in range(len(rows))] == times
     assert all(len(ids_of(step)) == rows_per_batch * accumulation for step in steps[:-1])
     assert 0 < len(ids_of(steps[-1])) <= rows_per_batch * accumulation
     for step in steps:
@@ -756,17 +656,21 @@ def test_a_step_holds_the_same_rows_however_it_is_split(num_rows: int, rows_per_
     assert count(whole).tolist() == count(singly).tolist() == count(pairs).tolist()
 
 
-def test_batches_depend_on_seed_and_step_only_and_disturb_no_random_state() -> None:
+@pytest.mark.parametrize("max_tokens", [0, 12])
+def test_batches_depend_on_seed_and_step_only_and_disturb_no_random_state(max_tokens: int) -> None:
+    def ids(data: TrainingBatches, step: int) -> list[list[int]]:
+        return [batch.sample_ids.tolist() for batch in data.micro_batches(step, max_tokens)]
+
     rows = make_rows(20)
     data = TrainingBatches(rows, 2, 3, seed=5)
-    forward = [data.micro_batches(step) for step in range(1, 13)]
+    forward = [ids(data, step) for step in range(1, 13)]
     torch.manual_seed(1)
     random.seed(1)
     before = torch.get_rng_state(), random.getstate()
-    backward = [TrainingBatches(rows, 2, 3, seed=5).micro_batches(step) for step in range(12, 0, -1)][::-1]
+    backward = [ids(TrainingBatches(rows, 2, 3, seed=5), step) for step in range(12, 0, -1)][::-1]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    assert all(same(left, right) for left, right in zip(forward, backward, strict=True))
+    assert forward == backward
 
 
 def test_the_order_differs_between_epochs_and_seeds_and_from_that_of_the_file() -> None:
@@ -780,15 +684,10 @@ def test_the_order_differs_between_epochs_and_seeds_and_from_that_of_the_file() 
 
 
 def test_a_seed_is_the_same_in_every_process_and_differs_between_purposes() -> None:
-    assert (
-        derive_seed(42, "epoch", 0) == 8307759580210770153
-    )  # what a checkpoint of an earlier process was trained with
+    # what a checkpoint of an earlier process was trained with
+    assert derive_seed(42, "epoch", 0) == 8307759580210770153
     assert len({derive_seed(1, "epoch", 23), derive_seed(12, "epoch", 3), derive_seed(1, "dropout", 23)}) == 3
     assert 0 <= derive_seed(2**63 - 1, "step", 7) < 2**63
-
-
-def test_split_makes_the_last_batch_smaller() -> None:
-    assert [batch.sample_ids.tolist() for batch in split(make_rows(5), 2)] == [[0, 1], [2, 3], [4]]
 
 
 # ---- the sample that is shipped
@@ -803,7 +702,7 @@ def test_the_sample_loads_wholly_and_fits_the_default_job(sample: Dataset) -> No
     assert sample.bad_rows == []
     assert len(sample.rows) >= 120
     assert not any(row.was_cut for row in sample.rows)
-    assert load(str(DEMO / "sample.jsonl"), max_seq_length=sample.longest).fingerprint() == sample.fingerprint()
+    assert load(str(DEMO / "sample.jsonl"), max_seq_length=sample.longest).fingerprint == sample.fingerprint
 
 
 def test_the_sample_is_in_two_languages_declines_a_quarter_and_repeats_no_question() -> None:

@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from data_cases import TOKENIZER, load
 
-from so8t.config import DataConfig, InputError, PolicyConfig, SourceConfig, load_config, to_toml
-from so8t.data import BadRow, Dataset, load_dataset, read_conversation
+from so8t.config import InputError, PolicyConfig, SourceConfig, load_config, to_toml
+from so8t.data import BadRow, Dataset, read_conversation
 from so8t.data.sources import read_file
 
-TOKENIZER: Any = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "so8t" / "demo")
 ROWS = [{"instruction": f"Say {name}.", "input": None, "output": name} for name in ("one", "猫", "three")]
-
-
-def load(*names: object, key: str = "data.train_data", **keys: Any) -> Dataset:
-    config = DataConfig(**{"policy": PolicyConfig(provenance=False)} | keys)
-    return load_dataset(key, [str(name) for name in names], TOKENIZER, config)
 
 
 def texts(dataset: Dataset) -> list[str]:
@@ -58,7 +52,7 @@ def test_every_kind_of_file_is_read_and_its_rows_are_named_by_line(
     path.write_bytes(gzip.compress(write(ROWS)) if is_packed else write(ROWS))
     dataset = load(path)
     assert texts(dataset) == ["one", "猫", "three"]
-    assert list(dataset.places) == [f"{path}:{line}" for line in places]
+    assert [dataset.places[row.sample_id] for row in dataset.rows] == [f"{path}:{line}" for line in places]
 
 
 def test_parquet_is_read_by_pyarrow_and_its_rows_are_named_by_number(tmp_path: Path) -> None:
@@ -116,6 +110,7 @@ def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, mon
         ("a.zip", b"PK\x03\x04...", "a zip archive or an office document"),
         ("a.arrow", b"ARROW1\0\0", "an Arrow file; write it as Parquet"),
         ("a.jsonl", "\ufeff{}".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        ("a.json", "[\n {}]".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         (
             "dataset_info.json",
             b'{\n  "mine": {"file_name": "a.json"}\n}\n',

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_cases import DEMO, settings_of, tokens_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
-from so8t.config import DataConfig, InputError, PolicyConfig
-from so8t.data import BadRow, configure_template, load_dataset, read_conversation, stop_token_ids
-from so8t.data.template import MANY_ANSWERS, ChatTemplate
-from so8t.data.tokens import PROMPT, Encoder
+from so8t.config import DataConfig, InputError
+from so8t.data import BadRow, load_dataset, read_conversation, stop_token_ids
+from so8t.data.template import MANY_ANSWERS, ChatTemplate, configure_template
+from so8t.data.tokens import PROMPT
 
-DEMO = Path(__file__).parents[2] / "so8t" / "demo"
 MARKERS = ("<U>", "<A>", "<S>", "</S>", "<E>", "<C>", "<T>", "<think>", "</think>")
 
 LOOP, GENERATE, END = "{% for m in messages %}", "{% endfor %}{% if add_generation_prompt %}", "{% endif %}"
@@ -27,6 +27,7 @@ THINKING = (
     LOOP + "<S>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<E>\n" + GENERATE + "<S>assistant\n{{ '<think>\n' if opened }}" + END
 )
+LINE_END = LOOP + "{{ m.role }}:\n{{ m.content }}\n" + GENERATE + "assistant:\n{% else %}{{ eos_token }}" + END
 NO_END = LOOP + "{{ '<U>' if m.role == 'user' else '<A>' }}\n{{ m.content }}" + GENERATE + "<A>\n" + END
 TWO_TOKENS = LOOP + "{% if m.role == 'user' %}<U>{{ m.content }}<E>{% else %}<A><S>{{ m.content }}</S><E>{% endif %}"
 TWO_TOKENS += GENERATE + "<A><S>" + END
@@ -79,17 +80,12 @@ def dialogue(*texts: str, **fields: Any) -> dict[str, Any]:
     return row_of(*zip(itertools.cycle(("user", "assistant")), texts, strict=False), **fields)
 
 
-def learned(row: dict[str, Any], tokenizer: Any, **keys: Any) -> list[list[str]]:
+def learned(row: dict[str, Any], tokenizer: Any) -> list[list[str]]:
     """Of each row of tokens, what is learned; each behind exactly the tokens of inference. Raises BadRow."""
     conversation = read_conversation(row)
-    template = ChatTemplate(tokenizer, date.today())
-    encoder = Encoder(tokenizer, template, DataConfig(max_seq_length=4096, **keys))
-    [rows] = encoder.finish(encoder.start([conversation]))
-    if isinstance(rows, BadRow):
-        raise rows
-    trained = iter(turn for turn, is_trained in enumerate(conversation.is_trained) if is_trained)
+    trained, stops = iter(conversation.trained), stop_token_ids(tokenizer)
     found = []
-    for ids, sections, _ in rows:
+    for ids, sections, _ in tokens_of(row, tokenizer):
         runs = []
         for is_label, run in itertools.groupby(enumerate(sections > PROMPT), key=lambda pair: pair[1]):
             places = [place for place, _ in run]
@@ -101,7 +97,7 @@ def learned(row: dict[str, Any], tokenizer: Any, **keys: Any) -> list[list[str]]
                     return_dict=False,
                 )
                 assert ids[: places[0]].tolist() == fed
-                assert ids[places[-1]] in template.stops
+                assert ids[places[-1]] in stops
                 runs.append(tokenizer.decode(ids[places], skip_special_tokens=False))
         found.append(runs)
     assert next(trained, None) is None  # none was forgotten
@@ -119,6 +115,7 @@ def learned(row: dict[str, Any], tokenizer: Any, **keys: Any) -> list[list[str]]
         (NO_END, "<U>", dialogue("Hi", "Hello!", "And?", "So."), [["Hello!<U>", "So.<U>"]]),
         (NO_END, "<|endoftext|>", dialogue("Hi", "Hello!"), [["Hello!<|endoftext|>"]]),
         (NO_END, "<|endoftext|>", dialogue("Hi", "a", "b", "c"), [["a<|endoftext|>"], ["c<|endoftext|>"]]),
+        (LINE_END, "<|endoftext|>", dialogue("Hi", "a", "b", "c"), [["a\n<|endoftext|>"], ["c\n<|endoftext|>"]]),
         (TWO_TOKENS, "<E>", dialogue("Hi", "Hello!", "And?", "So."), [["Hello!</S><E>", "So.</S><E>"]]),
         # an end that generation_config.json does not name becomes a stop of the model
         (CHATML, "<|endoftext|>", dialogue("Hi", "Hello!", "And?", "So."), [["Hello!<E>", "So.<E>"]]),
@@ -208,8 +205,7 @@ def test_labels_are_within_the_marks_of_a_template_that_marks_what_is_generated(
     marked += "{% else %}{{ m.content }}<E>{% endif %}\n" + GENERATE + "<S>assistant\n" + END
     tokenizer, row = make_tokenizer(marked), dialogue("a", "b c", "d", "e")
     theirs = tokenizer.apply_chat_template(row["messages"], return_assistant_tokens_mask=True, return_dict=True)
-    encoder = Encoder(tokenizer, ChatTemplate(tokenizer, date.today()), DataConfig())
-    [[(ids, sections, _)]] = encoder.finish(encoder.start([read_conversation(row)]))  # type: ignore[misc]
+    [(ids, sections, _)] = tokens_of(row, tokenizer)
     assert ids.tolist() == theirs["input_ids"]
     assert (sections > PROMPT).tolist() == [bool(mark) for mark in theirs["assistant_masks"]]
 
@@ -227,9 +223,8 @@ def test_a_long_chat_costs_renderings_in_proportion_to_its_turns(monkeypatch: py
     messages = {}
     for turns in (100, 200, 400):
         rendered.clear()
-        encoder = Encoder(tokenizer, ChatTemplate(tokenizer, date.today()), DataConfig(max_seq_length=100_000))
         row = dialogue(*(f"turn {number}" for number in range(turns)))
-        [[(_, sections, _)]] = encoder.finish(encoder.start([read_conversation(row)]))  # type: ignore[misc]
+        [(_, sections, _)] = tokens_of(row, tokenizer, max_seq_length=100_000)
         messages[turns] = sum(rendered)
         assert ((sections[1:] > PROMPT) & (sections[:-1] <= PROMPT)).sum() == turns // 2 > MANY_ANSWERS
     assert messages[400] < 3 * messages[200] < 9 * messages[100]
@@ -262,11 +257,11 @@ def test_a_template_file_that_is_not_there_is_named() -> None:
 def test_a_dated_template_is_told_the_first_day_of_the_run(tmp_path: Path) -> None:
     dated = "{{ strftime_now('%Y-%m-%d') }}" + CHATML
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}', "utf-8")
-    config = DataConfig(policy=PolicyConfig(provenance=False))
 
     def first_tokens(folder: Path | None) -> str:
-        rows = load_dataset("data.x", [str(tmp_path / "rows.jsonl")], make_tokenizer(dated), config, folder).rows
-        text: str = make_tokenizer(dated).decode(rows[0].input_ids)
+        tokenizer = make_tokenizer(dated)
+        [row] = load_dataset("data.x", [str(tmp_path / "rows.jsonl")], tokenizer, settings_of(), folder).rows
+        text: str = tokenizer.decode(row.input_ids)
         return text[:10]
 
     assert first_tokens(tmp_path / "run") == first_tokens(None) == date.today().isoformat()

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from so8t.config import load_config
-from so8t.export import export
+from so8t.export.merge import export
 
 NO_END = "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
 NO_END += "{% if add_generation_prompt %}### assistant\n{% endif %}"

@@ -24,7 +24,7 @@ import train
 from so8t import parallel
 from so8t.config import load_config
 from so8t.data import Batch, TrainingBatches, load_dataset
-from so8t.export import export
+from so8t.export.merge import export
 from so8t.logits import read_logits
 from so8t.metrics import read_metrics
 from so8t.model import causal_lm, load_model, trainable_parameters
