@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,24 @@ def memorised_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["so8t.init_scale=0.5", "training.optim=adamw", "training.save_steps=0", "training.save_logits=false"]
     assert train.main(["config.toml", *names, *sizes, *options]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """Headless Chromium with the driver that its package brings; nothing is downloaded."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_argument("--host-resolver-rules=MAP evil.test 127.0.0.1")  # what a rebound name comes to
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield window
+    window.quit()
 
 
 @pytest.fixture

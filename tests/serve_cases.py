@@ -72,8 +72,8 @@ class Server:
     def post(self, body: Any = QUESTION) -> Reply:
         return self.send("POST", "/think", body)
 
-    def wait_for_log(self, line: str, count: int = 1) -> None:
-        until(lambda: self.log.read_text(encoding="utf-8").count(line) >= count)
+    def wait_for_log(self, line: str) -> None:
+        until(lambda: line in self.log.read_text(encoding="utf-8"))
 
 
 def until(condition: Any) -> None:

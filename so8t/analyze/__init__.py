@@ -4,13 +4,23 @@ from typing import TYPE_CHECKING
 
 from so8t import cli
 
-__all__ = ["Analysis", "Comparison", "Key", "SampleDynamics", "StepScores", "analyze", "row_keys", "to_text"]
+__all__ = [
+    "Analysis",
+    "Comparison",
+    "Key",
+    "SampleDynamics",
+    "StepScores",
+    "analyze",
+    "likeliest",
+    "rows_of",
+    "to_text",
+]
 
 if TYPE_CHECKING:
-    from so8t.analyze.changes import Comparison, Key, row_keys
+    from so8t.analyze.changes import Comparison, Key, rows_of
     from so8t.analyze.dynamics import SampleDynamics
     from so8t.analyze.run import Analysis, analyze
-    from so8t.analyze.scores import StepScores
+    from so8t.analyze.scores import StepScores, likeliest
     from so8t.analyze.tables import to_text
 else:
     __getattr__ = cli.on_demand(__name__, __all__, "changes", "dynamics", "run", "scores", "tables")

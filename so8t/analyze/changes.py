@@ -9,7 +9,9 @@ Everything else is exact in every form.
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise, starmap
 
 import numpy as np
 import torch
@@ -28,11 +30,7 @@ FLOAT32_SLACK = 1e-5  # by how much a sum of probabilities in float32 may be off
 class Changes:
     """Every target token of the rows that two steps share, [N] each, row by row in the earlier file's order."""
 
-    kind: str
-    earlier_step: int
-    later_step: int
-    earlier_rows: Tensor  # int64: the token's row in the earlier file ..
-    later_rows: Tensor  # .. and in the later one
+    rows: Tensor  # int64: the token's row in the earlier file
     t: Tensor  # int64: its position, which predicts token t + 1
     kl_low: Tensor  # float32: in nats ..
     kl_high: Tensor  # .. equal to kl_low if exact, inf if it has no upper bound
@@ -48,7 +46,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Changes summed up; probabilities and shares are from 0 to 1."""
+    """The changes between two steps; probabilities and shares are from 0 to 1."""
 
     kind: str
     earlier_step: int
@@ -78,6 +76,13 @@ def row_keys(record: LogitsRecord) -> list[Key]:
     return [(sample_id, hashlib.sha256(row[:, :length].numpy().tobytes()).digest()) for sample_id, row, length in rows]
 
 
+def rows_of(record: LogitsRecord) -> Iterator[tuple[Key, slice]]:
+    """Each row of a file: its key, and which of the file's targets are its own."""
+    keys = row_keys(record)
+    edges = torch.searchsorted(record.target_positions[:, 0].contiguous(), torch.arange(len(keys) + 1)).tolist()
+    return zip(keys, starmap(slice, pairwise(edges)), strict=True)
+
+
 def token_changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
     """Compare two files of one kind token by token; without a row that both hold, all tensors are empty.
 
@@ -93,38 +98,28 @@ def token_changes(earlier: LogitsRecord, later: LogitsRecord) -> Changes:
     partner = torch.tensor([later_row.get(key, -1) for key in row_keys(earlier)])
     row, t = earlier.target_positions.unbind(1)
     ours = (partner[row] >= 0).nonzero().squeeze(1)
-    rows, later_rows, t = row[ours], partner[row[ours]], t[ours]
+    rows, t = row[ours], t[ours]
     grid = torch.full(later.labels.shape, -1)
     grid[later.target_positions.unbind(1)] = torch.arange(len(later.target_positions))
-    theirs = grid[later_rows, t]
+    theirs = grid[partner[rows], t]
     earlier_nll, later_nll = -earlier.at_targets("label_logprob", ours), -later.at_targets("label_logprob", theirs)
     is_nan = earlier_nll.isnan() | later_nll.isnan()  # "topk" and "stats" know no token of such a position
     kl_low, kl_high = (bound.masked_fill(is_nan, math.nan) for bound in _divergence(earlier, ours, later, theirs))
-    return Changes(
-        earlier.kind,
-        earlier.step,
-        later.step,
-        rows,
-        later_rows,
-        t,
-        kl_low,
-        kl_high,
-        earlier_nll,
-        later_nll,
-        same_top1=earlier.at_targets("top1_id", ours) == later.at_targets("top1_id", theirs),
-    )
+    same_top1 = earlier.at_targets("top1_id", ours) == later.at_targets("top1_id", theirs)
+    return Changes(rows, t, kl_low, kl_high, earlier_nll, later_nll, same_top1)
 
 
-def compare(changes: Changes) -> Comparison:
-    """Summarize the changes, NaN if there are none. Percentiles interpolate linearly, as in numpy."""
+def compare(earlier: LogitsRecord, later: LogitsRecord) -> Comparison:
+    """The changes of two files summed up, NaN if there are none. Percentiles interpolate linearly, as in numpy."""
+    changes = token_changes(earlier, later)
     low, high = changes.kl_low.double().numpy(), changes.kl_high.double().numpy()
     p50, p95, p99 = (Bounds(_percentile(low, q), _percentile(high, q)) for q in (50, 95, 99))
     prob_change = changes.prob_change.double()
     return Comparison(
-        kind=changes.kind,
-        earlier_step=changes.earlier_step,
-        later_step=changes.later_step,
-        rows=len(set(changes.earlier_rows.tolist())),
+        kind=earlier.kind,
+        earlier_step=earlier.step,
+        later_step=later.step,
+        rows=len(set(changes.rows.tolist())),
         tokens=len(changes.t),
         earlier_perplexity=float(changes.earlier_nll.double().mean().exp()),
         later_perplexity=float(changes.later_nll.double().mean().exp()),

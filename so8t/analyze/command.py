@@ -41,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(options: argparse.Namespace) -> int:
     # here, because torch takes seconds that --help need not wait for
-    from so8t.analyze.changes import compare
     from so8t.analyze.run import analyze, compare_steps, verify
     from so8t.analyze.tables import comparison_to_text, to_text
 
@@ -52,7 +51,7 @@ def _command(options: argparse.Namespace) -> int:
         print(*lines, sep="\n")
         return 0 if all_whole else 1
     elif options.compare:
-        comparison = compare(compare_steps(options.run, *options.compare))
+        comparison = compare_steps(options.run, *options.compare)
         print(json.dumps(_finite(asdict(comparison))) if options.json else comparison_to_text(comparison))
     else:
         analysis = analyze(options.run)

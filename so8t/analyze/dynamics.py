@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from so8t.analyze.changes import Key, row_keys
+from so8t.analyze.changes import Key, rows_of
 from so8t.logits import LogitsRecord
 
 
@@ -39,10 +39,8 @@ def training_dynamics(records: Iterable[LogitsRecord]) -> list[SampleDynamics]:
     for record in records:
         label_prob = record.at_targets("label_logprob").exp()
         is_top1 = record.at_targets("top1_id") == record.target_ids
-        counts = torch.bincount(record.target_positions[:, 0], minlength=len(record.sample_ids)).tolist()
-        rows = zip(row_keys(record), torch.split(label_prob, counts), torch.split(is_top1, counts), strict=True)
-        for key, probs, hits in rows:
-            seen = (record.step, record.epoch, probs.double().mean(), hits)
+        for key, targets in rows_of(record):
+            seen = (record.step, record.epoch, label_prob[targets].double().mean(), is_top1[targets])
             histories.setdefault((record.kind, key), []).append(seen)
     samples = [_sample(kind, key[0], history) for (kind, key), history in histories.items() if len(history[0][3])]
     return sorted(samples, key=lambda sample: (sample.kind, sample.sample_id))

@@ -22,9 +22,10 @@ from torch import Tensor
 from so8t import cli
 from so8t.analyze.changes import row_keys
 from so8t.analyze.dynamics import training_dynamics
+from so8t.analyze.scores import likeliest
 from so8t.config import InputError
 from so8t.files import atomic_folder, atomic_write
-from so8t.logits import ROWS_AT_ONCE, LogitsRecord, read_file
+from so8t.logits import LogitsRecord, read_file
 from so8t.thinking import SECTIONS
 
 KD_TOP_K = 64  # tokens a position, from files that hold them all
@@ -131,14 +132,7 @@ def _kd_row(record: LogitsRecord, row: int) -> tuple[dict[str, Any], Tensor]:
     length = int((record.sections[row] != SECTIONS.index("padding")).sum())
     is_finite = ~record.at_targets("label_logprob").isnan()
     which = ((record.target_positions[:, 0] == row) & is_finite).nonzero().squeeze(1)
-    if record.form == "full":
-        k = min(KD_TOP_K, record.contents["vocab_size"])
-        chunks = (
-            record.at_targets("logits", part).float().log_softmax(dim=-1) for part in torch.split(which, ROWS_AT_ONCE)
-        )
-        values, ids = (torch.cat(parts) for parts in zip(*(chunk.topk(k) for chunk in chunks), strict=True))
-    else:
-        values, ids = record.at_targets("topk_logprobs", which).float(), record.at_targets("topk_ids", which).long()
+    ids, values = likeliest(record, which, KD_TOP_K if record.form == "full" else record.contents["vocab_size"])
     t, shape = record.target_positions[which, 1], (length, values.shape[1])
     target_ids, target_logprobs = torch.zeros(shape, dtype=torch.int64), torch.full(shape, KD_PADDING)
     target_ids[t], target_logprobs[t] = ids, values.log_softmax(dim=-1).clamp_min(KD_PADDING)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from so8t import cli
-from so8t.analyze.changes import Changes, Comparison, Key, compare, row_keys, token_changes
+from so8t.analyze.changes import Comparison, Key, compare, row_keys
 from so8t.analyze.dynamics import SampleDynamics, training_dynamics
 from so8t.analyze.scores import StepScores, score_step
 from so8t.config import CONFIG_FILE, InputError, TrainingConfig, load_config
@@ -54,7 +54,7 @@ def analyze(run: Path) -> Analysis:
                 yield record
                 for earlier in dict.fromkeys(last_seen[key] for key in keys if key in last_seen):
                     with _if_still_there():
-                        comparisons.append(compare(token_changes(read_files(earlier), record)))
+                        comparisons.append(compare(read_files(earlier), record))
                 last_seen |= dict.fromkeys(keys, record.paths)
 
     dynamics = training_dynamics(scored())
@@ -96,7 +96,7 @@ def verify(run: Path) -> tuple[list[str], bool]:
     return lines, all_whole
 
 
-def compare_steps(run: Path, earlier: int, later: int) -> Changes:
+def compare_steps(run: Path, earlier: int, later: int) -> Comparison:
     """The changes between two steps, at the rows of the probe if both have one, else of the batches.
 
     Raises InputError if a step was not saved, or if they have no row in common.
@@ -109,8 +109,8 @@ def compare_steps(run: Path, earlier: int, later: int) -> Changes:
             raise InputError(f"--compare: {folder} holds nothing of step {step}; its steps are {steps}")
     for kind in ("probe", "logits"):
         if (kind, earlier) in records and (kind, later) in records:
-            result = token_changes(records[kind, earlier], records[kind, later])
-            if len(result.t):
+            result = compare(records[kind, earlier], records[kind, later])
+            if result.tokens:
                 return result
     raise InputError(
         f"--compare: steps {earlier} and {later} have no row in common; "

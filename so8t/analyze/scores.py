@@ -148,6 +148,20 @@ def float16_bounds(logprobs: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs - slack, (logprobs + slack).clamp_max(0)
 
 
+def likeliest(record: LogitsRecord, which: Tensor | slice, most: int) -> tuple[Tensor, Tensor]:
+    """[N, k] ids and log-probabilities of the likeliest tokens at these targets: `most`, or as many as the file has."""
+    if record.form == "stats":
+        return record.at_targets("top1_id", which)[:, None], record.at_targets("top1_logprob", which)[:, None]
+    if record.form == "topk":
+        ids, logprobs = (record.at_targets(name, which) for name in ("topk_ids", "topk_logprobs"))
+        return ids[:, :most].long(), logprobs[:, :most].float()
+    k = min(most, record.contents["vocab_size"])
+    chunks = torch.arange(len(record.target_ids))[which].split(ROWS_AT_ONCE)
+    tops = [record.at_targets("logits", chunk).float().topk(k) for chunk in chunks]
+    values, ids = (torch.cat(parts) for parts in zip(*tops, strict=True))
+    return ids, values - record.at_targets("logsumexp", which)[:, None]
+
+
 def _confidence(record: LogitsRecord, is_top1: Tensor) -> tuple[Tensor, Tensor]:
     """[N] probability of the likeliest token, and by how much it may be off."""
     label_prob = record.at_targets("label_logprob").exp()  # exact in every form

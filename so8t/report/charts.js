@@ -131,7 +131,7 @@ function mark(x, y, shape, colour) {
 /** The values of one x below the chart: the one nearest to the pointer, or that the arrow keys have come to. */
 function addReadout(figure, root, chart, cursor, x, y) {
   const output = figure.querySelector("output");
-  const all = chart.series.flatMap((one) => one.points.map((point, index) => ({at: point[0], value: point[1], name: one.labels[index]})));
+  const all = chart.series.flatMap(({name, points, labels}) => points.map(([at, value], index) => ({at, value, name, label: labels[index]})));
   const ats = [...new Set(all.map(({at}) => at))].sort((one, other) => one - other);
   let index = -1;
   const tell = (at, texts) => {
@@ -142,20 +142,16 @@ function addReadout(figure, root, chart, cursor, x, y) {
   };
   const show = (nth) => {
     index = Math.max(0, Math.min(ats.length - 1, nth));
-    const at = ats[index], texts = [];
-    for (const one of chart.series) {
-      const points = one.points.map((point, position) => [point, one.labels[position]]).filter(([point]) => point[0] === at);
-      for (const [point, label] of points) texts.push(`${one.name} ${shown(point[1])}` + (label ? ` (${label})` : ""));
-    }
-    tell(at, [`${chart.x} ${shown(at)}`, ...texts]);
+    const here = all.filter(({at}) => at === ats[index]);
+    tell(ats[index], [`${chart.x} ${shown(ats[index])}`, ...here.map(({name, value, label}) => `${name} ${shown(value)}` + (label ? ` (${label})` : ""))]);
   };
   const nearest = (distance) => ats.reduce((best, _, nth) => (distance(ats[nth]) < distance(ats[best]) ? nth : best), 0);
   root.addEventListener("pointermove", (event) => {
     const box = root.getBoundingClientRect(), [px, py] = [event.clientX - box.left, event.clientY - box.top];
     if (!chart.is_scatter) return show(nearest((at) => Math.abs(x(at) - px)));
     const far = ({at, value}) => Math.hypot(x(at) - px, y(value) - py);
-    const {at, value, name} = all.reduce((best, one) => (far(one) < far(best) ? one : best));
-    tell(at, [name, `${chart.x} ${shown(at)}`, `${chart.y} ${shown(value)}`]);
+    const {at, value, label} = all.reduce((best, one) => (far(one) < far(best) ? one : best));
+    tell(at, [label, `${chart.x} ${shown(at)}`, `${chart.y} ${shown(value)}`]);
   });
   root.addEventListener("keydown", (event) => {
     const target = {ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0, End: ats.length - 1}[event.key];

@@ -1,21 +1,19 @@
 """The token map's data: the text of saved rows, and what the model predicted at every target and saved step."""
 
-import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from so8t.analyze import Key, row_keys
-from so8t.logits import ROWS_AT_ONCE, LogitsRecord, read_logits
+from so8t.analyze import Key, likeliest, rows_of
+from so8t.logits import LogitsRecord, read_logits
 from so8t.thinking import SECTIONS
 
 ALTERNATIVES = 5  # likeliest tokens shown for a target
@@ -81,7 +79,7 @@ def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
     rows: dict[tuple[str, Key], _Row] = {}
     for record in records:
         texts = record.tokens(tokenizer)
-        for index, (key, targets) in enumerate(_targets_of_rows(record)):
+        for index, (key, targets) in enumerate(rows_of(record)):
             if targets.start == targets.stop:
                 continue  # a row without targets has nothing to colour
             row = rows.get((record.kind, key))
@@ -100,17 +98,10 @@ def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
     return sorted(rows.values(), key=lambda row: row.index)
 
 
-def _targets_of_rows(record: LogitsRecord) -> Iterator[tuple[Key, slice]]:
-    """Each row of a file, with its targets among all of that file."""
-    keys = row_keys(record)
-    edges = torch.searchsorted(record.target_positions[:, 0].contiguous(), torch.arange(len(keys) + 1)).tolist()
-    return zip(keys, itertools.starmap(slice, pairwise(edges)), strict=True)
-
-
 def _add_others(rows: Sequence[_Row], records: Sequence[LogitsRecord]) -> None:
     known = {(row.kind, row.key): row for row in rows}
     for record in records:
-        for key, targets in _targets_of_rows(record):
+        for key, targets in rows_of(record):
             if row := known.get((record.kind, key)):
                 row.others.append((record, targets))
 
@@ -142,7 +133,7 @@ def _draw(row: _Row, strings: "_Strings") -> dict[str, Any]:
 
 def _predictions(record: LogitsRecord, targets: slice, strings: "_Strings") -> dict[str, Any]:
     """What one file says of one row's targets."""
-    ids, logprobs = likeliest(record, targets)
+    ids, logprobs = likeliest(record, targets, ALTERNATIVES)
     return {
         "step": record.step,
         "logprob": _thousandths(record.at_targets("label_logprob", targets)),
@@ -151,21 +142,6 @@ def _predictions(record: LogitsRecord, targets: slice, strings: "_Strings") -> d
         "top": [[strings.index_of_id(id) for id in top] for top in ids.tolist()],
         "top_logprob": [_thousandths(top) for top in logprobs],
     }
-
-
-def likeliest(record: LogitsRecord, targets: slice) -> tuple[Tensor, Tensor]:
-    """[N, k] ids and log-probabilities of the likeliest tokens: ALTERNATIVES of them, or as many as the file knows."""
-    if record.form == "stats":
-        return record.at_targets("top1_id", targets)[:, None], record.at_targets("top1_logprob", targets)[:, None]
-    if record.form == "topk":
-        ids, logprobs = (record.at_targets(name, targets) for name in ("topk_ids", "topk_logprobs"))
-        return ids[:, :ALTERNATIVES], logprobs[:, :ALTERNATIVES]
-    chunks = (slice(t, min(t + ROWS_AT_ONCE, targets.stop)) for t in range(targets.start, targets.stop, ROWS_AT_ONCE))
-    tops = [
-        record.at_targets("logits", chunk).topk(min(ALTERNATIVES, record.contents["vocab_size"])) for chunk in chunks
-    ]
-    values, ids = (torch.cat(parts) for parts in zip(*tops, strict=True))
-    return ids, values.float() - record.at_targets("logsumexp", targets)[:, None]
 
 
 def _thousandths(values: Tensor) -> list[int | None]:

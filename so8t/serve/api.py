@@ -26,12 +26,11 @@ from starlette.requests import ClientDisconnect
 from so8t.config import InputError
 from so8t.serve import chat
 from so8t.serve.audit import AuditError
-from so8t.serve.thinker import Answer, Busy, Question, Thinker, where
+from so8t.serve.thinker import DEFAULT_NEW_TOKENS, Answer, Busy, Question, Thinker, where
 from so8t.thinking import SafetyLabel, is_blank
 
 MAX_BODY_BYTES = 64 * 1024
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
-MODEL_NAME = "so8t"  # in the shape of OpenAI
 
 logger = logging.getLogger("so8t.serve")
 
@@ -42,7 +41,6 @@ def _not_blank(text: str) -> str:
     return text
 
 
-# a description says what its field must be, in the API page and in the answer to a bad request
 class ThinkRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -56,19 +54,17 @@ class ThinkRequest(BaseModel):
         ),
         AfterValidator(_not_blank),
     ]
-    user_id: Annotated[str | None, Field(max_length=chat.MAX_USER_ID_CHARACTERS, description=chat.USER_ID)] = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=chat.MAX_NEW_TOKENS, description=chat.NEW_TOKENS)] = (
-        chat.DEFAULT_NEW_TOKENS
-    )
-    temperature: Annotated[float, Field(ge=0, le=2, description=chat.TEMPERATURE)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1, description=chat.TOP_P)] = 1.0
+    user_id: chat.UserId = None
+    max_new_tokens: chat.NewTokens = None
+    temperature: chat.Temperature = None
+    top_p: chat.TopP = None
 
     def question(self, deadline: float) -> Question:
         return Question(
             messages=[{"role": "user", "content": self.query}],
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens or DEFAULT_NEW_TOKENS,
+            temperature=self.temperature or 0.0,
+            top_p=self.top_p or 1.0,
             deadline=deadline,
             user_id=self.user_id,
         )
@@ -135,15 +131,15 @@ def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)
         """The same in the shape of OpenAI's chat completions: the final alone, its label and hashes in the headers."""
         asked, found = await ask(thinker, request, chat.ChatRequest)
         if not asked.stream:
-            return JSONResponse(chat.completion(found, MODEL_NAME), headers=_headers(found))
+            return JSONResponse(chat.completion(found), headers=_headers(found))
         with_usage = (asked.stream_options or {}).get("include_usage", False)
-        events = chat.chunks(found, MODEL_NAME, with_usage)
+        events = chat.chunks(found, with_usage)
         return StreamingResponse(events, headers=_headers(found), media_type="text/event-stream")
 
     @app.get("/v1/models", dependencies=authorised)
     async def models() -> dict[str, Any]:
         """The one model, in the shape of OpenAI."""
-        model = {"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "so8t"}
+        model = {"id": chat.MODEL_NAME, "object": "model", "created": 0, "owned_by": "so8t"}
         return {"object": "list", "data": [model]}
 
     @app.get("/health", responses={503: {"model": Problem, "description": "The audit trail takes no rows"}})

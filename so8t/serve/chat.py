@@ -7,21 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from so8t.serve.thinker import Answer, Question
+from so8t.serve.thinker import DEFAULT_NEW_TOKENS, Answer, Question
 from so8t.thinking import REFUSAL, is_blank
 
+MODEL_NAME = "so8t"
 MAX_QUERY_CHARACTERS = 8000  # of all messages together
-MAX_USER_ID_CHARACTERS = 200
-MAX_NEW_TOKENS = 2048
-DEFAULT_NEW_TOKENS = 512
 
-USER_ID = f"text of at most {MAX_USER_ID_CHARACTERS} characters or null"
-NEW_TOKENS = f"a whole number from 1 to {MAX_NEW_TOKENS}"
+# a description says what its field must be, in the API page and in the answer to a bad request
+UserId = Annotated[str | None, Field(max_length=200, description="text of at most 200 characters or null")]
 NewTokens = Annotated[
-    int | None, Field(ge=1, le=MAX_NEW_TOKENS, description=f"{NEW_TOKENS}; it counts the thinking too")
+    int | None, Field(ge=1, le=2048, description="a whole number from 1 to 2048; it counts the thinking too")
 ]
-TEMPERATURE = "a number from 0 (always the likeliest token) to 2"
-TOP_P = "a number above 0 and up to 1"
+Temperature = Annotated[
+    float | None, Field(ge=0, le=2, description="a number from 0 (always the likeliest token) to 2; 0 if left out")
+]
+TopP = Annotated[float | None, Field(gt=0, le=1, description="a number above 0 and up to 1")]
 
 
 class TextPart(BaseModel):
@@ -51,8 +51,6 @@ def _can_be_asked(messages: list[ChatMessage]) -> list[ChatMessage]:
 
 
 class ChatRequest(BaseModel):
-    """A description says what its field must be, in the API page and in the answer to a bad request."""
-
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: Annotated[str, Field(description="a text; this server has one model and takes any name")]
@@ -68,8 +66,8 @@ class ChatRequest(BaseModel):
     ]
     max_tokens: NewTokens = None
     max_completion_tokens: NewTokens = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, description=f"{TEMPERATURE}; 0 if left out")] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1, description=TOP_P)] = None
+    temperature: Temperature = None
+    top_p: TopP = None
     stop: Annotated[
         str | list[str] | None, Field(max_length=200, description="a text or a list of at most 200, none of them empty")
     ] = None
@@ -77,7 +75,7 @@ class ChatRequest(BaseModel):
     stream_options: Annotated[
         dict[Literal["include_usage"], bool] | None, Field(description='{"include_usage": true or false}')
     ] = None
-    user: Annotated[str | None, Field(max_length=MAX_USER_ID_CHARACTERS, description=USER_ID)] = None
+    user: UserId = None
     n: Annotated[Literal[1] | None, Field(description="1, because one answer is audited and leaves")] = None
     logprobs: Annotated[Literal[False] | None, Field(description="false, because they would show the thinking")] = None
     presence_penalty: Annotated[float | None, Field(ge=0, le=0, description="0")] = None
@@ -89,22 +87,22 @@ class ChatRequest(BaseModel):
             messages=[message.plain() for message in self.messages],
             max_new_tokens=self.max_completion_tokens or self.max_tokens or DEFAULT_NEW_TOKENS,
             temperature=self.temperature or 0.0,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=self.top_p or 1.0,
             deadline=deadline,
             stop=[text for text in stop if text],
             user_id=self.user,
         )
 
 
-def completion(answer: Answer, model: str) -> dict[str, Any]:
+def completion(answer: Answer) -> dict[str, Any]:
     message = {"role": "assistant", "content": answer.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(answer)}
-    return {**_head(answer, model, "chat.completion"), "choices": [choice], "usage": usage(answer)}
+    return {**_head(answer, "chat.completion"), "choices": [choice], "usage": usage(answer)}
 
 
-def chunks(answer: Answer, model: str, with_usage: bool) -> Iterator[str]:
+def chunks(answer: Answer, with_usage: bool) -> Iterator[str]:
     """The final in one chunk: it may leave only when it is whole."""
-    head = _head(answer, model, "chat.completion.chunk")
+    head = _head(answer, "chat.completion.chunk")
     said = {"index": 0, "delta": {"role": "assistant", "content": answer.text}, "finish_reason": None}
     end = {"index": 0, "delta": {}, "finish_reason": finish_reason(answer)}
     events: list[dict[str, Any]] = [{**head, "choices": [said]}, {**head, "choices": [end]}]
@@ -132,5 +130,6 @@ def error(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def _head(answer: Answer, model: str, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{answer.row.request_id}", "object": kind, "created": int(time.time()), "model": model}
+def _head(answer: Answer, kind: str) -> dict[str, Any]:
+    request_id, created = answer.row.request_id, int(time.time())
+    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": created, "model": MODEL_NAME}

@@ -100,25 +100,14 @@ def in_url(host: str) -> str:
 def try_out(generator: "Generator") -> None:
     """Ask the model one question, so that a model that can never answer is reported before the first user comes.
 
-    Raises InputError if it fails; only warns if the answer is not fit to leave, because the question may be to blame.
+    Raises what the model raises; only warns if the answer is not fit to leave: the question may be to blame.
     """
-    from so8t.serve.thinker import Question, Written, where
+    from so8t.serve.thinker import Question, Written
 
     started = time.monotonic()
-    question = Question(
-        [{"role": "user", "content": TRIAL_QUESTION}],
-        max_new_tokens=512,
-        temperature=0.0,
-        top_p=1.0,
-        deadline=started + TRIAL_SECONDS,
-    )
+    question = Question([{"role": "user", "content": TRIAL_QUESTION}], deadline=started + TRIAL_SECONDS)
     found: list[Written] = []
-    try:
-        generator([question], [generator.encode(question.messages)], found.extend)
-    except InputError as error:
-        raise InputError(f"{generator.folder} cannot answer: {error}") from error
-    except Exception as error:
-        raise InputError(f"{generator.folder} cannot answer: {where(error)}") from error
+    generator([question], [generator.encode(question.messages)], found.extend)
     num_tokens, seconds = found[0].num_tokens, time.monotonic() - started
     if release(found[0].text, TRIAL_QUESTION).answer == REFUSAL:
         logger.warning(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     EosTokenCriteria,
     LogitsProcessor,
@@ -99,19 +100,18 @@ class Generator:
         up to `</final>`, and its number of tokens. A question is greedy at temperature 0. It ends early at its
         deadline, when its asker has gone, or where the model's context is full.
         """
-        config, width = self._model.config, max(map(len, prompts))
         pads = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0
         pad = next(token for token in pads if token is not None)
-        input_ids = torch.full((len(prompts), width), pad)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):  # on the left, so that all rows write at the same place
-            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            attention_mask[row, width - len(prompt) :] = 1
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        on_the_left: Any = {"batch_first": True, "padding_side": "left"}  # so that all rows write at the same place
+        input_ids = pad_sequence(rows, padding_value=pad, **on_the_left)
+        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], **on_the_left)
+        context = self._model.config.max_position_embeddings
         limits = [
-            min(question.max_new_tokens, config.max_position_embeddings - len(prompt))
+            min(question.max_new_tokens, context - len(prompt))
             for question, prompt in zip(questions, prompts, strict=True)
         ]
-        ending = _Ending(self, questions, limits, width, written)
+        ending = _Ending(self, questions, limits, input_ids.shape[1], written)
         sampling: dict[str, Any] = {"do_sample": False}
         if any(question.temperature > LOWEST_TEMPERATURE for question in questions):
             sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -138,18 +138,15 @@ class _EachItsOwn(LogitsProcessor):
         self._questions = questions
 
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-        rows = zip(self._questions, scores.split(1), strict=True)
-        return torch.cat([_scores_to_draw_by(question, row) for question, row in rows])
-
-
-def _scores_to_draw_by(question: Question, scores: Any) -> Tensor:
-    """[1, V] each."""
-    if question.temperature <= LOWEST_TEMPERATURE:
-        likeliest: Tensor = scores.argmax(dim=1, keepdim=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, likeliest, 0.0)
-    drawn_by: Any = scores / question.temperature
-    nucleus: Tensor = TopPLogitsWarper(question.top_p)(drawn_by, drawn_by)
-    return nucleus
+        rows: list[Any] = list(scores.split(1))
+        for index, question in enumerate(self._questions):
+            if question.temperature > LOWEST_TEMPERATURE:
+                drawn_by = rows[index] / question.temperature
+                rows[index] = TopPLogitsWarper(question.top_p)(drawn_by, drawn_by)
+            else:
+                likeliest = rows[index].argmax(dim=1, keepdim=True)
+                rows[index] = torch.full_like(rows[index], -torch.inf).scatter(1, likeliest, 0.0)
+        return torch.cat(rows)
 
 
 class _Ending(StoppingCriteria):

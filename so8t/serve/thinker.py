@@ -33,6 +33,7 @@ MOST_TOGETHER = 16  # requests
 MOST_TOKENS = 16384
 # longer ones are generated alone: beyond this Phi-3.5 changes its rotary embedding, for all rows of a batch
 LONGEST_TOGETHER = 4096
+DEFAULT_NEW_TOKENS = 512
 
 logger = logging.getLogger("so8t.serve")
 
@@ -42,10 +43,10 @@ class Question:
     """What is asked of the model. `deadline` is on the monotonic clock; `gone` is set when nobody waits any more."""
 
     messages: Sequence[dict[str, str]]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
     deadline: float
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
+    temperature: float = 0.0
+    top_p: float = 1.0
     stop: Sequence[str] = ()
     user_id: str | None = None
     gone: threading.Event = field(default_factory=threading.Event)
@@ -94,17 +95,11 @@ class _Asked:
 class Thinker:
     """Answers requests in their order, on a thread of its own."""
 
-    def __init__(
-        self,
-        generate: "Generator",
-        audit: AuditTrail,
-        queue_length: int = QUEUE_LENGTH,
-        request_seconds: float = REQUEST_SECONDS,
-    ) -> None:
+    def __init__(self, generate: "Generator", audit: AuditTrail, request_seconds: float = REQUEST_SECONDS) -> None:
         self.request_seconds = request_seconds
         self.audit = audit
         self.generate = generate
-        self._places = threading.BoundedSemaphore(queue_length)
+        self._places = threading.BoundedSemaphore(QUEUE_LENGTH)
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()  # None = there will be no more
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()

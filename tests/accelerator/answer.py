@@ -10,13 +10,7 @@ from so8t.serve.thinker import Question, Written
 
 def main(arguments: Sequence[str]) -> int:
     generator = load_generator(Path(arguments[0]))
-    question = Question(
-        [{"role": "user", "content": "2 + 3?"}],
-        max_new_tokens=8,
-        temperature=0.0,
-        top_p=1.0,
-        deadline=time.monotonic() + 60,
-    )
+    question = Question([{"role": "user", "content": "2 + 3?"}], deadline=time.monotonic() + 60, max_new_tokens=8)
     answers: list[Written] = []
     generator([question], [generator.encode(question.messages)], answers.extend)
     (answer,) = answers

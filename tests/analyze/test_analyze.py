@@ -22,7 +22,7 @@ from memory_cases import PeakBytes
 from scipy.special import rel_entr  # type: ignore[import-untyped]
 from scipy.stats import entropy  # type: ignore[import-untyped]
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.classification.calibration_error import _ce_compute
 from torchmetrics.functional.text import perplexity
 
@@ -99,20 +99,6 @@ def test_scores_equal_independent_references(tmp_path: Path, keys: dict[str, Any
         assert_exact(scores.calibration.error, error)
 
 
-def test_calibration_error_equals_that_of_torchmetrics_where_equal_mass_is_equal_width() -> None:
-    generator = torch.Generator().manual_seed(0)
-    confidence = (torch.arange(15).repeat_interleave(4) + 0.05 + 0.9 * torch.rand(60, generator=generator)) / 15
-    confidence = confidence.clamp_min(0.03)  # the likeliest of 40 tokens has at least 1 / 40
-    preds = ((1 - confidence) / (VOCAB - 1))[:, None].repeat(1, VOCAB)
-    preds[:, 0] = confidence
-    targets = torch.randint(2, (60,), generator=generator)
-    reference = multiclass_calibration_error(preds, targets, num_classes=VOCAB, n_bins=15, norm="l1")
-    result = calibration(confidence, targets == 0, torch.zeros(60))
-    assert_exact(result.error, float(reference))
-    assert [bin.tokens for bin in result.bins] == [4] * 15
-    assert float(reference) > 0.2
-
-
 def test_calibration_of_a_tiny_case_by_hand() -> None:
     result = calibration(torch.tensor([0.9, 0.6]), torch.tensor([True, False]), torch.zeros(2))
     assert [astuple(bin) for bin in result.bins] == [(1, pytest.approx(0.6), 0.0), (1, pytest.approx(0.9), 1.0)]
@@ -120,24 +106,6 @@ def test_calibration_of_a_tiny_case_by_hand() -> None:
     nothing = calibration(torch.tensor([]), torch.tensor([], dtype=torch.bool), torch.tensor([]))
     assert nothing.bins == ()
     assert math.isnan(nothing.error.low)
-
-
-def test_scores_of_a_tiny_case_by_hand(tmp_path: Path) -> None:
-    batch = make_rows([PROMPT + 2], [0], vocab=4)
-    logits = torch.zeros(1, PROMPT + 2, 4)
-    first, second = batch.targets[0, PROMPT - 1 : PROMPT + 1].tolist()
-    logits[0, PROMPT - 1, first] = math.log(7)  # probabilities 0.7 and three times 0.1
-    logits[0, PROMPT, (second + 1) % 4] = math.log(5)  # 0.625, the label has 0.125
-    (record,) = save_steps(tmp_path, {1: (batch, logits)})
-    scores = score_step(record)
-    assert scores.total.nll == pytest.approx(-(math.log(0.7) + math.log(0.125)) / 2)
-    assert scores.total.perplexity == pytest.approx(1 / math.sqrt(0.7 * 0.125))
-    assert (scores.total.top1_accuracy, scores.total.top5_accuracy) == (0.5, 1.0)
-    assert scores.total.margin.low == pytest.approx((0.6 - 0.5) / 2)
-    assert scores.total.calibration.error.low == pytest.approx((0.3 + 0.625) / 2)
-    assert scores.sections["task"].nll == pytest.approx(-math.log(0.7))
-    assert scores.sections["safety"].margin.high == pytest.approx(-0.5)
-    assert set(scores.sections) == {"task", "safety"}
 
 
 @every_form
@@ -197,7 +165,7 @@ def test_topk_bounds_are_narrow_and_its_divergence_close_where_k_holds_the_mass(
     full, topk = save_steps(tmp_path / "full", steps), save_steps(tmp_path / "topk", steps, form="topk", top_k=20)
     margin = score_step(topk[0]).total.margin
     assert 0 < margin.high - margin.low < 1e-3
-    exact, bound = compare(token_changes(*full)), compare(token_changes(*topk))
+    exact, bound = compare(*full), compare(*topk)
     assert exact.kl_mean.low > 0.01
     assert bound.kl_mean.low == pytest.approx(exact.kl_mean.low, rel=0.15)
 
@@ -232,12 +200,12 @@ def test_stats_bounds_say_nothing_more_than_the_mass_allows(tmp_path: Path) -> N
 def test_divergence_equals_scipys(tmp_path: Path) -> None:
     batch = make_rows(LENGTHS, SAMPLES)
     earlier, later = random_logits(batch, seed=1), random_logits(batch, seed=2)
-    result = token_changes(*save_steps(tmp_path, {1: (batch, earlier), 2: (batch, later)}))
+    records = save_steps(tmp_path, {1: (batch, earlier), 2: (batch, later)})
+    result, summed = token_changes(*records), compare(*records)
     (p, targets), (q, _) = target_probs(batch, earlier), target_probs(batch, later)
     reference = rel_entr(p.numpy(), q.numpy()).sum(axis=1)
     np.testing.assert_allclose(result.kl_low.numpy(), reference, rtol=1e-4, atol=1e-5)
     assert torch.equal(result.kl_low, result.kl_high)
-    summed = compare(result)
     assert summed.kl_mean.low == pytest.approx(reference.mean(), rel=1e-5)
     for bounds, percent in ((summed.kl_p50, 50), (summed.kl_p95, 95), (summed.kl_p99, 99)):
         assert bounds.low == bounds.high == pytest.approx(np.percentile(reference, percent), rel=1e-4)
@@ -268,12 +236,12 @@ def test_a_token_that_became_impossible_is_infinite_and_leaves_the_lower_percent
 ) -> None:
     batch = make_rows(LENGTHS, SAMPLES)
     records = save_steps(tmp_path, {step: (batch, random_logits(batch, seed=step)) for step in (1, 2)})
-    reference = compare(token_changes(*records))
+    reference = compare(*records)
     logits = records[1].contents["logits"].clone()
     logits[0, PROMPT, (batch.targets[0, PROMPT] + 1) % VOCAB] = -math.inf
     torch.save(torch.load(records[1].path) | {"logits": logits}, records[1].path)
-    result = token_changes(*read_logits(tmp_path / "logits"))
-    summed = compare(result)
+    records = list(read_logits(tmp_path / "logits"))
+    result, summed = token_changes(*records), compare(*records)
     assert summed.kl_mean == summed.kl_p99 == Bounds(math.inf, math.inf)  # with 41 tokens the last two are above p95
     assert_exact(summed.kl_p50, float(result.kl_low.double().quantile(0.5)))
     assert summed.kl_p50.low < 2 * reference.kl_p50.low
@@ -317,36 +285,30 @@ def test_only_rows_of_both_steps_are_compared_wherever_they_stand(
 ) -> None:
     one, other = make_rows([20, 13, 17], [4, 7, 9]), make_rows([11, 17, 20], [5, 9, 4], padded_to=30)
     earlier, later = random_logits(one, seed=1), random_logits(other, seed=2)
-    result = token_changes(*save_steps(tmp_path, {1: (one, earlier), 2: (other, later)}, positions=positions, **keys))
-    assert [tuple(rows) for rows in zip(result.earlier_rows.tolist(), result.later_rows.tolist(), strict=True)] == [
-        *[(0, 2)] * (20 - PROMPT),
-        *[(2, 1)] * (17 - PROMPT),
-    ]
+    records = save_steps(tmp_path, {1: (one, earlier), 2: (other, later)}, positions=positions, **keys)
+    result = token_changes(*records)
+    assert result.rows.tolist() == [0] * (20 - PROMPT) + [2] * (17 - PROMPT)
     assert result.t.tolist() == [*range(PROMPT - 1, 19), *range(PROMPT - 1, 16)]
-    for index, (row, later_row, t) in enumerate(
-        zip(result.earlier_rows.tolist(), result.later_rows.tolist(), result.t.tolist(), strict=True)
-    ):
+    for index, (row, t) in enumerate(zip(result.rows.tolist(), result.t.tolist(), strict=True)):
         target = int(one.targets[row, t])
-        p, q = earlier[row, t].softmax(dim=-1), later[later_row, t].softmax(dim=-1)
+        p, q = earlier[row, t].softmax(dim=-1), later[{0: 2, 2: 1}[row], t].softmax(dim=-1)
         assert float(result.prob_change[index]) == pytest.approx(float(q[target] - p[target]), abs=1e-5)
         assert float(result.kl_low[index]) <= float((p * (p / q).log()).sum()) + 1e-5
-    assert compare(result).rows == 2
+    assert compare(*records).rows == 2
 
 
-def test_rows_of_one_number_but_other_tokens_are_not_compared(tmp_path: Path) -> None:
-    batch, changed = make_rows([20], [4]), make_rows([20], [5])
+@pytest.mark.parametrize("other", ["tokens", "labels"])
+def test_rows_of_one_number_but_other_tokens_or_labels_are_not_compared(tmp_path: Path, other: str) -> None:
+    batch, changed = make_rows([20], [4]), make_rows([20], [5 if other == "tokens" else 4])
     changed.sample_ids.fill_(4)
+    if other == "labels":
+        changed.targets[:, :10] = NO_TARGET
     records = save_steps(tmp_path, {1: (batch, random_logits(batch)), 2: (changed, random_logits(changed))})
-    assert len(token_changes(*records).t) == 0
-    assert [len(sample.steps) for sample in training_dynamics(records)] == [1, 1]
-
-
-def test_rows_of_equal_tokens_but_other_labels_are_not_compared(tmp_path: Path) -> None:
-    batch, relabelled = make_rows([20], [4]), make_rows([20], [4])
-    relabelled.targets[:, :10] = NO_TARGET
-    records = save_steps(tmp_path, {1: (batch, random_logits(batch)), 2: (relabelled, random_logits(relabelled))})
-    assert len(token_changes(*records).t) == 0
-    assert [sample.tokens for sample in training_dynamics(records)] == [17, 9]
+    assert compare(*records).tokens == 0
+    assert [(sample.tokens, len(sample.steps)) for sample in training_dynamics(records)] == [
+        (17, 1),
+        (17 if other == "tokens" else 9, 1),
+    ]
 
 
 def test_two_steps_beside_each_other_say_what_they_rest_on_and_give_the_numbers_of_the_comparison(
@@ -354,7 +316,7 @@ def test_two_steps_beside_each_other_say_what_they_rest_on_and_give_the_numbers_
 ) -> None:
     batch = make_rows([20], [4])
     steps = {step: (batch, random_logits(batch, seed=step)) for step in (1, 2)}
-    one = compare(token_changes(*save_steps(tmp_path, steps)))
+    one = compare(*save_steps(tmp_path, steps))
     assert main([str(tmp_path), "--compare", "1", "2"]) == 0
     first, _, *lines = capsys.readouterr().out.splitlines()
     assert first == "1 row, 17 tokens of batches trained on; KL(step 1 || step 2) in nats a token"
@@ -425,12 +387,7 @@ def make_run(run: Path, **keys: Any) -> Path:
 @every_form
 def test_analysis_keeps_batches_and_probe_apart(tmp_path: Path, keys: dict[str, Any]) -> None:
     analysis = analyze(make_run(tmp_path, **keys))
-    assert [(step.step, step.kind) for step in analysis.steps] == [
-        (1, "logits"),
-        (1, "probe"),
-        (2, "logits"),
-        (2, "probe"),
-    ]
+    assert [(step.step, step.kind) for step in analysis.steps] == list(itertools.product((1, 2), ("logits", "probe")))
     seen = {(one.kind, one.earlier_step, one.later_step): (one.rows, one.tokens) for one in analysis.comparisons}
     assert seen == {("logits", 1, 2): (1, 20 - PROMPT), ("probe", 1, 2): (1, 12 - PROMPT)}
     assert [(one.kind, one.sample_id, one.steps) for one in analysis.dynamics] == [
@@ -684,83 +641,57 @@ def test_the_examples_of_the_docs_run_on_what_the_default_run_leaves(
         assert main([str(default_runs_logits), *options]) == 0, (example, capsys.readouterr().err)
 
 
-def no_such_run(run: Path) -> list[str]:
-    return [str(run / "nowhere")]
-
-
-def run_that_saved_no_logits(run: Path) -> list[str]:
-    shutil.copy("config.toml", run)
-    return [str(run)]
-
-
-def folder_without_a_file(run: Path) -> list[str]:
-    (run / "logits").mkdir()
-    return run_that_saved_no_logits(run)
-
-
-def foreign_files(run: Path) -> list[str]:
-    torch.save({"weights": torch.ones(2)}, run / "model.pt")
-    (run / "notes.pt").write_text("mine", encoding="utf-8")
-    return [str(run)]
-
-
-def unknown_format(run: Path) -> list[str]:
-    return [str(make_run(run)), "--export", "parquet", str(run / "out")]
-
-
-def occupied_name(run: Path) -> list[str]:
-    return [str(make_run(run)), "--export", "safetensors", str(run)]
-
-
-def no_folder_to_write_into(run: Path) -> list[str]:
-    return [str(make_run(run)), "--export", "kd-jsonl", str(run / "nowhere" / "rows.jsonl")]
-
-
-def step_that_was_not_saved(run: Path) -> list[str]:
-    return [str(make_run(run)), "--compare", "1", "3"]
-
-
-def step_whose_file_is_torn(run: Path) -> list[str]:
+def tear_step_1(run: Path) -> None:
     for torn in (make_run(run) / "logits").glob("*_step_1_*"):
         torn.write_bytes(torn.read_bytes()[:-100])
-    return [str(run), "--compare", "1", "2"]
 
 
-def steps_without_a_common_row(run: Path) -> list[str]:
+def write_foreign_files(run: Path) -> None:
+    torch.save({"weights": torch.ones(2)}, run / "model.pt")
+    (run / "notes.pt").write_text("mine", encoding="utf-8")
+
+
+def save_other_rows_at_step_2(run: Path) -> None:
     batches = {step: make_rows([10], [step]) for step in (1, 2)}
     save_steps(run, {step: (batch, random_logits(batch)) for step, batch in batches.items()})
-    return [str(run), "--compare", "1", "2"]
 
 
-def files_of_two_models(run: Path) -> list[str]:
+def save_two_models(run: Path) -> None:
     batch = make_rows([10], [1])
-    save_steps(run, {1: (batch, random_logits(batch))})
-    save_steps(run, {2: (batch, random_logits(batch, VOCAB + 1))})
-    return [str(run)]
+    for step in (1, 2):
+        save_steps(run, {step: (batch, random_logits(batch, VOCAB + step - 1))})
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("prepare", "arguments", "words"),
     [
-        (no_such_run, ("nowhere", "no such folder")),
-        (run_that_saved_no_logits, ("no file of saved logits", "training.save_logits = true")),
-        (folder_without_a_file, ("no file of saved logits", "training.save_logits = true")),
-        (foreign_files, ("no file of saved logits",)),
-        (unknown_format, ("no format parquet", "cartography, safetensors, kd-jsonl")),
-        (occupied_name, ("exists already",)),
-        (no_folder_to_write_into, ("no folder", "nowhere")),
-        (step_that_was_not_saved, ("step 3", "1, 2")),
-        (step_whose_file_is_torn, ("holds nothing of step 1", "its steps are 2")),
-        (files_of_two_models, (f"{VOCAB + 1} tokens", f"one with {VOCAB}", "one folder")),
-        (steps_without_a_common_row, ("no row in common", "training.save_logits_probe")),
+        (make_run, "RUN/nowhere", ("nowhere", "no such folder")),
+        (
+            lambda run: shutil.copy("config.toml", run),
+            "RUN",
+            ("no file of saved logits", "training.save_logits = true"),
+        ),
+        (lambda run: (run / "logits").mkdir(), "RUN", ("no file of saved logits", "save_logits = true")),
+        (write_foreign_files, "RUN", ("no file of saved logits",)),
+        (make_run, "RUN --export parquet RUN/out", ("no format parquet", "cartography, safetensors, kd-jsonl")),
+        (make_run, "RUN --export safetensors RUN", ("exists already",)),
+        (make_run, "RUN --export kd-jsonl RUN/nowhere/rows.jsonl", ("no folder", "nowhere")),
+        (make_run, "RUN --compare 1 3", ("step 3", "1, 2")),
+        (tear_step_1, "RUN --compare 1 2", ("holds nothing of step 1", "its steps are 2")),
+        (save_two_models, "RUN", (f"{VOCAB + 1} tokens", f"one with {VOCAB}", "one folder")),
+        (save_other_rows_at_step_2, "RUN --compare 1 2", ("no row in common", "training.save_logits_probe")),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], list[str]], words: tuple[str, ...]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prepare: Callable[[Path], object],
+    arguments: str,
+    words: tuple[str, ...],
 ) -> None:
-    arguments = make(tmp_path)
+    prepare(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert main(arguments) == 2
+    assert main(arguments.replace("RUN", str(tmp_path)).split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("so8t.analyze: ")

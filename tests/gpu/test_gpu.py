@@ -420,7 +420,7 @@ def test_questions_asked_together_are_answered_as_alone(memorised_run: Path, rec
 
     def answers(queries: list[str]) -> tuple[dict[int, str], float]:
         messages = [[{"role": "user", "content": query}] for query in queries]
-        questions = [Question(one, 100, 0.0, 1.0, time.monotonic() + 60) for one in messages]
+        questions = [Question(one, time.monotonic() + 60, max_new_tokens=100) for one in messages]
         found: dict[int, str] = {}
         started = time.perf_counter()
         prompts = [generator.encode(one) for one in messages]

@@ -63,7 +63,7 @@ def test_analysis_sees_steps_not_files(tmp_path: Path) -> None:
     analysis = analyze(tmp_path)
     assert [(step.step, step.total.tokens) for step in analysis.steps] == [(1, 20), (2, 20)]
     assert [(one.earlier_step, one.later_step, one.rows) for one in analysis.comparisons] == [(1, 2, 4)]
-    assert len(compare_steps(tmp_path, 1, 2).t) == 20
+    assert compare_steps(tmp_path, 1, 2).tokens == 20
     lines, all_whole = verify(tmp_path)
     assert (len(lines), all_whole) == (4, True)
 

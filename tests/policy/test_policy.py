@@ -14,7 +14,6 @@ import json
 import string
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,26 +47,12 @@ def found_in(text: str) -> set[str]:
 # ---- the labelled lines
 
 
-def cases_of(half: str) -> Iterator[dict[str, Any]]:
-    return (case for case in CASES if case["half"] == half and case["group"] != "nsfw")
-
-
-def test_there_are_enough_cases_of_every_rule_in_both_halves_and_languages() -> None:
-    assert len(CASES) >= 300
-    assert len({case["text"] for case in CASES}) == len(CASES)
-    for half in ("tuning", "held_out"):
-        lines = [case for case in CASES if case["half"] == half]
-        japanese = [case for case in lines if any("\u3040" <= character <= "\u9fff" for character in case["text"])]
-        assert 0.3 < len(japanese) / len(lines) < 0.7
-        for rule in (*FINDERS, "nsfw"):
-            assert sum(case["rule"] == rule for case in lines) >= 5
-            assert sum(case["group"] == rule and case["rule"] is None for case in lines) >= 5  # near misses
-
-
 @pytest.mark.parametrize("half", ["tuning", "held_out"])
 def test_precision_and_recall_are_at_the_measured_levels(half: str) -> None:
     wanted, hit, false_alarms = Counter[str](), Counter[str](), []
-    for case in cases_of(half):
+    for case in CASES:
+        if case["half"] != half or case["group"] == "nsfw":
+            continue
         found = found_in(case["text"])
         if case["rule"] is None:
             false_alarms += [case["text"]] if found else []
@@ -75,6 +60,7 @@ def test_precision_and_recall_are_at_the_measured_levels(half: str) -> None:
             wanted[case["rule"]] += 1
             hit[case["rule"]] += case["rule"] in found
     assert hit == wanted  # recall
+    assert wanted.total() == 81
     assert hit.total() / (hit.total() + len(false_alarms)) >= 81 / 82, false_alarms  # precision
 
 
@@ -154,9 +140,16 @@ def test_a_check_digit_decides_over_cards_and_individual_numbers() -> None:
         "postgres://user:${DB_PASSWORD}@db.brindlewick.com/app",
         'f"postgresql://{USER_NAME}:{DB_PASSWORD}@{HOST}/db"',
         "curl -u admin:$ADMIN_PASSWORD1 https://brindlewick.com",
+        "123456789018 + 5 = 123456789023",
+        "Add 400000123456 and 7: 400000123456 + 7",
+        "7 + 123456789018",
+        "The sum is 5 + 4000001234567899 = 4000001234567904",
+        "2000000000000 +123456789012345",
+        "Write to jane@company.com, ann@mycompany.com or info@email.com.",
+        "The provider publishes 29.40.0.0/10 and 29.41.7.0/24.",
     ],
 )
-def test_dates_decimals_calls_and_variables_are_nobodys_data(text: str) -> None:
+def test_dates_calls_variables_sums_placeholders_and_ranges_are_nobodys_data(text: str) -> None:
     assert found_in(text) == set()
 
 
@@ -166,26 +159,13 @@ def test_a_landline_is_found_with_an_area_code_of_any_length_and_only_with_ten_d
     assert found_in("03-123-4567") == found_in("0467-1-2345 6") == set()
 
 
-LONG = [
-    "1",
-    "1-",
-    "a.",
-    "ab:",
-    "2001:",
-    "0(",
-    "+1 ",
-    "token=",
-    "token ",
-    "a (at) ",
-    "a at ",
-    "x@",
-    "a://b:",
-    "eyJa.",
-    "0 ",
-]
-
-
-@pytest.mark.parametrize("piece", [*LONG, "-----BEGIN PRIVATE KEY-----", "hooks.slack.com/services/T", "e\u0301\u0323"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("1", "1-", "a.", "ab:", "2001:", "0(", "+1 ", "0 ", "token=", "token ", "a (at) ", "a at ", "x@", "a://b:"),
+        *("eyJa.", "-----BEGIN PRIVATE KEY-----", "hooks.slack.com/services/T", "e\u0301\u0323"),
+    ],
+)
 def test_finders_take_time_in_proportion_to_the_text(piece: str) -> None:
     started = time.process_time()
     found_in(piece * (100_000 // len(piece)))
@@ -326,22 +306,6 @@ def test_the_report_is_written_by_the_main_rank_only(tmp_path: Path) -> None:
 def test_every_rule_has_a_switch_that_is_on_by_default() -> None:
     switches = {name for name, value in vars(PolicyConfig()).items() if value is True}
     assert switches == set(RULES)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "123456789018 + 5 = 123456789023",
-        "Add 400000123456 and 7: 400000123456 + 7",
-        "7 + 123456789018",
-        "The sum is 5 + 4000001234567899 = 4000001234567904",
-        "2000000000000 +123456789012345",
-        "Write to jane@company.com, ann@mycompany.com or info@email.com.",
-        "The provider publishes 29.40.0.0/10 and 29.41.7.0/24.",
-    ],
-)
-def test_sums_stock_placeholders_and_ranges_are_nobodys(text: str) -> None:
-    assert found_in(text) == set()
 
 
 @pytest.mark.parametrize(

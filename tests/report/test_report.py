@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,12 +67,16 @@ def page(run: Path) -> str:
     return (run / "report.html").read_text(encoding="utf-8")
 
 
+def data_of(page: str, name: str) -> Any:
+    """What one of the page's scripts reads."""
+    data = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    return json.loads(data[1])
+
+
 @pytest.fixture(scope="module")
 def drawn(page: str) -> dict[str, Any]:
-    """The token map's data as the page's script reads them."""
-    data = re.search(r'<script type="application/json" id="token-map">(.*?)</script>', page, re.DOTALL)
-    assert data is not None
-    result: dict[str, Any] = json.loads(data[1])
+    result: dict[str, Any] = data_of(page, "token-map")
     return result
 
 
@@ -86,11 +89,17 @@ def probe_rows(drawn: dict[str, Any]) -> list[dict[str, Any]]:
 # ---- numbers
 
 
-def test_every_token_of_the_map_has_the_numbers_of_its_file(run: Path, drawn: dict[str, Any]) -> None:
+def test_every_token_of_the_map_has_the_numbers_of_its_file_and_its_row_the_text(
+    run: Path, drawn: dict[str, Any], tokenizer: Any
+) -> None:
     checked = 0
     for record in read_logits(run / "logits"):
         for index, sample_id in enumerate(record.sample_ids.tolist()):
             (row,) = (r for r in drawn["rows"] if (r["kind"], r["sample_id"]) == (record.kind, sample_id))
+            text = "".join(drawn["strings"][place] for place in row["tokens"])
+            assert text == tokenizer.decode(record.input_ids[index][record.sections[index] > 0])
+            if (record.kind, sample_id) == ("probe", 1):
+                assert PROBE[1]["final"] in text
             (save,) = (save for save in row["saves"] if save["step"] == record.step)
             positions = [t for t, target in enumerate(record.targets[index].tolist()) if target != NO_TARGET]
             assert row["targets"] == [t + 1 for t in positions]  # logits at t predict the token at t + 1
@@ -105,16 +114,6 @@ def test_every_token_of_the_map_has_the_numbers_of_its_file(run: Path, drawn: di
                 )
                 checked += 1
     assert checked > 500
-
-
-def test_the_texts_of_a_row_join_to_what_was_trained_on(run: Path, drawn: dict[str, Any], tokenizer: Any) -> None:
-    for record in read_logits(run / "logits"):
-        for index, sample_id in enumerate(record.sample_ids.tolist()):
-            (row,) = (r for r in drawn["rows"] if (r["kind"], r["sample_id"]) == (record.kind, sample_id))
-            text = "".join(drawn["strings"][place] for place in row["tokens"])
-            assert text == tokenizer.decode(record.input_ids[index][record.sections[index] > 0])
-    (japanese,) = (r for r in drawn["rows"] if (r["kind"], r["sample_id"]) == ("probe", 1))
-    assert PROBE[1]["final"] in "".join(drawn["strings"][place] for place in japanese["tokens"])
 
 
 @pytest.mark.parametrize("positions", ["all", "labels"])
@@ -140,27 +139,21 @@ def test_a_number_that_is_not_finite_is_unknown(tmp_path: Path, tokenizer: Any) 
     save_one(tmp_path, case)
     data = token_map(tmp_path / "logits", tokenizer)
     (save,) = data["rows"][0]["saves"]
-    index_of_target = data["rows"][0]["targets"].index(9)
-    assert (save["logprob"][index_of_target], save["entropy"][index_of_target], save["rank"][index_of_target]) == (
-        None,
-        None,
-        -1,
-    )
-    assert None not in save["logprob"][index_of_target + 1 :]
+    index = data["rows"][0]["targets"].index(9)
+    assert [save[name][index] for name in ("logprob", "entropy", "rank")] == [None, None, -1]
+    assert None not in save["logprob"][index + 1 :]
     assert "NaN" not in json.dumps(data)
 
 
 # ---- texts
 
 
-def test_an_alternative_keeps_its_leading_space(tokenizer: Any) -> None:
+def test_an_alternative_keeps_its_leading_space_and_shows_its_bytes_if_it_is_part_of_a_character(
+    tokenizer: Any,
+) -> None:
     strings = _Strings(tokenizer)
     (with_space,) = tokenizer.encode(" the", add_special_tokens=False)
     assert strings.texts[strings.index_of_id(with_space)] == " the"
-
-
-def test_an_alternative_that_is_part_of_a_character_shows_its_bytes(tokenizer: Any) -> None:
-    strings = _Strings(tokenizer)
     ids = tokenizer.encode("鬱", add_special_tokens=False)
     assert len(ids) > 1
     shown = [strings.texts[strings.index_of_id(id)].removeprefix("bytes ") for id in ids]
@@ -174,12 +167,8 @@ def test_so_does_one_of_a_sentencepiece_tokenizer() -> None:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     strings = _Strings(PreTrainedTokenizerFast(tokenizer_object=backend))
-    assert [strings.texts[strings.index_of_id(id)] for id in range(1, 5)] == [
-        " the",
-        "bytes E9",
-        "bytes AC",
-        "bytes B1",
-    ]
+    shown = [strings.texts[strings.index_of_id(id)] for id in range(1, 5)]
+    assert shown == [" the", "bytes E9", "bytes AC", "bytes B1"]
 
 
 # ---- size
@@ -294,13 +283,16 @@ def test_a_validation_loss_that_was_not_finite_is_told(run: Path, tmp_path: Path
     assert "<dt>validation loss</dt><dd>not finite</dd><small>2.5 at its best</small>" in page
 
 
-def test_a_run_without_logits_and_a_ledger_of_few_keys_have_a_report_too(run: Path, tmp_path: Path) -> None:
-    for name in ("config.toml", "metrics.jsonl"):
-        shutil.copy(run / name, tmp_path)
+def test_a_run_without_logits_and_files_of_few_keys_as_older_versions_wrote_them_have_a_report_too(
+    run: Path, tmp_path: Path
+) -> None:
+    shutil.copy(run / "config.toml", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n', encoding="utf-8")
     (tmp_path / "memory.json").write_text('{"rows": [{"name": "a lone name"}]}', encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    for text in ("This run saved no logits", "a lone name"):
+    for text in ("This run saved no logits", "a lone name", "from 2.5 to 1.5"):
         assert text in page
+    assert "tokens per second" not in page
 
 
 # ---- what cannot be reported
@@ -332,14 +324,6 @@ def test_what_is_no_finished_run_is_one_sentence(
     assert not (tmp_path / "report.html").exists()
 
 
-def test_metrics_of_an_older_version_leave_out_what_they_do_not_have(run: Path, tmp_path: Path) -> None:
-    shutil.copy(run / "config.toml", tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n', encoding="utf-8")
-    page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "from 2.5 to 1.5" in page
-    assert "tokens per second" not in page
-
-
 # ---- what the run was
 
 
@@ -365,9 +349,8 @@ def test_the_page_tells_of_a_run_that_stopped_and_of_files_that_are_damaged_or_o
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "not finished: 6 of 9 steps" in page
     assert "Damaged after they were written: the saved logits of step 4." in page
-    data = re.search(r'id="token-map">(.*?)</script>', page, re.DOTALL)
-    assert data is not None
-    assert [save["step"] for row in json.loads(data[1])["rows"] for save in row["saves"]].count(4) == len(PROBE)
+    steps = [save["step"] for row in data_of(page, "token-map")["rows"] for save in row["saves"]]
+    assert steps.count(4) == len(PROBE)
 
 
 def test_a_caption_counts_instead_of_rounding_up(run: Path, page: str) -> None:
@@ -393,9 +376,7 @@ def beside(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_runs_stand_beside_each_other(run: Path, beside: Path) -> None:
     page = beside.read_text(encoding="utf-8")
-    data = re.search(r'id="chart-data">(.*?)</script>', page, re.DOTALL)
-    assert data is not None
-    loss = json.loads(data[1])[0]
+    loss = data_of(page, "chart-data")[0]
     assert [one["name"] for one in loss["series"]] == ["loss", "cross-entropy", "loss, slow", "cross-entropy, slow"]
     rows = re.findall(
         r"probe row (\d)</th>\s*<td.*?>6</td><td.*?>(.*?)</td>\s*<td.*?>(.*?)</td><td.*?>(.*?)</td>", page
@@ -407,23 +388,6 @@ def test_two_runs_stand_beside_each_other(run: Path, beside: Path) -> None:
 
 
 # ---- the page in a browser
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """Headless Chromium with the driver that its package brings; nothing is downloaded."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield window
-    window.quit()
 
 
 class Page:
@@ -449,6 +413,10 @@ class Page:
         return self.run("return document.querySelectorAll('.row:not([hidden])')[arguments[0]]"
                         ".querySelectorAll('.token')[arguments[1]]", row, index)  # fmt: skip
 
+    def strength(self, token: Any) -> float:
+        """How strongly it is coloured, in per cent."""
+        return float(self.run("return arguments[0].style.getPropertyValue('--strength')", token)[:-1])
+
     def press(self, *keys: str) -> None:
         self.driver.switch_to.active_element.send_keys(*keys)
 
@@ -464,7 +432,11 @@ def opened(chromium: Any, run: Path) -> Page:
 
 
 def percent(thousandths: int) -> float:
-    return float(100 * torch.tensor(thousandths / 1000, dtype=torch.float64).exp())
+    return 100 * math.exp(thousandths / 1000)
+
+
+def strength_of(nats: float, scale: float) -> float:
+    return 100 * math.sqrt(min(1, nats / scale))
 
 
 def shown_percent(prediction: str, name: str) -> float:
@@ -483,13 +455,16 @@ def test_it_opens_quickly_without_errors_and_without_the_network(opened: Page) -
     assert 0 < loaded < 2000
 
 
-def test_hovering_shows_the_numbers_of_that_token_at_that_step(
+def test_pointing_shows_the_numbers_of_that_token_at_that_step(
     opened: Page, drawn: dict[str, Any], probe_rows: list[dict[str, Any]]
 ) -> None:
+    from selenium.webdriver import ActionChains
+
     row = probe_rows[0]
     for index in (3, len(row["targets"]) - 1):
         opened.run("arguments[0].scrollIntoView({block: 'center'})", opened.token(0, index))
-        opened.run("arguments[0].dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))", opened.token(0, index))
+        ActionChains(opened.driver).move_to_element(opened.token(0, index)).perform()
+        assert f"token {row['targets'][index]} of row {row['sample_id']}" in opened.prediction
         save = row["saves"][-1]
         assert shown_percent(opened.prediction, "probability") == pytest.approx(
             percent(save["logprob"][index]), rel=0.01
@@ -505,32 +480,19 @@ def test_hovering_shows_the_numbers_of_that_token_at_that_step(
         assert cells[: len(expected)] == expected
 
 
-def test_a_real_pointer_finds_the_token_under_it(opened: Page, probe_rows: list[dict[str, Any]]) -> None:
-    from selenium.webdriver import ActionChains
-
-    row = probe_rows[0]
-    ActionChains(opened.driver).move_to_element(opened.token(0, 5)).perform()
-    assert f"token {row['targets'][5]} of row {row['sample_id']}" in opened.prediction
-
-
 def test_the_slider_changes_step_colours_and_numbers(
     opened: Page, drawn: dict[str, Any], probe_rows: list[dict[str, Any]]
 ) -> None:
     assert opened.find("#step-shown").text == f"step {STEPS[-1]}"
     opened.run("arguments[0].focus()", opened.token(0, 3))
-    strengths, predictions = [], []
+    predictions = []
     for step in reversed(STEPS):
         assert opened.find("#step-shown").text == f"step {step}"
         assert f"step {step}" in opened.prediction
         save = next(save for save in probe_rows[0]["saves"] if save["step"] == step)
         assert shown_percent(opened.prediction, "probability") == pytest.approx(percent(save["logprob"][3]), rel=0.01)
-        strength = float(
-            opened.run("return arguments[0].style.getPropertyValue('--strength')", opened.token(0, 3))[:-1]
-        )
-        assert strength == pytest.approx(
-            100 * math.sqrt(min(1, -save["logprob"][3] / 1000 / drawn["scale"]["nll"])), abs=0.01
-        )
-        strengths.append(strength)
+        expected = strength_of(-save["logprob"][3] / 1000, drawn["scale"]["nll"])
+        assert opened.strength(opened.token(0, 3)) == pytest.approx(expected, abs=0.01)
         predictions.append(opened.prediction)
         opened.find("#step").send_keys("\ue012")  # left
     assert len(set(predictions)) == len(STEPS)
@@ -547,10 +509,8 @@ def test_change_compares_with_the_earlier_step(
         for index in (changes.index(min(changes)), changes.index(max(changes))):
             token = opened.token(0, index)
             assert ("likelier" in token.get_attribute("class")) == (changes[index] < 0)
-            strength = float(opened.run("return arguments[0].style.getPropertyValue('--strength')", token)[:-1])
-            assert strength == pytest.approx(
-                100 * math.sqrt(min(1, abs(changes[index]) / drawn["scale"]["change"])), abs=0.01
-            )
+            expected = strength_of(abs(changes[index]), drawn["scale"]["change"])
+            assert opened.strength(token) == pytest.approx(expected, abs=0.01)
     opened.find("#step").send_keys("\ue011")  # home: the first step, before which there is nothing
     assert "unknown" in opened.token(0, 0).get_attribute("class")
     assert "not saved at step 4" in opened.find(".row:not([hidden]) h3").text
@@ -690,14 +650,8 @@ def test_it_is_readable(chromium: Any, run: Path, scheme: str, width: int) -> No
     names = ("ink", "soft", "paper", "card", "up", "down")
     style = "return getComputedStyle(document.documentElement).getPropertyValue(`--${arguments[0]}`).trim()"
     colours = {name: luminance(page.run(style, name)) for name in names}
-    for text, ground in (
-        ("ink", "paper"),
-        ("ink", "card"),
-        ("ink", "up"),
-        ("ink", "down"),
-        ("soft", "paper"),
-        ("soft", "card"),
-    ):
+    pairs = [("ink", ground) for ground in ("paper", "card", "up", "down")]
+    for text, ground in [*pairs, ("soft", "paper"), ("soft", "card")]:
         darker, lighter = sorted((colours[text], colours[ground]))
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, ground)
 

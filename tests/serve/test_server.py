@@ -142,39 +142,26 @@ def test_curl_as_in_the_readme(server: Server) -> None:
     assert events[-2:] == ["data: [DONE]", ""]
 
 
-def test_the_page_asks_and_shows_the_final_and_nothing_of_another_machine(server: Server) -> None:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (browser and driver):
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_argument("--host-resolver-rules=MAP evil.test 127.0.0.1")  # what a rebound name comes to
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
-        window.get(f"http://127.0.0.1:{server.port}/")
-        window.find_element("id", "query").send_keys("What is the capital of Australia?")
-        window.find_element("css selector", "button").click()
-        until(lambda: window.find_element("id", "about").text)
-        assert window.find_element("id", "answer").text == SAFE["final"]
-        assert window.find_element("id", "about").text.startswith("ALLOW")
-        assert "rgb" in window.find_element("id", "about").value_of_css_property("color")
-        tokens = window.find_element("id", "tokens")
-        window.execute_script("arguments[0].removeAttribute('max'); arguments[0].value = 9999", tokens)
-        window.find_element("css selector", "button").click()
-        until(lambda: "HTTP 422" in window.find_element("id", "about").text)
-        assert "max_new_tokens must be" in window.find_element("id", "answer").text
-        fetched = "return performance.getEntriesByType('resource').map((entry) => new URL(entry.name).host)"
-        assert set(window.execute_script(fetched)) <= {f"127.0.0.1:{server.port}"}
-        problems = [entry["message"] for entry in window.get_log("browser") if "422" not in entry["message"]]
-        assert [message for message in problems if "favicon" not in message] == []
-        window.get(f"http://evil.test:{server.port}/")
-        assert "Invalid host header" in window.page_source
-    finally:
-        window.quit()
+def test_the_page_asks_and_shows_the_final_and_nothing_of_another_machine(server: Server, chromium: Any) -> None:
+    chromium.get(f"http://127.0.0.1:{server.port}/")
+    about, answer = (chromium.find_element("id", name) for name in ("about", "answer"))
+    chromium.find_element("id", "query").send_keys("What is the capital of Australia?")
+    chromium.find_element("css selector", "button").click()
+    until(lambda: about.text)
+    assert answer.text == SAFE["final"]
+    assert about.text.startswith("ALLOW")
+    assert "rgb" in about.value_of_css_property("color")
+    tokens = chromium.find_element("id", "tokens")
+    chromium.execute_script("arguments[0].removeAttribute('max'); arguments[0].value = 9999", tokens)
+    chromium.find_element("css selector", "button").click()
+    until(lambda: "HTTP 422" in about.text)
+    assert "max_new_tokens must be" in answer.text
+    fetched = "return performance.getEntriesByType('resource').map((entry) => new URL(entry.name).host)"
+    assert set(chromium.execute_script(fetched)) <= {f"127.0.0.1:{server.port}"}
+    problems = [entry["message"] for entry in chromium.get_log("browser") if "422" not in entry["message"]]
+    assert [message for message in problems if "favicon" not in message] == []
+    chromium.get(f"http://evil.test:{server.port}/")
+    assert "Invalid host header" in chromium.page_source
 
 
 # ---- only whom it is meant for
@@ -265,39 +252,6 @@ def test_when_descriptors_are_few_others_are_served_and_the_log_stays_short(tmp_
         assert server.send("GET", "/health").status == 200
         assert server.post().status == 200
         assert server.log.stat().st_size < 5000
-
-
-# ---- no audit row, no answer
-
-
-def test_no_answer_once_the_audit_file_is_not_the_one_that_was_opened(tmp_path: Path) -> None:
-    """The other ways in which that may be are in test_audit.py."""
-    audit, moved = tmp_path / "audit.sqlite", tmp_path / "moved.sqlite"
-    with stub_server(audit, tmp_path / "log") as server:
-
-        def is_refused() -> bool:
-            refused = [server.post(), server.send("POST", "/v1/chat/completions", CHAT)]
-            assert SAFE["final"] not in str(refused)
-            until(lambda: server.send("GET", "/health").status == 503)
-            return statuses(refused) == {503: 2}
-
-        assert server.post().status == server.send("GET", "/health").status == 200
-        rename(audit, moved)
-        assert is_refused()
-        rename(moved, audit)  # put back by a person
-        assert server.post().status == 200
-        until(lambda: server.send("GET", "/health").status == 200)
-        for name in ("", "-wal", "-shm"):
-            Path(f"{audit}{name}").unlink()
-        assert is_refused()
-    assert "is gone, moved or exchanged" in (tmp_path / "log").read_text(encoding="utf-8")
-    for _ in range(2):  # no new one is begun beside the key of the old one
-        assert main(["stub", "--audit", str(audit), "--port", "0"]) == 2
-
-
-def rename(old: Path, new: Path) -> None:
-    for name in ("", "-wal", "-shm"):
-        Path(f"{old}{name}").rename(f"{new}{name}")
 
 
 # ---- clients that go, signals, kills
