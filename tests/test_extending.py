@@ -14,6 +14,7 @@ import pytest
 import torch
 from memory_cases import step_spec
 from model_cases import HIDDEN, NO_AUTOCAST, load, make_batch
+from run_cases import copy_rows
 
 import train
 from so8t.config import Config, load_config
@@ -102,15 +103,10 @@ def test_the_three_changes_train_together_in_a_copy_of_the_repository(tmp_path: 
     change("so8t/config.py", choose)
     change("so8t/optim.py", lambda text: insert(text, "import bitsandbytes", "another optimizer"))
     (clone / "hidden_tap.py").write_text(snippet("another tensor to save"), encoding="utf-8")
-    rows = Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)[:2]
-    (clone / "rows.jsonl").write_bytes(b"".join(rows))
-    options = [
-        f"model.base_model={base.as_posix()}",
-        "data.train_data=rows.jsonl",
-        "training.max_steps=2",
-        "training.optim=lion_8bit",
-    ]
-    options += ["training.per_device_train_batch_size=1", "training.output_dir=run", "training.save_logits=false"]
+    copy_rows(clone / "rows.jsonl", 0, 2)
+    options = [f"model.base_model={base.as_posix()}", "data.train_data=rows.jsonl", "training.output_dir=run"]
+    options += ["training.max_steps=2", "training.per_device_train_batch_size=1", "training.save_logits=false"]
+    options += ["training.optim=lion_8bit"]
     command = [sys.executable, "train.py", Path("config.toml").absolute().as_posix(), *options]
     ended = subprocess.run(command, cwd=clone, capture_output=True, encoding="utf-8")
     assert ended.returncode == 0, ended.stderr
