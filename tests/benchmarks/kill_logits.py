@@ -57,7 +57,7 @@ def run_in_child(folder: Path, seconds: float | None) -> bool:
     child.kill()
     child.join()
     assert child.exitcode in (0, -signal.SIGKILL), "the run itself failed"
-    return child.exitcode != 0
+    return bool(child.exitcode)
 
 
 def contents_of(folder: Path) -> dict[int, dict[str, Any]]:
@@ -95,11 +95,11 @@ def try_points(points: Sequence[int], duration: float, unbroken: dict[int, dict[
     print(f"{len(points)} runs, {kills} kills that met them alive, files left: steps {sorted(unbroken)}", flush=True)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as name:
         started = time.perf_counter()
