@@ -98,18 +98,16 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 @pytest.fixture(scope="session")
 def memorised_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the default model, gates far from the identity, that knows the sample's first row by heart."""
+    from run_cases import copy_rows
+
     import train
 
     folder = tmp_path_factory.mktemp("memorised")
-    (folder / "rows.jsonl").write_bytes(Path("so8t/demo/sample.jsonl").read_bytes().splitlines()[0])
-    names = [f"data.train_data={folder / 'rows.jsonl'}", f"training.output_dir={folder / 'run'}"]
-    sizes = [
-        "training.max_steps=40",
-        "training.per_device_train_batch_size=1",
-        "training.gradient_accumulation_steps=1",
-    ]
-    options = ["so8t.init_scale=0.5", "training.optim=adamw", "training.save_steps=0", "training.save_logits=false"]
-    assert train.main(["config.toml", *names, *sizes, *options]) == 0
+    copy_rows(folder / "rows.jsonl", 0, 1)
+    keys = [f"data.train_data={folder / 'rows.jsonl'}", f"training.output_dir={folder / 'run'}", "so8t.init_scale=0.5"]
+    keys += ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"]
+    keys += ["training.max_steps=40", "training.optim=adamw", "training.save_steps=0", "training.save_logits=false"]
+    assert train.main(["config.toml", *keys]) == 0
     return folder / "run"
 
 

@@ -1,26 +1,43 @@
-"""What the tests of several ranks share: forks of this process, which need not import torch anew."""
+"""What the tests of several ranks share: forks of this process, and what they must agree on."""
 
-import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from run_cases import run_processes, series
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
 from so8t import parallel
+from so8t.checkpoint import checkpoint_folders
+from so8t.signals import HANDLED
 
 SIGKILL = 9  # Windows' signal module does not name it
 needs_forks = pytest.mark.skipif(
     sys.platform == "win32" or torch.cuda.is_available(), reason="the ranks are forks, on the CPU"
 )
+
+
+def assert_same_training(run: Path, expected: Path, first_step: int = 1) -> None:
+    """All steps from the first one on, and the weights at the end, are equal to float32 rounding."""
+    for numbers, others in zip(series(run), series(expected)[first_step - 1 :], strict=True):
+        assert numbers == pytest.approx(others, rel=1e-5)
+    found, wanted = (
+        {path.name: load_file(path) for path in checkpoint_folders(one)[-1].glob("*.safetensors")}
+        for one in (run, expected)
+    )
+    assert wanted
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def free_port() -> int:
@@ -37,13 +54,7 @@ def fork_ranks(ranks: int, work: Callable[[int], int]) -> list[int | None]:
         os.environ.update({name: str(value) for name, value in names.items()})
         sys.exit(work(rank))
 
-    context: Any = multiprocessing.get_context("fork")
-    forks = [context.Process(target=run, args=(rank,)) for rank in range(ranks)]
-    for process in forks:
-        process.start()
-    for process in forks:
-        process.join(120)
-    return [process.exitcode for process in forks]
+    return run_processes(run, [(rank,) for rank in range(ranks)])
 
 
 def torchrun(ranks: int, max_restarts: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -59,7 +70,12 @@ def torchrun(ranks: int, max_restarts: int, work: Callable[..., None], *argument
         monitor_interval=0.1,
         start_method="fork",
     )
-    elastic_launch(config, work)(*arguments)
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        elastic_launch(config, work)(*arguments)
+    finally:  # the agent puts its own in their place and leaves them there
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def train_until(step: int, end: Callable[[], None], arguments: Sequence[str]) -> int:

@@ -1,8 +1,9 @@
 """The changes that the documentation shows, followed to the letter."""
 
+import importlib
+import os
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 import types
@@ -14,6 +15,7 @@ import pytest
 import torch
 from memory_cases import step_spec
 from model_cases import HIDDEN, NO_AUTOCAST, load, make_batch
+from run_cases import copy_rows, run_processes
 
 import train
 from so8t.config import Config, load_config
@@ -74,6 +76,15 @@ def test_another_loss_term_is_in_the_loss_and_in_what_is_logged(
     assert shares[1] > shares[0]
 
 
+def train_in(clone: Path, arguments: list[str]) -> None:
+    """For a process of its own: the job of a copy of the repository. torch, which takes seconds, may stay imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("so8t", "train")]:
+        del sys.modules[name]
+    os.chdir(clone)
+    sys.path.insert(0, str(clone))
+    sys.exit(importlib.import_module("train").main(arguments))
+
+
 def test_the_three_changes_train_together_in_a_copy_of_the_repository(tmp_path: Path, base: Path) -> None:
     clone = tmp_path / "clone"
     shutil.copytree("so8t", clone / "so8t", ignore=shutil.ignore_patterns("__pycache__"))
@@ -102,18 +113,11 @@ def test_the_three_changes_train_together_in_a_copy_of_the_repository(tmp_path: 
     change("so8t/config.py", choose)
     change("so8t/optim.py", lambda text: insert(text, "import bitsandbytes", "another optimizer"))
     (clone / "hidden_tap.py").write_text(snippet("another tensor to save"), encoding="utf-8")
-    rows = Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)[:2]
-    (clone / "rows.jsonl").write_bytes(b"".join(rows))
-    options = [
-        f"model.base_model={base.as_posix()}",
-        "data.train_data=rows.jsonl",
-        "training.max_steps=2",
-        "training.optim=lion_8bit",
-    ]
-    options += ["training.per_device_train_batch_size=1", "training.output_dir=run", "training.save_logits=false"]
-    command = [sys.executable, "train.py", Path("config.toml").absolute().as_posix(), *options]
-    ended = subprocess.run(command, cwd=clone, capture_output=True, encoding="utf-8")
-    assert ended.returncode == 0, ended.stderr
+    copy_rows(clone / "rows.jsonl", 0, 2)
+    options = [f"model.base_model={base.as_posix()}", "data.train_data=rows.jsonl", "training.output_dir=run"]
+    options += ["training.max_steps=2", "training.per_device_train_batch_size=1", "training.save_logits=false"]
+    options += ["training.optim=lion_8bit"]
+    assert run_processes(train_in, [(clone, [Path("config.toml").absolute().as_posix(), *options])]) == [0]
     saved = torch.load(clone / "run" / "hidden_step_2.pt")
     assert saved["hidden"].shape == (*saved["input_ids"].shape, 64)
     state = torch.load(clone / "run" / "checkpoints" / "step_000002" / "training_state.pt")["optimizer"]["state"]

@@ -101,15 +101,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-J": ("gptj", GPT2 | {"rotary_dim": 4}),
     "Llama 4": ("llama4_text", EXPERTS | {"head_dim": 16}),
 }
-NOT_PACKED = {
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "qwen3_next",
-    "lfm2",
-    "stablelm",
-    "nemotron",
-    "falcon",
-}  # rows are not packed
+NOT_PACKED = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2", "stablelm", "nemotron", "falcon"}  # but padded
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from so8t.files import TEMPORARY_SUFFIX, append_line, atomic_folder, atomic_writ
 pytestmark = pytest.mark.disk
 ROOT = Path(__file__).parents[1]
 KILLED = 137  # the exit code of a process that leaves by os._exit, which cleans up as little as SIGKILL does
+Make = Callable[[Path], AbstractContextManager[object]]
 
 
 class Stop(BaseException):
@@ -70,6 +71,14 @@ def disk_that_is_full_at(size: int) -> Iterator[None]:
 
 
 @pytest.fixture
+def read_only(small_disk: Path) -> Path:
+    """A file system that nothing can be written to, with one folder `old` on it."""
+    write_folder(small_disk / "old", **{"a.bin": b"old"})
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    return small_disk
+
+
+@pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch, is_windows_files: bool) -> list[tuple[str, str]]:
     """What reached the disk, in order: ("fsync" or "rename", name), at the calls of the operating system."""
     if is_windows_files:
@@ -101,15 +110,18 @@ def events(monkeypatch: pytest.MonkeyPatch, is_windows_files: bool) -> list[tupl
 
 def test_a_file_has_its_name_only_when_it_is_complete_and_an_older_one_stays_until_then(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    for older, new in ((None, b"first, and longer"), (b"first, and longer", b"second")):
-        with atomic_write(path) as file:
-            file.write(new[:2])
-            file.flush()
-            assert names(tmp_path) == [*(["a.bin"] if older else []), f"a.bin{TEMPORARY_SUFFIX}"]
-            assert older is None or path.read_bytes() == older
-            file.write(new[2:])
-        assert names(tmp_path) == ["a.bin"]
-        assert path.read_bytes() == new
+    with atomic_write(path) as file:
+        file.write(b"half ")
+        file.flush()
+        assert names(tmp_path) == [f"a.bin{TEMPORARY_SUFFIX}"]
+        file.write(b"whole")
+    assert path.read_bytes() == b"half whole"
+    with atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"half whole"
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.bin"]
 
 
 @pytest.mark.parametrize("error", [ValueError, Stop])
@@ -149,6 +161,21 @@ def test_a_full_disk_is_an_error_and_leaves_the_older_file(tmp_path: Path) -> No
     assert path.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("make", [atomic_write, atomic_folder])
+def test_a_read_only_disk_is_an_error_and_leaves_the_older_content(make: Make, read_only: Path) -> None:
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="Read-only file system"), make(read_only / name):
+            pytest.fail("nothing can be written there")
+    assert names(read_only) == ["old", "old/a.bin"]
+    assert (read_only / "old" / "a.bin").read_bytes() == b"old"
+
+
+def test_a_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write(tmp_path / "nowhere" / "a.bin", b"new")
+    assert names(tmp_path) == []
+
+
 def test_a_folder_in_the_way_is_an_error_and_leaves_no_temporary(tmp_path: Path) -> None:
     (tmp_path / "a.bin").mkdir()
     with pytest.raises((IsADirectoryError, PermissionError), match=r"a\.bin"):  # the latter on Windows
@@ -156,20 +183,42 @@ def test_a_folder_in_the_way_is_an_error_and_leaves_no_temporary(tmp_path: Path)
     assert names(tmp_path) == ["a.bin"]
 
 
+def test_a_kill_in_the_middle_leaves_the_older_file_and_a_temporary_that_the_sweep_removes(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write(path, b"old")
+    code = """
+with files.atomic_write(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os._exit(137)
+"""
+    assert run_process(code, path) == KILLED
+    assert names(tmp_path) == ["a.bin", f"a.bin{TEMPORARY_SUFFIX}"]
+    assert path.read_bytes() == b"old"
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path) == ["a.bin"]
+
+
 # ---- a folder
 
 
-def test_a_folder_has_its_name_only_when_it_is_complete_and_an_older_one_is_replaced_wholly(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoints" / "step_000001"  # whose parent is made
+def test_a_folder_has_its_name_only_when_it_is_complete_and_its_parents_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "step_000001"
     with atomic_folder(path) as folder:
-        assert (folder.parent, names(folder)) == (path.parent, [])
-        (folder / "a").write_bytes(b"old")
-        (folder / "b").write_bytes(b"old")
+        assert folder.parent == path.parent
+        assert names(folder) == []
+        (folder / "a.bin").write_bytes(b"whole")
         assert not path.exists()
+    assert names(tmp_path) == ["checkpoints", "checkpoints/step_000001", "checkpoints/step_000001/a.bin"]
+
+
+def test_an_older_folder_is_replaced_wholly(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old", b=b"old")
     with atomic_folder(path) as folder:
         (folder / "a").write_bytes(b"new")
         assert (path / "a").read_bytes() == b"old"
-    assert names(tmp_path) == ["checkpoints", "checkpoints/step_000001", "checkpoints/step_000001/a"]
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
     assert (path / "a").read_bytes() == b"new"
 
 
@@ -204,6 +253,15 @@ def test_an_older_folder_comes_back_when_the_new_one_cannot_get_its_name(
     assert (path / "a").read_bytes() == b"old"
 
 
+def test_a_full_disk_in_the_middle_of_a_folder_leaves_the_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old")
+    with disk_that_is_full_at(10_000), pytest.raises(OSError, match="File too large"):
+        write_folder(path, a=b"new", b=bytes(50_000))
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert (path / "a").read_bytes() == b"old"
+
+
 def test_all_of_a_folder_is_on_the_disk_before_its_name(tmp_path: Path, events: list[tuple[str, str]]) -> None:
     path = tmp_path / "step_000001"
     with atomic_folder(path) as folder:
@@ -223,6 +281,20 @@ def test_a_left_over_temporary_folder_does_not_get_into_the_new_one(tmp_path: Pa
         write_folder(tmp_path / "step_000001", a=content)
         assert names(tmp_path / "step_000001") == ["a"]
     assert names(tmp_path) == ["step_000001", "step_000001/a"]
+
+
+def test_a_kill_while_a_folder_is_written_leaves_the_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001"
+    write_folder(path, a=b"old")
+    code = """
+with files.atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "a").write_bytes(b"new")
+    os._exit(137)
+"""
+    assert run_process(code, path) == KILLED
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path) == ["step_000001", "step_000001/a"]
+    assert (path / "a").read_bytes() == b"old"
 
 
 KILLED_WHILE_DELETING = """
@@ -257,6 +329,11 @@ def test_a_deleted_folder_is_gone_and_a_kill_never_leaves_half_of_it_under_its_n
     assert [path.suffix for path in tmp_path.iterdir()] == [TEMPORARY_SUFFIX]
     sweep_temporaries(tmp_path)
     assert names(tmp_path) == []
+
+
+def test_deleting_a_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        delete_folder(tmp_path / "nowhere")
 
 
 # ---- what a process uses (on Windows; elsewhere nobody is in the way)

@@ -9,14 +9,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from memory_cases import traced_once
-from rank_cases import die_in_turn, fork_ranks, needs_forks, torchrun, train_until
-from safetensors.torch import load_file
+from rank_cases import assert_same_training, die_in_turn, fork_ranks, needs_forks, torchrun, train_until
+from run_cases import copy_rows, series
 from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 import train
 from so8t import parallel
 from so8t.logits import read_logits
-from so8t.metrics import read_metrics
 
 pytestmark = needs_forks
 ROWS, STEP_ROWS = 13, 6  # so the last step of an epoch has one row, and all ranks but one have none
@@ -75,8 +74,7 @@ def _traced_once() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def job(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("ranks")
-    lines = Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "rows.jsonl").write_bytes(b"".join(lines[:ROWS]))
+    copy_rows(folder / "rows.jsonl", 0, ROWS)
     return Job(folder, base)
 
 
@@ -90,24 +88,10 @@ def one(job: Job) -> Path:
 @pytest.fixture(scope="module")
 def two(job: Job) -> Path:
     """The run of two; both ranks save their logits, the first one a probe too."""
-    (job.folder / "probe.jsonl").write_bytes((job.folder / "rows.jsonl").read_bytes().splitlines(keepends=True)[0])
+    copy_rows(job.folder / "probe.jsonl", 0, 1)
     probe = f"training.save_logits_probe={job.folder / 'probe.jsonl'}"
     assert job.fork("two", 2, "training.save_logits_ranks=all", probe) == [0, 0]
     return job.folder / "two"
-
-
-def series(run: Path) -> list[tuple[float, ...]]:
-    names = ("step", "loss", "pet", "grad_norm", "num_targets", "lr")
-    return [tuple(record[name] for name in names) for record in read_metrics(run / "metrics.jsonl")]
-
-
-def assert_same_training(run: Path, other: Path, first_step: int = 1) -> None:
-    """All steps from the first one on, and the weights at the end, are equal to float32 rounding."""
-    for numbers, expected in zip(series(run), series(other)[first_step - 1 :], strict=True):
-        assert numbers == pytest.approx(expected, rel=1e-5)
-    for path in (other / "checkpoints" / f"step_{STEPS:06d}").glob("*.safetensors"):
-        weights = load_file(run / "checkpoints" / path.parent.name / path.name)
-        torch.testing.assert_close(weights, load_file(path), rtol=1e-4, atol=1e-5)
 
 
 def test_two_ranks_train_like_one(two: Path, one: Path) -> None:
@@ -125,13 +109,8 @@ def three(job: Job, two: Path) -> Path:
 
 
 def test_three_ranks_go_on_with_what_two_began(three: Path, one: Path) -> None:
-    assert [step for step, *_ in series(three)] == [3, 4, 5, 6]
+    assert series(three, "step") == [(3,), (4,), (5,), (6,)]
     assert_same_training(three, one, first_step=3)
-
-
-def test_three_ranks_train_like_one_from_the_start(job: Job, one: Path) -> None:
-    assert job.fork("anew", 3) == [0, 0, 0]
-    assert_same_training(job.folder / "anew", one)
 
 
 def test_job_that_lost_each_rank_in_turn_ends_as_an_unbroken_one_and_says_why(

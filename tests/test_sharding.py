@@ -4,13 +4,12 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from memory_cases import traced_once
-from rank_cases import fork_ranks, needs_forks
-from safetensors.torch import load_file
+from rank_cases import assert_same_training, fork_ranks, needs_forks
+from run_cases import copy_rows
 
 import train
 from so8t.config import InputError, load_config
@@ -31,7 +30,6 @@ LORA = (
 )
 STEPS = 4
 
-
 Run = Callable[..., Path]
 
 
@@ -43,7 +41,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """
     folder = tmp_path_factory.mktemp("sharding")
     rows = folder / "rows.jsonl"
-    rows.write_bytes(b"".join(Path("so8t/demo/sample.jsonl").read_bytes().splitlines(keepends=True)[:7]))
+    copy_rows(rows, 0, 7)
     keys = [f"model.base_model={base}", f"data.train_data={rows}", "training.resume=never"]
     keys += [f"training.save_logits_probe={rows}", f"data.eval_data={rows}", "training.eval_steps=2"]
     keys += [f"training.max_steps={STEPS}", "training.per_device_train_batch_size=3"]
@@ -61,29 +59,15 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make
 
 
-def series(path: Path) -> list[tuple[Any, ...]]:
-    names = ("step", "loss", "pet", "grad_norm", "num_targets", "num_tokens")
-    return [tuple(record[name] for name in names) for record in read_metrics(path / "metrics.jsonl")]
-
-
 @pytest.mark.parametrize("bits", [0, 4])
 def test_ranks_that_share_the_base_train_as_if_each_held_it(run: Run, bits: int) -> None:
     quantized = [f"quantization.load_in_{bits}bit=true"] if bits else []
     whole, shared = run(*quantized), run(*quantized, "parallel.shard_base=true")
-    for numbers, others in zip(series(whole), series(shared), strict=True):
-        assert numbers == pytest.approx(others, rel=1e-5)
-    checkpoint = Path("checkpoints") / f"step_{STEPS:06d}"
-    for path in (whole / checkpoint).glob("*.safetensors"):
-        expected, found = load_file(path), load_file(shared / checkpoint / path.name)
-        assert found.keys() == expected.keys()
-        for name, weight in expected.items():
-            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=name)
-    evaluated = [
-        [record["eval_loss"] for record in read_metrics(folder / "metrics.jsonl") if "eval_loss" in record]
-        for folder in (whole, shared)
-    ]
-    assert len(evaluated[0]) == STEPS // 2
-    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+    assert_same_training(shared, whole)
+    metrics = [read_metrics(folder / "metrics.jsonl") for folder in (whole, shared)]
+    losses = [[record["eval_loss"] for record in records if "eval_loss" in record] for records in metrics]
+    assert len(losses[0]) == STEPS // 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     saved = list(read_logits(shared / "logits"))
     assert {file.kind for file in saved} == {"logits", "probe"}
     assert all(file.verified for file in saved)
@@ -92,8 +76,7 @@ def test_ranks_that_share_the_base_train_as_if_each_held_it(run: Run, bits: int)
 def test_a_run_goes_on_whether_the_base_is_shared_or_not(run: Run) -> None:
     whole, shared = run(), run("parallel.shard_base=true")
     resumed = run(f"training.resume={shared / 'checkpoints' / 'step_000002'}")
-    for numbers, others in zip(series(whole)[2:], series(resumed), strict=True):
-        assert numbers == pytest.approx(others, rel=1e-5)
+    assert_same_training(resumed, whole, first_step=3)
 
 
 def test_a_rank_of_a_shared_base_is_planned_with_its_share(
@@ -107,9 +90,8 @@ def test_a_rank_of_a_shared_base_is_planned_with_its_share(
     for ranks in (1, 2, 4):
         shared = [*keys, "parallel.shard_base=true"]
         assert plan_main(["config.toml", *shared, "--nproc", str(ranks), "--json"]) == 0
-
-        found = json.loads(capsys.readouterr().out)
-        sizes[ranks] = {row["name"]: row["predicted_bytes"] for row in found["rows"]}
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        sizes[ranks] = {row["name"]: row["predicted_bytes"] for row in rows}
     assert "layers gathered from all ranks" not in sizes[1]
     in_layers = sizes[1]["other weights"] - sizes[4]["other weights"]
     half = sizes[1]["other weights"] - sizes[2]["other weights"]

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from run_cases import copy_rows, series
 
 from so8t.logits import read_logits
-from so8t.metrics import read_metrics
 
-SAMPLE = Path("so8t/demo/sample.jsonl")
 LINEAR = 'qlora.target_modules=["qkv_proj","o_proj"]'
-FROM_SCRATCH = ("model.from_scratch=true", "qlora.enabled=false", "so8t.enabled=false", "training.optim=adamw")
+FROM_SCRATCH = ("model.from_scratch=true", "qlora.enabled=false")
 SAME_CUT = "training.micro_batch_tokens=300"  # of a step, on the device as on a CPU, which has no budget
 CHECKPOINTING = ("training.bf16=true", "training.gradient_checkpointing=true")
+ADAMW = "training.optim=adamw"  # of the others it is that with 8-bit states
 FORMS = ("full", "topk", "stats")
 
 
@@ -34,9 +34,8 @@ class Outcomes(NamedTuple):
 def outcomes(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Outcomes:
     """What became of all commands. They share one process, which must have the device from its start."""
     folder = tmp_path_factory.mktemp("pretended")
-    rows = SAMPLE.read_bytes().splitlines(keepends=True)
-    for name, some in (("rows", rows[:12]), ("few", rows[12:15])):
-        (folder / f"{name}.jsonl").write_bytes(b"".join(some))
+    copy_rows(folder / "rows.jsonl", 0, 12)
+    copy_rows(folder / "few.jsonl", 12, 15)
     (folder / "commands.json").write_text(json.dumps(commands(folder, base)), encoding="utf-8")
     subprocess.run(
         [sys.executable, "tests/pretended_accelerator.py", folder / "commands.json", folder / "outcomes.json"],
@@ -63,18 +62,12 @@ def commands(folder: Path, base: Path) -> list[dict[str, Any]]:
     def other(name: str, module: str, *arguments: str) -> dict[str, Any]:
         return {"name": name, "device": "sim", "module": module, "arguments": arguments}
 
-    default = train("default")  # the shipped job to its end, on fewer rows and for two epochs
-    default["arguments"] = [
-        *("config.toml", f"training.output_dir={folder / 'default'}"),
-        *(f"data.train_data={folder / 'rows.jsonl'}", "training.num_train_epochs=2"),
-    ]
     first = str(folder / "full")
     return [
-        default,
         train("full", probe, SAME_CUT, "training.save_total_limit=0"),
         train("on the cpu", probe, SAME_CUT, device="cpu"),
         train("resumed", SAME_CUT, f"training.resume={folder / 'full' / 'checkpoints' / 'step_000001'}"),
-        train("topk", "training.save_logits_form=topk", "training.save_logits_positions=labels", *CHECKPOINTING),
+        train("topk", "training.save_logits_form=topk", "training.save_logits_positions=labels", *CHECKPOINTING, ADAMW),
         train("stats", "training.save_logits_form=stats", "training.fp16=true", *FROM_SCRATCH),
         train("4-bit", "quantization.load_in_4bit=true", "training.bf16=true"),
         train("8-bit", "quantization.load_in_8bit=true", "model.dtype=bfloat16", "training.bf16=true"),
@@ -85,22 +78,21 @@ def commands(folder: Path, base: Path) -> list[dict[str, Any]]:
     ]
 
 
-JOBS = ("default", "full", "topk", "stats", "4-bit", "8-bit")
+JOBS = ("full", "topk", "stats", "4-bit", "8-bit")
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_job_of_padded_rows_runs_on_the_device(outcomes: Outcomes, name: str) -> None:
-    records = read_metrics(outcomes.ended(name) / "metrics.jsonl")
-    assert [record["step"] for record in records] == [1, 2]
+    assert series(outcomes.ended(name), "step") == [(1,), (2,)]
     assert outcomes.commands[name]["device_bytes"] > 100_000
 
 
 def test_device_computes_what_the_cpu_computes(outcomes: Outcomes) -> None:
     figures = ("loss", "ce", "pet", "grad_norm", "eval_loss")
-    runs = [read_metrics(outcomes.ended(name) / "metrics.jsonl") for name in ("full", "on the cpu")]
-    series = [[record[name] for record in records for name in figures if name in record] for records in runs]
-    assert len(series[0]) == 4 * 2 + 2
-    assert series[0] == pytest.approx(series[1], rel=1e-4)
+    ours, expected = (series(outcomes.ended(name), *figures) for name in ("full", "on the cpu"))
+    assert len(ours) == 2
+    for numbers, others in zip(ours, expected, strict=True):
+        assert numbers == pytest.approx(others, rel=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+import numpy as np
+import shared  # noqa: F401
+import torch
+from analyze_cases import make_rows
+from logits_cases import make_saver
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from analyze_cases import make_rows  # noqa: E402
-from logits_cases import make_saver  # noqa: E402
-
-from so8t.analyze.run import analyze  # noqa: E402
-from so8t.logits import read_logits  # noqa: E402
-from so8t.losses import NO_TARGET, Head, ce_sum  # noqa: E402
+from so8t.analyze.run import analyze
+from so8t.logits import read_logits
+from so8t.losses import NO_TARGET, Head, ce_sum
+from so8t.memory.process import peak_process_bytes
 
 VOCAB, ROWS, LENGTH, HIDDEN = 32064, 4, 2048, 64
 LIMIT_BYTES = 2**30
@@ -38,13 +38,8 @@ def generate(run: Path, size: int) -> None:
     torch.manual_seed(0)
     head_weight = torch.randn(VOCAB, HIDDEN).bfloat16()
     tokens = ROWS * LENGTH
-    sizes: dict[str, Any] = {
-        "vocab": VOCAB,
-        "computed_in": torch.bfloat16,
-        "max_tokens": tokens,
-        "probe_tokens": tokens,
-    }
-    saver = make_saver(run, **sizes, max_files=0, max_wait=60)
+    sizes: dict[str, Any] = {"vocab": VOCAB, "computed_in": torch.bfloat16, "max_files": 0, "max_wait": 60}
+    saver = make_saver(run, max_tokens=tokens, probe_tokens=tokens, **sizes)
     for step in range(1, max(round(size / (2 * ROWS * LENGTH * VOCAB * 2)), 1) + 1):
         firsts: tuple[tuple[Literal["logits", "probe"], int], ...] = ("logits", step * ROWS), ("probe", 0)
         for kind, first in firsts:
@@ -69,21 +64,13 @@ def numpy_pass(folder: Path) -> None:
 
 def measure(what: str, run: Path) -> None:
     """Run one of the two and print its seconds and the bytes that the process held at most, as JSON."""
-    before, started = peak_bytes(), time.perf_counter()
+    before, started = peak_process_bytes(), time.perf_counter()
     if what == "analyze":
         analyze(run)
     else:
         numpy_pass(run / "logits")
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak": peak_bytes(), "before": before}))
-
-
-def peak_bytes() -> int:
-    """Resident memory of this process at its most, mapped files included; ru_maxrss would count its parent's too."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")
-    )
-    return int(line.split()[1]) * 1024
+    print(json.dumps({"seconds": seconds, "peak": peak_process_bytes(), "before": before}))
 
 
 def main() -> None:

@@ -10,48 +10,23 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+import shared
+from memory_cases import step_spec
 
-from memory_cases import step_spec  # noqa: E402
+import train
+from so8t.config import load_config
+from so8t.memory import BatchShape
+from so8t.memory.trace import trace_step
+from so8t.metrics import read_metrics
+from so8t.pretrained import load_model_config
+from so8t.text import GIB
 
-import train  # noqa: E402
-from so8t.config import load_config  # noqa: E402
-from so8t.memory import BatchShape  # noqa: E402
-from so8t.memory.trace import trace_step  # noqa: E402
-from so8t.metrics import read_metrics  # noqa: E402
-from so8t.pretrained import load_model_config  # noqa: E402
-from so8t.text import GIB  # noqa: E402
-
-CONFIG = """
-[model]
-base_model = "{model}"
-dtype = "float32"
-[qlora]
-r = 16
-lora_dropout = 0.0
-target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-[data]
-train_data = "{folder}/rows.jsonl"
-max_seq_length = 512
-[training]
-output_dir = "{folder}/run"
-max_steps = 12
-gradient_accumulation_steps = 1
-bf16 = false
-optim = "adamw_8bit"
-save_steps = 0
-save_logits_max_files = 3
-save_logits_max_wait = 60.0
-"""
 WARM_UP = 2  # steps that do not count
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-STEPS = 7
+ROUNDS, STEPS = 2, 7
 
 
 def write_rows(folder: Path) -> None:
@@ -65,25 +40,17 @@ def write_rows(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-@contextmanager
-def job(model: Path) -> Iterator[Path]:
-    """The config of a job on `model`, in a temporary folder of its own."""
-    with tempfile.TemporaryDirectory() as name:
-        write_rows(Path(name))
-        config = Path(name) / "config.toml"
-        config.write_text(CONFIG.format(model=model, folder=name), encoding="utf-8")
-        yield config
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    with job(options.model) as path:
-        folder = path.parent
-        keys = ["training.save_logits=false", f"training.max_steps={STEPS}", 'training.gradient_checkpointing="auto"']
-        config = load_config(path, keys)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder)
+        keys = shared.smollm2_keys(options.model, folder)
+        keys += [f"data.train_data={folder / 'rows.jsonl'}", f"training.max_steps={STEPS}"]
+        keys += ["training.save_steps=0", "training.save_logits=false"]
+        config = load_config(shared.SMOLLM2_JOB, keys)
         num_layers = load_model_config(config.model).num_hidden_layers
         budgets = [
             1.01 * trace_step(step_spec(config, BatchShape(1, 512, is_padded=False)), round(share * num_layers)).peak
@@ -91,10 +58,10 @@ def main() -> None:
         ]
         seconds: dict[float, list[float]] = {budget: [] for budget in budgets}
         losses = set()
-        for index, budget in itertools.product(range(options.rounds), budgets):
+        for index, budget in itertools.product(range(ROUNDS), budgets):
             output_dir = folder / f"{budget:.0f}_{index}"
             changes = [f"training.output_dir={output_dir}", f"training.memory_budget_gib={budget / GIB}"]
-            assert train.main([str(path), *keys, *changes]) == 0
+            assert train.main([str(shared.SMOLLM2_JOB), *keys, *changes]) == 0
             records = read_metrics(output_dir / "metrics.jsonl")
             seconds[budget].append(statistics.median(record["seconds"] for record in records[WARM_UP:]))
             losses.add(tuple(record["loss"] for record in records))

@@ -9,14 +9,13 @@ question.
 
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+import shared  # noqa: F401
 
-from so8t.thinking import REFUSAL, TAG_NAMES, release  # noqa: E402
+from so8t.thinking import REFUSAL, TAG_NAMES, release
 
 Row = dict[str, str]
 THOUGHTS = ("task", "safety", "policy")

@@ -12,18 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import shared  # noqa: F401
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+from so8t.config import CONFIG_FILE, QuantizationConfig, load_config
+from so8t.data import load_dataset
+from so8t.export.merge import newest_checkpoint
+from so8t.model import causal_lm, load_model
+from so8t.pretrained import load_model_config, load_tokenizer
 
-from so8t.config import CONFIG_FILE, QuantizationConfig, load_config  # noqa: E402
-from so8t.data import load_dataset  # noqa: E402
-from so8t.export.merge import newest_checkpoint  # noqa: E402
-from so8t.model import causal_lm, load_model  # noqa: E402
-from so8t.pretrained import load_model_config, load_tokenizer  # noqa: E402
+PROMPTS = 20
 
 
 def answer(model: Any, prompt: Tensor, max_new_tokens: int) -> list[int]:
@@ -36,7 +37,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("exported", type=Path)
-    parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     options = parser.parse_args()
     checkpoint = newest_checkpoint(options.run)
@@ -48,7 +48,7 @@ def main() -> None:
     exported = AutoModelForCausalLM.from_pretrained(options.exported, dtype=torch.float32)
     rows = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data).rows
     different = tokens = 0
-    for row in tqdm(rows[:: len(rows) // options.prompts][: options.prompts]):
+    for row in tqdm(rows[:: len(rows) // PROMPTS][:PROMPTS]):
         prompt = row.input_ids[None, : int(row.is_answer.nonzero()[0])].long()
         expected, found = (answer(model, prompt, options.max_new_tokens) for model in (live, exported))
         tokens += len(expected)
@@ -60,7 +60,7 @@ def main() -> None:
                 logits = live(input_ids=torch.tensor([prompt[0].tolist() + expected[:same]])).logits[0, -1]
             gap = logits.topk(2).values.diff().abs().item()
             tqdm.write(f"row {row.sample_id}: other after {same} tokens, where the best two logits are {gap:.4f} apart")
-    print(f"{options.prompts - different} of {options.prompts} greedy answers are the same; {tokens} tokens in all")
+    print(f"{PROMPTS - different} of {PROMPTS} greedy answers are the same; {tokens} tokens in all")
     sys.exit(1 if different else 0)
 
 

@@ -6,7 +6,6 @@ A random Llama of half a billion parameters in bfloat16, with LoRA and gates, is
 process that is watched.
 """
 
-import argparse
 import multiprocessing
 import sys
 import tempfile
@@ -14,18 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import shared
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+from so8t.checkpoint import Checkpoints
+from so8t.config import load_config
+from so8t.export.merge import export
+from so8t.model import load_model
+from so8t.optim import make_optimizer
 
-from so8t.checkpoint import Checkpoints  # noqa: E402
-from so8t.config import load_config  # noqa: E402
-from so8t.export.merge import export  # noqa: E402
-from so8t.model import load_model  # noqa: E402
-from so8t.optim import make_optimizer  # noqa: E402
-
-DEMO = Path(__file__).parents[2] / "so8t" / "demo"
+DEMO = shared.ROOT / "so8t" / "demo"
 CONFIG = """
 [model]
 base_model = "{folder}/base"
@@ -37,15 +35,12 @@ optim = "adamw"
 """
 
 
-def make_run(folder: Path, layers: int) -> None:
-    sizes: dict[str, Any] = {
-        "hidden_size": 2048,
-        "intermediate_size": 5504,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-    }
+def make_run(folder: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16}
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    LlamaForCausalLM(LlamaConfig(vocab_size=2048, **sizes)).bfloat16().save_pretrained(folder / "base")
+    LlamaForCausalLM(LlamaConfig(vocab_size=2048, num_hidden_layers=10, **sizes)).bfloat16().save_pretrained(
+        folder / "base"
+    )
     tokenizer.save_pretrained(folder / "base")
     rows = (DEMO / "sample.jsonl").read_bytes().splitlines(keepends=True)[:4]
     (folder / "rows.jsonl").write_bytes(b"".join(rows))
@@ -64,13 +59,10 @@ def resident(pid: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=10)
-    options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        maker = spawn.Process(target=make_run, args=(folder, options.layers))
+        maker = spawn.Process(target=make_run, args=(folder,))
         maker.start()
         maker.join()
         exporter = spawn.Process(target=export, args=(folder / "run", folder / "out", "bf16", "200MB"))

@@ -9,23 +9,21 @@ import argparse
 import sys
 from pathlib import Path
 
+import shared  # noqa: F401
 import torch
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
-
-from so8t.checkpoint import checkpoint_folders  # noqa: E402
-from so8t.config import load_config  # noqa: E402
-from so8t.data import load_dataset  # noqa: E402
-from so8t.model import causal_lm, load_model  # noqa: E402
-from so8t.pretrained import load_model_config, load_tokenizer  # noqa: E402
-from so8t.thinking import final_only  # noqa: E402
+from so8t.checkpoint import checkpoint_folders
+from so8t.config import load_config
+from so8t.data import load_dataset
+from so8t.model import causal_lm, load_model
+from so8t.pretrained import load_model_config, load_tokenizer
+from so8t.thinking import final_only
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--rows", type=int, default=10**9, help="ask only the first so many")
     options = parser.parse_args()
     config = load_config(options.run / "config.toml")
     tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
@@ -34,7 +32,7 @@ def main() -> None:
         load_model(config.model_spec, torch.device("cpu"), seed=config.training.seed, checkpoint=checkpoint)
     ).eval()
     stop_ids = [token for token in (tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id) if token]
-    rows = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data).rows[: options.rows]
+    rows = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data).rows
     well_formed = exact = 0
     for index, row in enumerate(tqdm(rows)):
         answer_start = int(row.is_answer.nonzero()[0])

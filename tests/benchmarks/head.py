@@ -1,34 +1,27 @@
 """The loss head beside the plain cross-entropy and its floor, two bare products; SmolLM2's sizes, float32.
 
-python tests/benchmarks/head.py [--rows 1005] [--rounds 7]
+python tests/benchmarks/head.py
 """
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
-
+import shared  # noqa: F401
 import torch
 import torch.nn.functional as F
 
 from so8t.losses import Head, ce_sum
 from so8t.memory.live_bytes import LiveBytes
 
-HIDDEN, VOCAB = 576, 49152
+HIDDEN, VOCAB, ROWS = 576, 49152, 1005
+ROUNDS = 7
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1005)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
     torch.manual_seed(0)
-    hidden = torch.randn(1, options.rows, HIDDEN).requires_grad_()
-    weight, targets = torch.randn(VOCAB, HIDDEN) * 0.05, torch.randint(VOCAB, (1, options.rows))
+    hidden = torch.randn(1, ROWS, HIDDEN).requires_grad_()
+    weight, targets = torch.randn(VOCAB, HIDDEN) * 0.05, torch.randint(VOCAB, (1, ROWS))
 
     def two_products() -> None:
         with torch.no_grad():
@@ -42,7 +35,7 @@ def main() -> None:
 
     forms: dict[str, Callable[[], None]] = {"two products": two_products, "plain": plain, "ce_sum": ours}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(options.rounds):  # side by side, because other processes come and go
+    for _ in range(ROUNDS):  # side by side, because other processes come and go
         for name, form in forms.items():
             start = time.perf_counter()
             form()

@@ -8,30 +8,29 @@ leaves, bit for bit, with no temporary beside it. Forks instead of starting Pyth
 """
 
 import argparse
-import os
+import multiprocessing
 import random
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import shared  # noqa: F401
 import torch
 
 if sys.platform == "win32":
     sys.exit("Windows cannot fork")
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from logits_cases import capture, make_case, make_saver
 
-from logits_cases import capture, make_case, make_saver  # noqa: E402
-
-from so8t.files import TEMPORARY_SUFFIX, atomic_write  # noqa: E402
+from so8t.files import TEMPORARY_SUFFIX, atomic_write
 
 STEPS, SAVE_STEPS = 40, 5  # of the run; between its checkpoints
 KILLS = 3  # a run
+FORK: Any = multiprocessing.get_context("fork")
 CASES = {step: make_case(length=100, seed=step) for step in range(1, STEPS + 1)}
 
 
@@ -52,22 +51,13 @@ def run(folder: Path) -> None:
 
 def run_in_child(folder: Path, seconds: float | None) -> bool:
     """Run in a process of its own that is killed after so many seconds; whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            run(folder)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run itself failed"
-    return os.WIFSIGNALED(status)
+    child = FORK.Process(target=run, args=(folder,))
+    child.start()
+    child.join(seconds)
+    child.kill()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL), "the run itself failed"
+    return bool(child.exitcode)
 
 
 def contents_of(folder: Path) -> dict[int, dict[str, Any]]:
@@ -100,6 +90,11 @@ def try_point(point: int, duration: float, unbroken: dict[int, dict[str, Any]]) 
     return kills
 
 
+def try_points(points: Sequence[int], duration: float, unbroken: dict[int, dict[str, Any]]) -> None:
+    kills = sum(try_point(point, duration, unbroken) for point in points)
+    print(f"{len(points)} runs, {kills} kills that met them alive, files left: steps {sorted(unbroken)}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=200)
@@ -111,24 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_in_child(Path(name), None)
         duration = time.perf_counter() - started
         unbroken = contents_of(Path(name))
-    workers = []
-    for worker in range(options.processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                points = range(worker, options.points, options.processes)
-                kills = sum(try_point(point, duration, unbroken) for point in points)
-                print(f"{len(points)} runs, {kills} kills that met them alive, files left: steps {sorted(unbroken)}")
-                sys.stdout.flush()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        workers.append(child)
-    failures = [worker for worker in workers if os.waitpid(worker, 0)[1] != 0]
-    return 1 if failures else 0
+    shares = [range(worker, options.points, options.processes) for worker in range(options.processes)]
+    workers = [FORK.Process(target=try_points, args=(points, duration, unbroken)) for points in shares]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return 1 if any(worker.exitcode for worker in workers) else 0
 
 
 if __name__ == "__main__":

@@ -10,26 +10,23 @@ callback that holds on to the logits while it saves them.
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
+import shared
 import torch
 import torch.nn.functional as F
+from memory_cases import step_spec
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from so8t.config import Config, load_config
+from so8t.memory import BatchShape
+from so8t.memory.fakes import fake_batch, fake_model, optimizer_states
+from so8t.memory.trace import all_tensors, held_tensors, trace_step
+from so8t.model import causal_lm, trainable_parameters
+from so8t.pretrained import load_model_config
+from so8t.text import GIB
 
-from memory_cases import step_spec  # noqa: E402
-
-from so8t.config import Config, load_config  # noqa: E402
-from so8t.memory import BatchShape  # noqa: E402
-from so8t.memory.fakes import fake_batch, fake_model, optimizer_states  # noqa: E402
-from so8t.memory.trace import all_tensors, held_tensors, trace_step  # noqa: E402
-from so8t.model import causal_lm, trainable_parameters  # noqa: E402
-from so8t.pretrained import load_model_config  # noqa: E402
-from so8t.text import GIB  # noqa: E402
-
-CONFIG = Path(__file__).parents[2] / "configs" / "train_borea_phi35_so8t_thinking_rtx3060.toml"
+CONFIG = shared.ROOT / "configs" / "train_borea_phi35_so8t_thinking_rtx3060.toml"
 BASES = {
     "4-bit": (),
     "8-bit": ("quantization.load_in_4bit=false", "quantization.load_in_8bit=true"),

@@ -64,7 +64,7 @@ per_device_train_batch_size = {rows_per_batch}
 gradient_accumulation_steps = {accumulation}
 learning_rate = 1e-4
 bf16 = false
-gradient_checkpointing = {checkpointing}
+gradient_checkpointing = false
 optim = "adamw_8bit"
 save_steps = 0
 save_logits = true
@@ -107,7 +107,7 @@ def chat_lengths(rows: int) -> tuple[int, ...]:
     return tuple(round(min(max(2.718281828**value, 40), 1000)) for value in quantiles)
 
 
-def write_case(case: Case, model: Path, folder: Path, checkpointing: bool) -> int:
+def write_case(case: Case, model: Path, folder: Path) -> int:
     """The config, the rows as text, and the same rows as tokens for the other sides. Returns real tokens a step."""
     values = {
         "model": str(model),
@@ -118,7 +118,6 @@ def write_case(case: Case, model: Path, folder: Path, checkpointing: bool) -> in
         "max_steps": MANY_STEPS,
         "rows_per_batch": case.rows_per_batch,
         "accumulation": case.accumulation,
-        "checkpointing": checkpointing,
     }
     text = CONFIG.format(**{name: json.dumps(value) for name, value in values.items()})
     (folder / "config.toml").write_text(text, encoding="utf-8")
@@ -236,7 +235,7 @@ def measure(case: Case, model: Path, names: Sequence[str], options: argparse.Nam
     """One case: each side's figures, and so8t's tokens a second by theirs."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        tokens = write_case(case, model, folder, options.checkpointing)
+        tokens = write_case(case, model, folder)
         sides = [stack.enter_context(started(name, folder)) for name in names]
         for side in sides:
             side.turn(WARM_UP, saves=side.name in SAVING)
@@ -259,7 +258,6 @@ def measure(case: Case, model: Path, names: Sequence[str], options: argparse.Nam
     return {
         "case": case.name,
         "real_tokens": tokens,
-        "checkpointing": options.checkpointing,
         "load": options.load,
         "threads": torch.get_num_threads(),
         "sides": figures,
@@ -308,9 +306,8 @@ ROWS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    sides, how = result["sides"], "every layer checkpointed" if result["checkpointing"] else "nothing checkpointed"
-    load = ", beside a busy process" if result["load"] else ""
-    lines = [f"{result['case']}: {result['real_tokens']} real tokens a step, {how}{load}, {result['threads']} threads"]
+    sides, load = result["sides"], ", beside a busy process" if result["load"] else ""
+    lines = [f"{result['case']}: {result['real_tokens']} real tokens a step{load}, {result['threads']} threads"]
     lines.append(f"  {'':24s}" + "".join(f"{name:>10s}" for name in sides))
     for title, (key, unit, form) in ROWS.items():
         cells = (form.format(figures[key] / unit) if key in figures else "-" for figures in sides.values())
@@ -332,7 +329,6 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES, help="so8t is always among them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute every layer in the backward pass")
     parser.add_argument("--load", action="store_true", help="keep a second process busy meanwhile")
     parser.add_argument("--json", type=Path, help="write all figures there, one JSON object a line")
     options = parser.parse_args()

@@ -136,8 +136,7 @@ def run_so8t(folder: Path, pace: Pace) -> None:
 
 def run_floor(folder: Path, pace: Pace) -> None:
     config = load_config(folder / "config.toml")
-    checkpointed = 99 if config.training.gradient_checkpointing else 0  # 99: all
-    model = load_model(config.model_spec, device(), seed=0, checkpointed_layers=checkpointed)
+    model = load_model(config.model_spec, device(), seed=0)
     optimizer = make_optimizer(model, config.training)
     micro_batches: list[Batch] = torch.load(folder / "micro_batches.pt", weights_only=False)
     weight, num_targets = head(model).weight, sum(batch.num_targets for batch in micro_batches)

@@ -10,45 +10,24 @@ saving step ends when its file is on the disk, so nothing that the writer's thre
 import argparse
 import gc
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import shared
 import torch
+from memory_cases import PeakBytes, take_step
+from peers import busy_process
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+import train
+from so8t.config import Config, load_config
+from so8t.data import Batch, Row, collate
+from so8t.logits import LogitsSaver, plan_logits
+from so8t.logits.score import HostBuffer
+from so8t.model import Model, head, load_model
+from so8t.optim import make_optimizer
 
-from memory_cases import PeakBytes, take_step  # noqa: E402
-from peers import busy_process  # noqa: E402
-
-import train  # noqa: E402
-from so8t.config import Config, load_config  # noqa: E402
-from so8t.data import Batch, Row, collate  # noqa: E402
-from so8t.logits import LogitsSaver, plan_logits  # noqa: E402
-from so8t.logits.score import HostBuffer  # noqa: E402
-from so8t.model import Model, head, load_model  # noqa: E402
-from so8t.optim import make_optimizer  # noqa: E402
-
-CONFIG = """
-[model]
-base_model = "{model}"
-dtype = "float32"
-[qlora]
-r = 16
-lora_dropout = 0.0
-target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-[data]
-train_data = "unused"
-[training]
-output_dir = "{folder}"
-bf16 = false
-optim = "adamw_8bit"
-save_logits_steps = 1
-save_logits_max_files = 1
-save_logits_max_wait = 60.0
-"""
 FORMS = {
     "not saved": {"save_logits": "false"},
     "full": {},
@@ -63,11 +42,9 @@ FORMS = {
 
 
 def config_of(model: Path, folder: Path, form: str) -> Config:
-    path = folder / "config.toml"
-    path.write_text(CONFIG.format(model=model, folder=folder), encoding="utf-8")
-    return load_config(
-        path, [f"training.{key}={value}" for key, value in ({"save_logits": "true"} | FORMS[form]).items()]
-    )
+    saving = {"save_logits_max_files": "1"} | FORMS[form]
+    keys = [f"training.{key}={value}" for key, value in saving.items()]
+    return load_config(shared.SMOLLM2_JOB, [*shared.smollm2_keys(model, folder), *keys])
 
 
 def half_answered(length: int) -> Row:

@@ -18,16 +18,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
-
+import shared
 import torch
 
 from so8t import parallel
 from so8t.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 SUMS = 20  # all-reduces of which the fastest counts
 MIB = 2**20
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 # measured on one H200: Phi-3.5-mini in 4 bits, 2 micro-batches of 1,024 tokens; its trainable numbers in float32
 CARD_SECONDS, CARD_GRADIENTS = 0.467, 4 * 50_331_648
 HOP_SECONDS = 20e-6  # assumed, of one message between neighbours
@@ -44,8 +43,7 @@ def all_reduce_seconds(ranks: int, gradients: int, bandwidth: float, hop: float 
 def torchrun(ranks: int, *arguments: str) -> str:
     """What the first rank prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
-    threads = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=threads, stdout=subprocess.PIPE, check=True, encoding="utf-8").stdout
+    return subprocess.check_output(command, cwd=shared.ROOT, env=ONE_THREAD, encoding="utf-8")
 
 
 def time_sums(numbers: int) -> None:
@@ -79,9 +77,9 @@ def seconds_a_token(folder: Path, ranks: int) -> float:
 
 def train_apart(number: int, steps: int, folder: Path) -> float:
     """Seconds a token of so many jobs at the same time that have nothing to do with each other."""
-    folders, threads = [folder / f"{number}_{index}" for index in range(number)], os.environ | {"OMP_NUM_THREADS": "1"}
+    folders = [folder / f"{number}_{index}" for index in range(number)]
     jobs = [
-        subprocess.Popen([sys.executable, *job(steps, one)], cwd=ROOT, env=threads, stdout=subprocess.DEVNULL)
+        subprocess.Popen([sys.executable, *job(steps, one)], cwd=shared.ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL)
         for one in folders
     ]
     for process in jobs:

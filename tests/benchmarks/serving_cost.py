@@ -7,7 +7,6 @@ import argparse
 import http.client
 import json
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -17,15 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import shared  # noqa: F401
 import uvicorn
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
-
-from so8t.serve.api import make_app  # noqa: E402
-from so8t.serve.audit import AuditRow, AuditTrail  # noqa: E402
-from so8t.serve.command import bind  # noqa: E402
-from so8t.serve.thinker import Thinker, Written  # noqa: E402
-from so8t.thinking import render  # noqa: E402
+from so8t.serve.api import make_app
+from so8t.serve.audit import AuditRow, AuditTrail
+from so8t.serve.command import bind
+from so8t.serve.thinker import Thinker, Written
+from so8t.thinking import render
 
 ANSWER = render("Asks for a capital city.", "Safe: geography.", "Answer in one line.", "Canberra.")
 QUERIES = [

@@ -1,6 +1,6 @@
 """A long run that is killed, stopped and starved of disk at random, beside one that is left alone; Linux.
 
-    python -m tests.benchmarks.soak MODEL_FOLDER [--steps 500] [--json FILE]
+    python -m tests.benchmarks.soak MODEL_FOLDER [--steps 500]
 
 The first run is left alone: after its first 50 steps neither resident memory nor threads nor open files may grow. The
 second gets SIGKILL and SIGTERM at random and is started again each time; its disk (a tmpfs, where one may be mounted)
@@ -26,8 +26,6 @@ from pathlib import Path
 
 if sys.platform == "win32":
     sys.exit("this reads /proc and mounts a disk")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import torch
 from safetensors.torch import load_file
@@ -59,12 +57,8 @@ def command(model: str, folder: Path, steps: int) -> list[str]:
         "training.save_logits_max_files": "6",
         "training.save_logits_dtype": "bf16",
     }
-    return [
-        sys.executable,
-        "train.py",
-        "configs/smollm2_135m.toml",
-        *(f"{name}={value}" for name, value in keys.items()),
-    ]
+    overrides = [f"{name}={value}" for name, value in keys.items()]
+    return [sys.executable, "train.py", "configs/smollm2_135m.toml", *overrides]
 
 
 @dataclass
@@ -109,8 +103,8 @@ class Torment:
     torn: list[str] = field(default_factory=list)
 
 
-def tormented(model: str, folder: Path, steps: int, log: Path, chance: random.Random, may_fill: bool) -> Torment:
-    torment, over = Torment(), threading.Event()
+def tormented(model: str, folder: Path, steps: int, log: Path, may_fill: bool) -> Torment:
+    torment, over, chance = Torment(), threading.Event(), random.Random(0)
     watchers = [threading.Thread(target=read_logits_files, args=(folder / "logits", torment, over))]
     if may_fill:
         watchers.append(threading.Thread(target=fill_disk, args=(folder.parent, torment, over, random.Random(7))))
@@ -217,8 +211,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="soak"))
     disk = work / "disk"
@@ -230,17 +222,13 @@ def main() -> int:
     try:
         samples = left_alone(options.model, disk / "alone", options.steps, work / "alone.log")
         print(f"left alone: {len(samples)} samples", flush=True)
-        chance = random.Random(options.seed)
-        torment = tormented(options.model, disk / "tormented", options.steps, work / "tormented.log", chance, may_fill)
+        torment = tormented(options.model, disk / "tormented", options.steps, work / "tormented.log", may_fill)
         found = list(faults(disk / "alone", disk / "tormented", samples, torment))
         results = report(samples, torment, disk / "alone") | {"faults": found}
     finally:
         if may_fill:
             subprocess.run(["umount", str(disk)], check=True)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=1))
     return 1 if found else 0
 
 

@@ -89,28 +89,19 @@ def rows_of(path: Path, lengths: list[int]) -> Path:
 @pytest.fixture(scope="session")
 def small_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough for 8-bit states and blocks of quantised weights, small enough to be loaded at once."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-    }
-    return save_phi(tmp_path_factory.mktemp("small_phi"), num_key_value_heads=8, vocab_size=2048, **sizes)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    return save_phi(tmp_path_factory.mktemp("small_phi"), vocab_size=2048, **sizes)
 
 
 @pytest.fixture(scope="session")
 def phi35(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of Phi-3.5-mini's sizes: 3.8 B parameters, 7.1 GiB on the disk."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    }
-    return save_phi(tmp_path_factory.mktemp("phi35"), num_key_value_heads=32, vocab_size=32064, **sizes)
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32}
+    return save_phi(tmp_path_factory.mktemp("phi35"), vocab_size=32064, **sizes)
 
 
 def save_phi(folder: Path, **sizes: Any) -> Path:
+    sizes |= {"num_key_value_heads": sizes["num_attention_heads"]}
     config = Phi3Config(**sizes, pad_token_id=1, eos_token_id=0, bos_token_id=None, max_position_embeddings=4096)
     torch.manual_seed(0)
     with torch.device("cuda"):

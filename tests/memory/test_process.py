@@ -1,0 +1,14 @@
+import subprocess
+import sys
+
+from so8t.memory.process import peak_process_bytes
+
+MIB = 2**20
+
+
+def test_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None:
+    held = b"x" * (300 * MIB)
+    assert peak_process_bytes() > len(held)
+    code = "from so8t.memory.process import peak_process_bytes; print(peak_process_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert MIB < int(done.stdout) < 200 * MIB
