@@ -155,3 +155,10 @@ def test_paths_that_are_too_long_are_told_before_training(config: Config) -> Non
     output_dir = Path(config.training.output_dir, *["x" * 200] * 20)
     with pytest.raises(InputError, match=r"training\.output_dir: cannot write into .*; choose another"):
         make_output_dir(replace(config, training=replace(config.training, output_dir=str(output_dir))), True)
+
+
+def test_output_dir_that_cannot_be_written_is_named(config: Config) -> None:
+    output_dir = Path(config.training.output_dir)
+    output_dir.write_text("a file", encoding="utf-8")
+    with pytest.raises(InputError, match=r"training\.output_dir: cannot write into .*; choose another"):
+        make_output_dir(config, True)

@@ -8,15 +8,18 @@ import torch
 from model_cases import (
     NO_AUTOCAST,
     VOCAB,
+    gradients,
     load,
     load_plain,
     loss_of_hugging_face,
     make_batch,
+    make_rows,
     model_input,
     randomize_lora,
 )
+from torch import Tensor
 
-from so8t.data import Batch
+from so8t.data import Batch, collate, split
 from so8t.evaluate import Validation, evaluate, score
 from so8t.model import Model, hidden_states
 
@@ -46,6 +49,12 @@ def test_every_target_weighs_the_same_in_the_mean(model: Model, base_models: dic
     assert abs(mean - of_batches) > 0.01
 
 
+def test_mean_does_not_depend_on_the_batches(model: Model) -> None:
+    rows = make_rows((20, 15), (9, 1), (6, 2))
+    together, alone = collate(rows), split(rows, 1)
+    assert evaluate(model, alone, NO_AUTOCAST) == pytest.approx(evaluate(model, [together], NO_AUTOCAST), rel=1e-6)
+
+
 @pytest.mark.parametrize("autocast", [NO_AUTOCAST, BFLOAT16], ids=["float32", "bfloat16"])
 def test_scores_come_in_order_and_are_hugging_faces(
     model: Model, base_models: dict[str, Path], autocast: torch.autocast
@@ -68,6 +77,18 @@ def test_autocast_is_on_while_the_model_runs_and_off_for_the_consumer(model: Mod
         assert not torch.is_autocast_enabled("cpu")
 
 
+def test_nothing_of_a_score_can_reach_a_gradient(model: Model) -> None:
+    randomize_lora(model)
+    before = gradients(model, BATCHES)
+    for _, hidden, ce in score(model, BATCHES, NO_AUTOCAST):
+        assert not hidden.requires_grad
+        assert not ce.requires_grad
+        assert torch.is_grad_enabled()  # the consumer's own mode is left alone
+    after: dict[str, Tensor] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(gradient, before[name]) for name, gradient in after.items())
+
+
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.5])
 @pytest.mark.parametrize("architecture", ["phi3", "phi3, dropout"])
 def test_dropout_is_off_while_scoring_and_on_again_afterwards(
@@ -83,6 +104,13 @@ def test_dropout_is_off_while_scoring_and_on_again_afterwards(
     assert torch.equal(first, second) == (lora_dropout == 0 and architecture == "phi3")
 
 
+def test_scoring_draws_no_random_numbers(base_models: dict[str, Path]) -> None:
+    model = load(base_models["phi3, dropout"], qlora={"lora_dropout": 0.5})
+    state = torch.get_rng_state()
+    evaluate(model, BATCHES, NO_AUTOCAST)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def modes(model: Model) -> set[bool]:
     return {module.training for module in model.modules()}
 
@@ -91,6 +119,22 @@ def test_whole_model_trains_again_after_the_last_batch(model: Model) -> None:
     assert modes(model) == {True}
     for _ in score(model, BATCHES, NO_AUTOCAST):
         assert modes(model) == {False}
+    assert modes(model) == {True}
+
+
+def test_model_trains_again_when_the_consumer_stops_early(model: Model) -> None:
+    for _ in score(model, BATCHES, NO_AUTOCAST):
+        break
+    assert modes(model) == {True}
+
+
+def test_model_trains_again_when_the_consumer_raises(model: Model) -> None:
+    def consume() -> None:
+        for _ in score(model, BATCHES, NO_AUTOCAST):
+            raise RuntimeError("no room on the disk")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        consume()
     assert modes(model) == {True}
 
 

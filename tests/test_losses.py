@@ -85,6 +85,17 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(reference: Loss, shape
             assert torch.allclose(our, their, rtol=1e-5, atol=1e-5)
 
 
+def test_float32_is_as_exact_as_float64_allows_to_see() -> None:
+    hidden, head_weight, targets = random_case(3, 100)
+    logits = F.linear(hidden.double(), head_weight.double())
+    exact = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    exact_gradients = torch.autograd.grad(exact, (hidden, head_weight))
+    loss, *gradients = with_gradients(our_ce, hidden, head_weight, targets)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    for our, their in zip(gradients, exact_gradients, strict=True):
+        assert torch.allclose(our, their, rtol=0, atol=1e-5)
+
+
 def test_large_logits_do_not_overflow() -> None:
     hidden, head_weight, targets = random_case(2, 9)
     ours = with_gradients(our_ce, hidden * 1e4, head_weight, targets)
@@ -115,6 +126,14 @@ def test_dividing_by_the_number_of_targets_does_not_rescale_a_bfloat16_gradient(
     assert ratio.item() == pytest.approx(1, abs=2e-4)
 
 
+def test_a_factor_scales_loss_and_gradient() -> None:
+    hidden, head_weight, targets = random_case(2, 40)
+    whole = torch.autograd.grad(our_ce(hidden, head_weight, targets), (hidden, head_weight))
+    scaled = torch.autograd.grad(our_ce(hidden, head_weight, targets) * 1024 / 7, (hidden, head_weight))
+    for before, after in zip(whole, scaled, strict=True):
+        assert torch.allclose(after, before * 1024 / 7, rtol=1e-6)
+
+
 def test_float16_gradients_survive_before_the_gradient_scaler_multiplies_them() -> None:
     # of a mean over 4096 tokens most would be below float16's smallest number
     hidden, head_weight, targets = random_case(1, 64, dtype=torch.float16, masked=0.0)
@@ -125,7 +144,7 @@ def test_float16_gradients_survive_before_the_gradient_scaler_multiplies_them() 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("scale", "soft_cap"), [(1.0, 0.0), (0.25, 0.0), (1.0, 3.0), (2.0, 5.0)])
+@pytest.mark.parametrize(("scale", "soft_cap"), [(0.25, 0.0), (1.0, 3.0), (2.0, 5.0)])
 def test_a_head_that_scales_and_caps_has_the_loss_and_gradients_of_its_formula(
     scale: float, soft_cap: float, dtype: torch.dtype
 ) -> None:
@@ -151,6 +170,15 @@ def test_a_head_that_scales_and_caps_has_the_loss_and_gradients_of_its_formula(
 # ---- cross-entropy: what is not a target
 
 
+def test_a_micro_batch_without_targets_is_zero_and_harmless() -> None:
+    hidden, head_weight, targets = random_case(2, 9, masked=1.0)
+    loss = our_ce(hidden, head_weight, targets)
+    gradients = torch.autograd.grad(loss / 5, (hidden, head_weight))
+    assert loss.item() == 0
+    assert [gradient.shape for gradient in gradients] == [hidden.shape, head_weight.shape]
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e30, float("inf"), float("nan")])
 def test_hidden_of_a_masked_position_reaches_neither_loss_nor_gradient(value: float) -> None:
     hidden, head_weight, targets = random_case(2, 200)
@@ -164,27 +192,52 @@ def test_hidden_of_a_masked_position_reaches_neither_loss_nor_gradient(value: fl
         assert torch.equal(before, after)
 
 
+def test_four_micro_batches_of_unequal_answers_are_one_batch_of_four_which_means_of_means_are_not() -> None:
+    hidden, head_weight, targets = random_case(4, 50, masked=0.0)
+    for row, answer_length in enumerate((2, 10, 45, 0)):
+        targets[row, : 50 - answer_length] = NO_TARGET
+    num_targets = 2 + 10 + 45
+    whole = with_gradients(lambda *case: our_ce(*case) / num_targets, hidden, head_weight, targets)
+
+    def in_four(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+        losses = [our_ce(hidden[[row]], head_weight, targets[[row]]) / num_targets for row in range(4)]
+        return torch.stack(losses).sum()
+
+    def mean_of_means(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+        counts = (targets != NO_TARGET).sum(1).clamp_min(1)
+        losses = [our_ce(hidden[[row]], head_weight, targets[[row]]) / counts[row] for row in range(4)]
+        return torch.stack(losses).mean()
+
+    for one, four in zip(whole, with_gradients(in_four, hidden, head_weight, targets), strict=True):
+        assert torch.allclose(one, four, rtol=1e-5, atol=1e-7)
+    for one, other in zip(whole, with_gradients(mean_of_means, hidden, head_weight, targets), strict=True):
+        assert not torch.allclose(one, other, rtol=0.05)
+
+
 # ---- cross-entropy: memory, autocast, graph
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation."""
+    """Notes every operation and the elements of the largest tensor that any of them makes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[str] = []
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else [result]
         self.operations.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(tensor.numel() for tensor in made if isinstance(tensor, Tensor))])
+        return result
 
 
-def operations(*case: Tensor) -> list[str]:
-    """What the loss of this case computes."""
+def recorded(run: Callable[..., object], *case: Tensor) -> Recorder:
     recorder = Recorder()
     with recorder:
-        our_ce(*case)
-    return recorder.operations
+        run(*case)
+    return recorder
 
 
 @pytest.mark.parametrize("soft_cap", [0.0, 5.0])
@@ -221,20 +274,32 @@ def test_between_forward_and_backward_no_logits_wait() -> None:
     assert sorted(tensor.numel() for tensor in kept if tensor.is_floating_point()) == [512 * HIDDEN, 1000 * HIDDEN]
 
 
+def multiplications(*case: Tensor) -> int:
+    return recorded(our_ce, *case).operations.count("mm")
+
+
 def test_what_is_frozen_costs_no_work_and_leaves_the_other_gradient_as_it_is() -> None:
     hidden, head_weight, targets = random_case(2, 50)
     _, hidden_gradient, head_gradient = with_gradients(our_ce, hidden, head_weight, targets)
     with torch.no_grad():
-        assert operations(hidden, head_weight, targets).count("mm") == 1
-        assert "scatter_add_" not in operations(hidden, head_weight, targets)
-    assert "scatter_add_" in operations(hidden, head_weight, targets)
-    assert operations(hidden, head_weight, targets).count("mm") == 3
-    assert operations(hidden, head_weight.detach(), targets).count("mm") == 2
-    assert operations(hidden.detach(), head_weight, targets).count("mm") == 2
+        assert multiplications(hidden, head_weight, targets) == 1
+        assert "scatter_add_" not in recorded(our_ce, hidden, head_weight, targets).operations
+    assert "scatter_add_" in recorded(our_ce, hidden, head_weight, targets).operations
+    assert multiplications(hidden, head_weight, targets) == 3
+    assert multiplications(hidden, head_weight.detach(), targets) == 2
+    assert multiplications(hidden.detach(), head_weight, targets) == 2
     (alone,) = torch.autograd.grad(our_ce(hidden, head_weight.detach(), targets), hidden)
     assert torch.equal(alone, hidden_gradient)
     (alone,) = torch.autograd.grad(our_ce(hidden.detach(), head_weight, targets), head_weight)
     assert torch.equal(alone, head_gradient)
+
+
+def test_there_is_no_graph_under_no_grad() -> None:
+    hidden, head_weight, targets = random_case(2, 200)
+    with torch.no_grad():
+        loss = our_ce(hidden, head_weight, targets)
+    assert not loss.requires_grad
+    assert torch.equal(loss, our_ce(hidden, head_weight, targets).detach())
 
 
 AUTOCASTS = [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float16)]
@@ -256,12 +321,37 @@ def test_the_head_multiplies_in_the_dtype_of_a_linear_layer(
         assert (our - their).abs().max() < 2**-6 * their.abs().max()
 
 
+def test_autocast_rounds_the_logits_but_never_the_sum() -> None:
+    hidden, head_weight, targets = random_case(2, 200)
+    exact = our_ce(hidden, head_weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = our_ce(hidden, head_weight, targets)
+    assert rounded.dtype == torch.float32
+    assert rounded != exact
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-3)
+
+
 # ---- PET
+
+
+def line(length: int, slope: float = 0.7) -> Tensor:
+    return (torch.arange(float(length)) * slope + 0.3).repeat(1, 4, 1).mT
 
 
 def parabola(length: int, c: float) -> Tensor:
     """h = c t^2, whose second difference is 2 c everywhere."""
     return (torch.arange(float(length)) ** 2 * c).repeat(1, 4, 1).mT
+
+
+def test_pet_is_zero_on_a_line() -> None:
+    assert pet_sum(line(9), None).item() == pytest.approx(0, abs=1e-10)
+    assert pet_sum(torch.full((2, 9, 4), 3.0), None).item() == 0
+
+
+@pytest.mark.parametrize("length", [3, 4, 9])
+def test_pet_of_a_parabola_is_the_square_of_its_bend_for_every_triple_whatever_the_width(length: int) -> None:
+    assert pet_sum(parabola(length, 1.5), None).item() == pytest.approx((length - 2) * 9)
+    assert pet_sum(parabola(length, 1.5)[..., :1], None).item() == pytest.approx((length - 2) * 9)
 
 
 def test_pet_is_the_second_difference_written_out() -> None:
@@ -280,6 +370,14 @@ def test_huber_is_the_square_below_delta_and_a_straight_line_beyond() -> None:
     assert pet_sum(parabola(3, 1.5), None, huber_delta=1.0).item() == pytest.approx(5)
     assert pet_sum(parabola(3, -1.5), None, huber_delta=1.0).item() == pytest.approx(5)
     assert pet_sum(parabola(3, 3.0), None, huber_delta=1.0).item() == pytest.approx(11)
+
+
+def test_huber_agrees_with_l2_below_delta_in_value_and_gradient() -> None:
+    h = (torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0)) * 0.1).requires_grad_()
+    squares, huber = pet_sum(h, None), pet_sum(h, None, huber_delta=2.0)
+    assert torch.equal(squares, huber)
+    (of_squares,), (of_huber,) = torch.autograd.grad(squares, h), torch.autograd.grad(huber, h)
+    assert torch.allclose(of_squares, of_huber, rtol=1e-6)
 
 
 @pytest.mark.parametrize("huber_delta", [0.0, 0.5])
@@ -301,6 +399,12 @@ def test_pet_is_blind_to_padding_on_either_side(left: bool, value: float, huber_
     assert (gradient[~real] == 0).all()
     assert torch.isfinite(gradient).all()
     assert (gradient[real] != 0).any(dim=-1).all()
+
+
+def test_pet_never_crosses_the_end_of_a_row() -> None:
+    rows = torch.cat([parabola(6, 1.0), parabola(6, 0.5) + 1e6, line(6) - 1e6])
+    singly = sum(pet_sum(row[None], None).item() for row in rows)
+    assert pet_sum(rows, None).item() == pytest.approx(singly)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])

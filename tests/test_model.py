@@ -32,6 +32,7 @@ from model_cases import (
     logits_of,
     loss_of_hugging_face,
     make_batch,
+    make_rows,
     model_input,
     randomize_lora,
 )
@@ -51,10 +52,10 @@ from transformers import (
 )
 
 from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
-from so8t.data import Batch
+from so8t.data import Batch, collate, split
 from so8t.evaluate import score
 from so8t.gates import gates_of
-from so8t.losses import Head, ce_sum
+from so8t.losses import NO_TARGET, Head, ce_sum
 from so8t.model import (
     GATES_FILE,
     Model,
@@ -92,6 +93,18 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 # ---- against Hugging Face
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fresh_model_has_the_loss_of_hugging_face(
+    base_models: dict[str, Path], architecture: str, batch: Batch
+) -> None:
+    plain, ours = load_plain(base_models[architecture]), load(base_models[architecture], so8t=IDENTITY)
+    with torch.no_grad():
+        expected = loss_of_hugging_face(plain, batch)
+        found = our_loss(ours, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -150,6 +163,18 @@ def test_gradients_of_lora_and_gates_follow_from_hugging_faces_gradient_of_the_w
 # ---- what a batch is made of does not matter
 
 
+@pytest.mark.parametrize("architecture", ["phi3", "llama, tied"])
+def test_one_micro_batch_of_four_rows_trains_like_four_of_one(base_models: dict[str, Path], architecture: str) -> None:
+    rows = make_rows((16, 9), (5, 1), (12, 4), (9, 6))
+    model = load(base_models[architecture], qlora={"target_modules": ("o_proj", "down_proj")})
+    randomize_lora(model)
+    together, apart = gradients(model, [collate(rows)]), gradients(model, split(rows, 1))
+    assert len(together) == len(trainable_parameters(model))
+    for name, gradient in together.items():
+        assert gradient.any()
+        torch.testing.assert_close(apart[name], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_a_micro_batch_without_targets_changes_nothing(base_models: dict[str, Path]) -> None:
     model = load(base_models["phi3"])
     randomize_lora(model)
@@ -158,6 +183,26 @@ def test_a_micro_batch_without_targets_changes_nothing(base_models: dict[str, Pa
     with_it = gradients(model, [empty, useful, empty], pet_weight=0)
     assert_equal(with_it, gradients(model, [useful], pet_weight=0))
     assert ce_sum(hidden_states(model, empty), head(model), empty.targets) == 0
+
+
+def test_what_a_prompt_token_should_have_predicted_does_not_matter(base_models: dict[str, Path]) -> None:
+    # the token after an answer is seen by no target, and is itself only a would-be target of the answer's end
+    rows = make_rows((11, 5), (8, 3))
+    before = collate(rows)
+    for row in rows:
+        row.input_ids[-1] = 3 if row.input_ids[-1] != 3 else 4
+    after = collate(rows)
+    assert not torch.equal(before.input_ids, after.input_ids)
+    model = load(base_models["phi3"])
+    randomize_lora(model)
+    assert_equal(gradients(model, [before], pet_weight=0), gradients(model, [after], pet_weight=0))
+
+
+def test_hidden_states_of_positions_without_a_target_get_no_gradient(base_models: dict[str, Path]) -> None:
+    model, batch = load(base_models["phi3"]), BATCHES["padded"]
+    hidden = hidden_states(model, batch)
+    (gradient,) = torch.autograd.grad(ce_sum(hidden, head(model), batch.targets), hidden)
+    assert torch.equal(gradient.abs().sum(dim=-1) > 0, batch.targets != NO_TARGET)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -173,25 +218,40 @@ def test_what_stands_in_the_padding_reaches_neither_loss_nor_gradient(base_model
 # ---- gradient checkpointing, and the two traps of bitsandbytes
 
 
-ADAPTED = [(bits, EVERY_LINEAR | {"lora_dropout": dropout}) for bits in BITS for dropout in (0.0, 0.1)]
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("bits", BITS)
+def test_gradient_checkpointing_keeps_every_bit_of_the_adapters_gradients(
+    base_models: dict[str, Path], bits: int, dropout: float
+) -> None:
+    found = []
+    for recompute in (False, True):
+        model = load(
+            base_models["phi3"],
+            bits=bits,
+            qlora=EVERY_LINEAR | {"lora_dropout": dropout},
+            checkpointed_layers=LAYERS * recompute,
+        )
+        randomize_lora(model)
+        assert causal_lm(model).is_gradient_checkpointing == recompute
+        found.append(gradients(model, [BATCHES["padded"], BATCHES["one row"]]))
+    assert_equal(*found)
+    assert len(found[0]) == LAYERS * (2 * len(PHI3_LINEAR) + 1)  # A and B of every layer, and its gate
+    assert all(gradient.any() for gradient in found[0].values())
 
 
-@pytest.mark.parametrize(("bits", "qlora"), [*ADAPTED, (0, FULL)])
+@pytest.mark.parametrize("bits", BITS)
 def test_gradients_are_equal_to_the_bit_however_many_layers_are_checkpointed(
-    base_models: dict[str, Path], bits: int, qlora: dict[str, Any]
+    base_models: dict[str, Path], bits: int
 ) -> None:
     found = []
     for layers in range(LAYERS + 1):
-        model = load(base_models["phi3"], bits=bits, qlora=qlora, checkpointed_layers=layers)
+        model = load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR, checkpointed_layers=layers)
         randomize_lora(model)
-        assert causal_lm(model).is_gradient_checkpointing == (layers > 0)
         flags = [layer.gradient_checkpointing for layer in checkpointable_layers(model)]
         assert flags == [True] * layers + [False] * (LAYERS - layers)
-        found.append(gradients(model, [BATCHES["padded"], BATCHES["one row"]]))
-        assert len(found[-1]) == len(trainable_parameters(model))
+        found.append(gradients(model, [BATCHES["padded"]]))
     for other in found[1:]:
         assert_equal(found[0], other)
-    assert all(gradient.any() for gradient in found[0].values())
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -224,6 +284,20 @@ def test_an_mlp_in_tiles_has_the_same_gradients(base_models: dict[str, Path], bi
         assert max(sizes) == (tile or BATCHES["padded"].input_ids.shape[1])
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "llama, tied"])
+def test_gradient_checkpointing_keeps_every_bit_of_full_trainings_gradients(
+    base_models: dict[str, Path], architecture: str
+) -> None:
+    found = []
+    for recompute in (False, True):
+        model = load(
+            base_models[architecture], model={"from_scratch": True}, qlora=FULL, checkpointed_layers=LAYERS * recompute
+        )
+        found.append(gradients(model, [BATCHES["padded"]]))
+        assert len(found[-1]) == len(trainable_parameters(model))
+    assert_equal(*found)
 
 
 def linear_inputs_held(model: Model, batch: Batch) -> int:
@@ -363,6 +437,14 @@ def test_only_lora_and_gates_are_float32_and_only_they_are_trained(
         is_linear = any(f".{linear}." in name for linear in PHI3_LINEAR)
         expected = torch.float32 if is_adapter else quantized if is_linear else getattr(torch, dtype)
         assert (name, parameter.dtype, parameter.requires_grad) == (name, expected, is_adapter)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_head_is_neither_quantized_nor_adapted(base_models: dict[str, Path], bits: int) -> None:
+    model = load(base_models["phi3"], bits=bits, qlora=EVERY_LINEAR)
+    module = causal_lm(model).get_output_embeddings()
+    assert type(module) is torch.nn.Linear
+    assert torch.equal(head(model).weight, load_plain(base_models["phi3"]).lm_head.weight)
 
 
 def test_full_training_trains_every_weight_and_the_gates(base_models: dict[str, Path]) -> None:
@@ -693,13 +775,8 @@ def test_full_training_saves_a_plain_model_with_the_gates_beside_it(
     assert not torch.equal(without, with_gates)
 
 
-def test_trained_weights_are_read_from_the_checkpoint_and_a_tied_head_is_saved_once(
-    tmp_path: Path, base_models: dict[str, Path], tokenizer: Any
-) -> None:
+def test_tied_head_is_saved_once_and_stays_tied(tmp_path: Path, base_models: dict[str, Path], tokenizer: Any) -> None:
     trained = load(base_models["llama, tied"], qlora=FULL)
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter += 0.01
     save_model(trained, tokenizer, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert [name for name, tensor in stored.items() if tensor.shape == head(trained).weight.shape] == [
@@ -707,7 +784,19 @@ def test_trained_weights_are_read_from_the_checkpoint_and_a_tied_head_is_saved_o
     ]
     loaded = load(base_models["llama, tied"], qlora=FULL, checkpoint=tmp_path)
     assert head(loaded).weight is causal_lm(loaded).get_input_embeddings().weight
-    assert_equal(dict(loaded.named_parameters()), dict(trained.named_parameters()))
+
+
+def test_trained_weights_are_read_from_the_checkpoint_not_from_the_base(
+    tmp_path: Path, base_models: dict[str, Path], tokenizer: Any
+) -> None:
+    trained = load(base_models["phi3"], qlora=FULL)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += 0.01
+    save_model(trained, tokenizer, tmp_path)
+    loaded = load(base_models["phi3"], qlora=FULL, checkpoint=tmp_path)
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
 
 
 def test_saved_tokenizer_is_the_models(tmp_path: Path, base_models: dict[str, Path], tokenizer: Any) -> None:

@@ -65,6 +65,15 @@ def test_only_matrices_decay(optim: str) -> None:
         assert torch.equal(parameter, before[name]) != (name in DECAYING)
 
 
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_parameter_that_is_trained_is_in_the_optimizer_once(optim: str) -> None:
+    model = Net()
+    groups = make_optimizer(model, settings(optim)).param_groups
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    assert all(group["params"] for group in groups)
+
+
 def test_lora_decays_and_the_gates_of_a_model_do_not(base_models: dict[str, Path]) -> None:
     model = load(base_models["phi3"])
     decays = {
@@ -76,6 +85,38 @@ def test_lora_decays_and_the_gates_of_a_model_do_not(base_models: dict[str, Path
     assert {decay for name, decay in found.items() if "lora_" in name} == {True}
     assert {decay for name, decay in found.items() if "so8_gate" in name} == {False}
     assert {decay for name, decay in found.items() if "lora_" not in name and "so8_gate" not in name} == {None}
+
+
+def test_adamw_is_the_textbooks_step_by_step() -> None:
+    model = Net()
+    expected = {name: value.double() for name, value in values(model).items()}
+    first = {name: torch.zeros_like(value) for name, value in expected.items()}
+    second = {name: torch.zeros_like(value) for name, value in expected.items()}
+    optimizer = make_optimizer(model, settings("adamw"))
+    for step in range(1, 6):
+        set_gradients(model, step)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.double()
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            update = first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+            expected[name] = (1 - 1e-3 * (name in DECAYING)) * expected[name] - 1e-2 * update
+            torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_eight_bit_states_move_the_weights_almost_like_32_bit_ones(optim: str) -> None:
+    exact, rough = Net(), Net()
+    start = values(exact)
+    train(exact, make_optimizer(exact, settings("adamw")), range(1, 6))
+    train(rough, make_optimizer(rough, settings(optim)), range(1, 6))
+    for name, parameter in exact.named_parameters():
+        moved, error = parameter - start[name], rough.get_parameter(name) - parameter
+        limit = 0.2 if parameter.numel() >= 4096 else 1e-4
+        assert error.norm() <= limit * moved.norm()
 
 
 @pytest.mark.parametrize(
@@ -115,6 +156,24 @@ def test_paged_states_on_a_cpu_are_announced_in_one_line_and_nothing_else_is(
     lines = ["optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU has nowhere to page them to"]
     assert output.splitlines() == (lines if optim == "paged_adamw_8bit" else [])
     assert not errors
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_optimizer_continues_from_disk_to_the_bit(tmp_path: Path, optim: str) -> None:
+    through, stopped, resumed = Net(), Net(), Net()
+    optimizer = make_optimizer(through, settings(optim))
+    train(through, optimizer, range(1, 7))
+
+    optimizer = make_optimizer(stopped, settings(optim))
+    train(stopped, optimizer, range(1, 4))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    resumed.load_state_dict(stopped.state_dict())
+    optimizer = make_optimizer(resumed, settings(optim))
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(resumed, optimizer, range(4, 7))
+    assert values(resumed).keys() == values(through).keys()
+    for name, value in values(through).items():
+        assert torch.equal(resumed.get_parameter(name), value)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)

@@ -100,14 +100,19 @@ def in_url(host: str) -> str:
 def try_out(generator: "Generator") -> None:
     """Ask the model one question, so that a model that can never answer is reported before the first user comes.
 
-    Raises what the model raises; only warns if the answer is not fit to leave: the question may be to blame.
+    Raises InputError if it fails; only warns if the answer is not fit to leave: the question may be to blame.
     """
-    from so8t.serve.thinker import Question, Written
+    from so8t.serve.thinker import Question, Written, where
 
     started = time.monotonic()
     question = Question([{"role": "user", "content": TRIAL_QUESTION}], deadline=started + TRIAL_SECONDS)
     found: list[Written] = []
-    generator([question], [generator.encode(question.messages)], found.extend)
+    try:
+        generator([question], [generator.encode(question.messages)], found.extend)
+    except InputError as error:
+        raise InputError(f"{generator.folder} cannot answer: {error}") from error
+    except Exception as error:
+        raise InputError(f"{generator.folder} cannot answer: {where(error)}") from error
     num_tokens, seconds = found[0].num_tokens, time.monotonic() - started
     if release(found[0].text, TRIAL_QUESTION).answer == REFUSAL:
         logger.warning(

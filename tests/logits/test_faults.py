@@ -1,8 +1,12 @@
 """Faults of the disk and of the device: they cost files, never training, whose losses stay the same to the bit."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,6 +71,49 @@ def test_full_disk_pauses_saving_and_deletes_no_older_file(
     assert (saver.counters.saved, saver.counters.failed) == (5, 3)
     assert len(warnings_of(caplog)) == 1
     assert "step 3 is not saved (OSError: [Errno 28] No space left on device" in warnings_of(caplog)[0]
+
+
+def test_file_size_limit(tmp_path: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows limits no file's size")
+    import resource
+
+    saver = make_saver(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES // 2, hard))
+    try:
+        losses = train_losses(saver)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert losses == undisturbed
+    assert saver.metrics()["logits_failed"] == 8
+    assert list((tmp_path / "logits").iterdir()) == []
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """An output folder in which nobody, not even root, may create a file."""
+    if sys.platform == "win32":
+        pytest.skip("only POSIX has folders whose mode forbids it")
+    folder = tmp_path / "read_only"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        folder.chmod(0o555)
+    elif subprocess.run(["chattr", "+i", str(folder)], capture_output=True).returncode != 0:
+        pytest.skip("root may write everywhere, and this file system has no immutable folders")
+    yield folder
+    if os.geteuid() == 0:
+        subprocess.run(["chattr", "-i", str(folder)], check=True)
+    folder.chmod(0o755)
+
+
+def test_read_only_folder(read_only: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    saver = make_saver(read_only)
+    assert train_losses(saver) == undisturbed
+    assert saver.metrics()["logits_failed"] == 8
+    assert len(warnings_of(caplog)) == 1
+    assert "step 1 is not saved" in warnings_of(caplog)[0]
 
 
 def test_folder_deleted_in_mid_run_comes_back(tmp_path: Path, undisturbed: list[float]) -> None:
@@ -183,6 +230,16 @@ def test_fault_in_capture_costs_the_file_only(
     assert saved_steps(tmp_path / "logits") == [5, 6, 7, 8]
     assert len(warnings_of(caplog)) == 1
     assert "CUDA out of memory" in warnings_of(caplog)[0]
+
+
+def test_exception_in_training_leaves_the_files_of_the_steps_before_it(tmp_path: Path) -> None:
+    def before_step(step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_losses(make_saver(tmp_path), before_step=before_step)
+    assert saved_steps(tmp_path / "logits") == [1, 2, 3]
 
 
 def test_flush_returns_when_the_files_so_far_are_written(tmp_path: Path, disk: threading.Event) -> None:

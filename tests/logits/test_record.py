@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from logits_cases import HIDDEN, VOCAB, make_case, make_saver, save_one, save_steps, settings
+from logits_cases import HIDDEN, VOCAB, capture, make_batch, make_case, make_saver, save_one, settings
 from torch import Tensor, nn
 
 from so8t.logits import read_logits
@@ -20,6 +20,8 @@ from so8t.logits.score import HostBuffer, HostTransfer, Scorer
 from so8t.losses import NO_TARGET, Head, ce_sum
 
 FORMS = ("full", "topk", "stats")
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
 def saved_records(output_dir: Path) -> list[Any]:
@@ -27,6 +29,34 @@ def saved_records(output_dir: Path) -> list[Any]:
 
 
 # ---- the numbers
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("architecture", ["phi3", "llama", "llama, tied"])
+def test_saved_logits_are_those_of_hugging_face(tmp_path: Path, architecture: str, autocast: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    if architecture == "phi3":
+        model: Any = Phi3ForCausalLM(Phi3Config(**SIZES))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=architecture == "llama, tied"))
+    batch = make_batch(rows=3, length=70)  # more rows than one chunk
+    context = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with torch.no_grad(), context:
+        expected = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        hidden = model.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        saver = make_saver(tmp_path, computed_in=expected.dtype)
+        ce_sum(hidden, Head(model.lm_head.weight), batch.targets, saver.tap(1, 0, batch))
+        loss = model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    saver.after_step(1)
+    saver.close()
+    (record,) = saved_records(tmp_path)
+    assert record.contents["logits"].dtype == expected.dtype
+    eps = torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(record.contents["logits"], expected, rtol=eps, atol=8 * eps)
+    assert record.loss == pytest.approx(float(loss), rel=2 * eps)
+    assert record.verified
 
 
 def test_numbers_are_in_float32_also_where_autocast_is_on(tmp_path: Path) -> None:
@@ -84,6 +114,14 @@ def test_numbers_of_every_form_equal_the_textbook(tmp_path: Path, form: str) -> 
     torch.testing.assert_close(top1_logprob.double(), best, rtol=1e-3, atol=1e-3 if form == "topk" else 1e-5)
     (record,) = saved_records(tmp_path)
     assert torch.equal(record.rank == 0, has_target & (gold.squeeze(-1) == best))  # tied with the top is the top
+
+
+def test_numbers_do_not_depend_on_the_form(tmp_path: Path) -> None:
+    case = make_case(rows=3, length=100, dtype=torch.bfloat16)
+    full, topk, stats = (save_one(tmp_path / form, case, form=form) for form in FORMS)
+    for name in ("label_logprob", "label_rank", "entropy", "logsumexp"):
+        torch.testing.assert_close(topk[name], full[name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(stats[name], full[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_topk_holds_the_likeliest_tokens_and_the_exact_rest_mass(tmp_path: Path) -> None:
@@ -171,11 +209,26 @@ def test_capture_neither_alters_hidden_nor_holds_a_graph_nor_draws_random_number
 def test_file_is_as_large_as_its_tensors(tmp_path: Path, form: str, positions: str) -> None:
     # a buffer ten times as long as the batch: torch.save of a view of it would write it whole
     saver = make_saver(tmp_path, max_tokens=24_000, form=form, positions=positions)
-    save_steps(saver, [1], make_case(rows=2, length=1200))
+    capture(saver, 1, make_case(rows=2, length=1200))
+    saver.after_step(1)
+    saver.close()
     (path,) = (tmp_path / "logits").iterdir()
     tensors = [value for value in torch.load(path).values() if isinstance(value, Tensor)]
     assert sum(t.nbytes for t in tensors) == sum(t.untyped_storage().nbytes() for t in tensors)
     assert path.stat().st_size <= sum(t.nbytes for t in tensors) + 8192
+
+
+def test_topk_of_64_takes_at_most_300_bytes_a_token_of_the_phi35_vocabulary(tmp_path: Path) -> None:
+    save_one(tmp_path, make_case(rows=1, length=512, vocab=32064), form="topk")
+    (path,) = (tmp_path / "logits").iterdir()
+    assert path.stat().st_size / 512 <= 300
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_file_opens_memory_mapped_without_trusting_pickle(tmp_path: Path, form: str) -> None:
+    save_one(tmp_path, make_case(), form=form)
+    (path,) = (tmp_path / "logits").iterdir()
+    assert torch.load(path, weights_only=True, mmap=True)["step"] == 1
 
 
 # ---- the self-check
@@ -264,24 +317,22 @@ def test_scoring_holds_about_one_chunk_however_long_the_rows(
 def test_reader_yields_oldest_step_first_and_skips_torn_and_foreign_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_steps(make_saver(tmp_path), [9, 10, 100, 1000])
+    saver = make_saver(tmp_path)
+    for step in (9, 10, 100, 1000):
+        capture(saver, step, make_case(seed=step))
+        saver.after_step(step)
+    saver.close()
     folder = tmp_path / "logits"
     torn = next(folder.glob("logits_step_10_*"))
     torn.write_bytes(torn.read_bytes()[:-1000])
-    torch.save({"model": nn.Linear(2, 2)}, folder / "model.pt")
-    torch.save([torch.ones(2)], folder / "list.pt")
+    torch.save({"weights": torch.ones(3)}, folder / "model.pt")
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     (folder / "logits_step_5_epoch_0_20260101_000000.pt").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert [record.step for record in read_logits(folder)] == [9, 100, 1000]
-    assert len(caplog.records) == 4
-    for name in (
-        torn.name,
-        "model.pt",
-        "list.pt: skipped, it is no file of saved logits as so8t writes them: it holds",
-    ):
-        assert name in caplog.text
-    assert "weights_only" not in caplog.text  # nobody is advised to trust a foreign file
+    assert len(caplog.records) == 3
+    assert torn.name in caplog.text
+    assert "model.pt" in caplog.text
     assert [record.step for record in read_logits(str(next(folder.glob("logits_step_9_*"))))] == [9]
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         next(read_logits(tmp_path / "nowhere"))
@@ -314,6 +365,18 @@ def test_a_file_that_is_not_as_the_table_says_is_skipped_and_the_wrong_key_is_na
         read = list(read_logits(path))
         assert read == [] or name == "positions"
         assert "weights_only" not in caplog.text
+
+
+def test_nothing_advises_to_load_a_foreign_file_without_weights_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "model.pt")
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    assert list(read_logits(tmp_path)) == []
+    assert len(caplog.records) == 3
+    assert "weights_only" not in caplog.text
+    assert "it holds a list, not a dict" in caplog.text
 
 
 @pytest.mark.parametrize("form", FORMS)

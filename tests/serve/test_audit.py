@@ -1,8 +1,9 @@
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def write_rows(path: Path, count: int) -> list[tuple[int, str]]:
     return written
 
 
+def append(audit: AuditTrail, count: int) -> None:
+    for _ in range(count):
+        audit.append([ROW])
+
+
 def verify(path: Path) -> tuple[int, str, list[str]]:
     audit = AuditTrail(path, read_only=True)
     result = audit.verify()
@@ -41,24 +47,23 @@ def change(path: Path, *statements: str) -> None:
     database.close()
 
 
-def seal_of(path: Path) -> str:
-    """The statement that puts the present seal back."""
-    database = sqlite3.connect(path)
-    head = database.execute("SELECT number, row_hash, seal FROM head").fetchone()
-    database.close()
-    return "UPDATE head SET (number, row_hash, seal) = ({}, '{}', '{}')".format(*head)
-
-
-def test_rows_are_numbered_and_chained_and_a_file_that_is_opened_again_goes_on(path: Path) -> None:
-    write_rows(path, 0)
-    assert verify(path) == (0, "0" * 64, [])
-    written = write_rows(path, 3) + write_rows(path, 2)
+def test_rows_are_numbered_chained_and_found_whole(path: Path) -> None:
+    written = write_rows(path, 5)
+    written += [(number + 5, row_hash) for number, row_hash in write_rows(path, 0)]
     assert [number for number, _ in written] == [1, 2, 3, 4, 5]
     assert verify(path) == (5, written[-1][1], [])
     rows = sqlite3.connect(path).execute(f"SELECT {', '.join(COLUMNS)} FROM requests").fetchall()
-    assert [row[2] for row in rows] == ["r1", "r2", "r3", "r1", "r2"]
+    assert [row[2] for row in rows] == ["r1", "r2", "r3", "r4", "r5"]
     assert [row[-2] for row in rows[1:]] == [row[-1] for row in rows[:-1]]
     assert rows[0][3:11] == ("u" * 64, "q" * 64, "t" * 64, "a" * 64, "ALLOW", "m" * 64, 57, 410)
+
+
+def test_a_new_file_is_whole_and_an_opened_one_goes_on(path: Path) -> None:
+    write_rows(path, 0)
+    assert verify(path) == (0, "0" * 64, [])
+    write_rows(path, 2)
+    assert write_rows(path, 1)[0][0] == 3
+    assert verify(path)[::2] == (3, [])
 
 
 @pytest.mark.parametrize("column", COLUMNS[1:])
@@ -133,9 +138,11 @@ def test_an_older_copy_of_the_whole_file_shows_only_by_the_last_hash(path: Path)
 
 def test_an_older_seal_does_not_fit_the_rows(path: Path) -> None:
     write_rows(path, 2)
-    older = seal_of(path)
+    database = sqlite3.connect(path)
+    older = database.execute("SELECT number, row_hash, seal FROM head").fetchone()
+    database.close()
     write_rows(path, 1)
-    change(path, older)
+    change(path, "UPDATE head SET (number, row_hash, seal) = ({}, '{}', '{}')".format(*older))
     assert verify(path)[2] == ["row 3 is not the one that was sealed as the last"]
 
 
@@ -185,9 +192,14 @@ def test_no_row_is_written_to_a_file_that_the_path_no_longer_names(
 def test_an_older_copy_put_in_place_while_a_server_runs_takes_no_rows(path: Path) -> None:
     audit = AuditTrail(path)
     audit.append([ROW])
-    older = seal_of(path)
+    with sqlite3.connect(path) as database:
+        older = database.execute("SELECT number, row_hash, seal FROM head").fetchone()
     audit.append([ROW])
-    change(path, "DELETE FROM requests WHERE number = 2", older)
+    change(
+        path,
+        "DELETE FROM requests WHERE number = 2",
+        "UPDATE head SET (number, row_hash, seal) = ({}, '{}', '{}')".format(*older),
+    )
     assert verify(path)[::2] == (1, [])  # only the server that wrote the row knows
     with pytest.raises(AuditError, match="row 2 has been written and is no longer there"):
         audit.append([ROW])
@@ -302,6 +314,50 @@ def test_checking_reads_along_while_rows_are_written_and_changes_nothing(path: P
 
 def test_two_writers_make_one_chain(path: Path) -> None:
     audits = [AuditTrail(path) for _ in range(2)]
-    with ThreadPoolExecutor(2) as writers:
-        list(writers.map(lambda audit: [audit.append([ROW]) for _ in range(30)], audits))
+    writers = [threading.Thread(target=append, args=(audit, 30)) for audit in audits]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
     assert verify(path)[::2] == (60, [])
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from typing import Any
+from so8t.serve.audit import AuditRow, AuditTrail
+audit = AuditTrail(Path(sys.argv[1]))
+while True:
+    ((number, _),) = audit.append([AuditRow("r", None, "q", "t", "a", "ALLOW", "m", 1, 1)])
+    print(number, flush=True)
+"""
+
+
+def test_kill_loses_no_row_that_was_written(path: Path) -> None:
+    for _ in range(3):
+        command = [sys.executable, "-c", WRITER, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
+            assert process.stdout is not None
+            for _ in range(40):
+                last = process.stdout.readline()
+            process.kill()
+            last = (last + process.stdout.read()).splitlines()[-1]
+        assert process.returncode != 0
+        number, _, problems = verify(path)
+        assert problems == []
+        assert number in (int(last), int(last) + 1)  # it may have died between the row and the print
+
+
+def test_a_full_disk_refuses_the_row_and_a_freed_one_takes_it(small_disk: Path) -> None:
+    audit = AuditTrail(small_disk / "audit.sqlite")
+    audit.append([ROW])
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    with pytest.raises(AuditError, match="could not be written"):
+        append(audit, 100)  # what was allotted before may take some
+    assert audit.verify()[2] == []
+    ballast.unlink()
+    ((number, _),) = audit.append([ROW])
+    assert audit.verify()[::2] == (number, [])
+    audit.close()

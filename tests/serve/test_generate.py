@@ -223,6 +223,8 @@ def test_a_template_that_makes_nothing_or_refuses_is_told(memorised_run: Path) -
         generator._tokenizer.chat_template = template
         with pytest.raises(InputError, match=words):
             generator.encode(user("Hi"))
+        with pytest.raises(InputError, match=f"step_000040 cannot answer: .*{words}"):
+            try_out(generator)
 
 
 def test_a_model_that_gives_no_fit_answer_is_told_before_it_serves(
@@ -234,3 +236,6 @@ def test_a_model_that_gives_no_fit_answer_is_told_before_it_serves(
     try_out(generator)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert "no answer that may leave" in caplog.text
+    monkeypatch.setattr(generator._model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(InputError, match=r"cannot answer: ZeroDivisionError at test_generate\.py"):
+        try_out(generator)

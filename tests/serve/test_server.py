@@ -254,6 +254,39 @@ def test_when_descriptors_are_few_others_are_served_and_the_log_stays_short(tmp_
         assert server.log.stat().st_size < 5000
 
 
+# ---- no audit row, no answer
+
+
+def test_no_answer_once_the_audit_file_is_not_the_one_that_was_opened(tmp_path: Path) -> None:
+    """The other ways in which that may be are in test_audit.py."""
+    audit, moved = tmp_path / "audit.sqlite", tmp_path / "moved.sqlite"
+    with stub_server(audit, tmp_path / "log") as server:
+
+        def is_refused() -> bool:
+            refused = [server.post(), server.send("POST", "/v1/chat/completions", CHAT)]
+            assert SAFE["final"] not in str(refused)
+            until(lambda: server.send("GET", "/health").status == 503)
+            return statuses(refused) == {503: 2}
+
+        assert server.post().status == server.send("GET", "/health").status == 200
+        rename(audit, moved)
+        assert is_refused()
+        rename(moved, audit)  # put back by a person
+        assert server.post().status == 200
+        until(lambda: server.send("GET", "/health").status == 200)
+        for name in ("", "-wal", "-shm"):
+            Path(f"{audit}{name}").unlink()
+        assert is_refused()
+    assert "is gone, moved or exchanged" in (tmp_path / "log").read_text(encoding="utf-8")
+    for _ in range(2):  # no new one is begun beside the key of the old one
+        assert main(["stub", "--audit", str(audit), "--port", "0"]) == 2
+
+
+def rename(old: Path, new: Path) -> None:
+    for name in ("", "-wal", "-shm"):
+        Path(f"{old}{name}").rename(f"{new}{name}")
+
+
 # ---- clients that go, signals, kills
 
 
