@@ -113,6 +113,11 @@ def test_three_ranks_go_on_with_what_two_began(three: Path, one: Path) -> None:
     assert_same_training(three, one, first_step=3)
 
 
+def test_three_ranks_train_like_one_from_the_start(job: Job, one: Path) -> None:
+    assert job.fork("anew", 3) == [0, 0, 0]
+    assert_same_training(job.folder / "anew", one)
+
+
 def test_job_that_lost_each_rank_in_turn_ends_as_an_unbroken_one_and_says_why(
     job: Job, two: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

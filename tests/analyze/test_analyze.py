@@ -22,7 +22,7 @@ from memory_cases import PeakBytes
 from scipy.special import rel_entr  # type: ignore[import-untyped]
 from scipy.stats import entropy  # type: ignore[import-untyped]
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 from torchmetrics.functional.classification.calibration_error import _ce_compute
 from torchmetrics.functional.text import perplexity
 
@@ -97,6 +97,20 @@ def test_scores_equal_independent_references(tmp_path: Path, keys: dict[str, Any
         assert_exact(scores.margin, margin)
     if record.form != "topk":
         assert_exact(scores.calibration.error, error)
+
+
+def test_calibration_error_equals_that_of_torchmetrics_where_equal_mass_is_equal_width() -> None:
+    generator = torch.Generator().manual_seed(0)
+    confidence = (torch.arange(15).repeat_interleave(4) + 0.05 + 0.9 * torch.rand(60, generator=generator)) / 15
+    confidence = confidence.clamp_min(0.03)  # the likeliest of 40 tokens has at least 1 / 40
+    preds = ((1 - confidence) / (VOCAB - 1))[:, None].repeat(1, VOCAB)
+    preds[:, 0] = confidence
+    targets = torch.randint(2, (60,), generator=generator)
+    reference = multiclass_calibration_error(preds, targets, num_classes=VOCAB, n_bins=15, norm="l1")
+    result = calibration(confidence, targets == 0, torch.zeros(60))
+    assert_exact(result.error, float(reference))
+    assert [bin.tokens for bin in result.bins] == [4] * 15
+    assert float(reference) > 0.2
 
 
 def test_calibration_of_a_tiny_case_by_hand() -> None:
