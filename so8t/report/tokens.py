@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from so8t.analyze import Key, likeliest, rows_of
+from so8t.analyze import likeliest, rows_of
 from so8t.logits import LogitsRecord, read_logits
 from so8t.thinking import SECTIONS
 
@@ -31,7 +31,7 @@ class _Row:
     """One row of the data as text, and the files that hold it."""
 
     kind: str  # "logits" or "probe"
-    key: Key
+    sample_id: int
     index: int  # among the rows of its file
     tokens: list[str]
     sections: list[int]
@@ -48,9 +48,8 @@ def token_map(folder: Path, tokenizer: Any, other_folder: Path | None = None) ->
     "targets" are indices into its "tokens"; its "labels" and the lists of its saves have one entry a target. "others"
     are what the other run saved of the same row.
     """
-    rows = _group_rows(_some_steps(folder), tokenizer)
-    if other_folder is not None:
-        _add_others(rows, _some_steps(other_folder))
+    others = [] if other_folder is None else _some_steps(other_folder)
+    rows = _group_rows(_some_steps(folder), others, tokenizer)
     steps = sorted({record.step for row in rows for record, _ in row.saves})
     kept = _within_budget(rows)
     strings = _Strings(tokenizer)
@@ -74,9 +73,12 @@ def _some_steps(folder: Path) -> list[LogitsRecord]:
     return [record for record in records if record.step in kept]
 
 
-def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
-    """The rows of all files, each once however many steps saved it; the first rows of every file come first."""
-    rows: dict[tuple[str, Key], _Row] = {}
+def _group_rows(records: Sequence[LogitsRecord], others: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
+    """The rows of all files, each once however many steps saved it; the first rows of every file come first.
+
+    Of the others, which are the second run's, what they say about the same rows.
+    """
+    rows: dict[tuple[str, tuple[int, bytes]], _Row] = {}
     for record in records:
         texts = record.tokens(tokenizer)
         for index, (key, targets) in enumerate(rows_of(record)):
@@ -87,7 +89,7 @@ def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
                 length = int((record.sections[index] != SECTIONS.index("padding")).sum())
                 row = rows[record.kind, key] = _Row(
                     kind=record.kind,
-                    key=key,
+                    sample_id=key[0],
                     index=index,
                     tokens=texts[index][:length],
                     sections=record.sections[index, :length].tolist(),
@@ -95,15 +97,11 @@ def _group_rows(records: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
                     targets=(record.target_positions[targets, 1] + 1).tolist(),
                 )
             row.saves.append((record, targets))
-    return sorted(rows.values(), key=lambda row: row.index)
-
-
-def _add_others(rows: Sequence[_Row], records: Sequence[LogitsRecord]) -> None:
-    known = {(row.kind, row.key): row for row in rows}
-    for record in records:
+    for record in others:
         for key, targets in rows_of(record):
-            if row := known.get((record.kind, key)):
+            if row := rows.get((record.kind, key)):
                 row.others.append((record, targets))
+    return sorted(rows.values(), key=lambda row: row.index)
 
 
 def _within_budget(rows: Sequence[_Row]) -> list[_Row]:
@@ -118,7 +116,7 @@ def _within_budget(rows: Sequence[_Row]) -> list[_Row]:
 def _draw(row: _Row, strings: "_Strings") -> dict[str, Any]:
     return {
         "kind": row.kind,
-        "sample_id": row.key[0],
+        "sample_id": row.sample_id,
         "tokens": [strings.index(text) for text in row.tokens],
         "sections": row.sections,
         "targets": row.targets,
