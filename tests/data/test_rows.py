@@ -155,14 +155,6 @@ def test_with_the_last_answer_alone_the_earlier_ones_are_context(tmp_path: Path)
     assert "Four." not in text_of(dataset.rows[1].input_ids)  # which nothing is learned from
 
 
-def test_an_instruction_is_the_prompt_with_its_input_below_and_the_output_the_answer() -> None:
-    assert read_conversation(PLAIN).messages[0] == {"role": "user", "content": "Translate.\n\n猫"}
-    assert answers(encode(PLAIN)) == ["Cat.<|end|>"]
-    for row in (PLAIN | {"input": ""}, {key: PLAIN[key] for key in ("instruction", "output")}):
-        assert read_conversation(row).messages[0]["content"] == "Translate."
-        assert answers(encode(row)) == ["Cat.<|end|>"]
-
-
 @pytest.mark.parametrize("row", [THINKING, CHAT, PLAIN])
 def test_the_tokens_are_those_of_the_chat_template(row: dict[str, Any]) -> None:
     messages = read_conversation(row).messages
