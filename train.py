@@ -43,6 +43,8 @@ from so8t.schedule import lr_at, pet_weight_at
 from so8t.sharding import shard_layers
 from so8t.signals import StopSignals
 
+MOST_SKIPPED = 20  # steps in a row, in float16: its scale begins at 65,536, and halved so often it is below 1
+
 
 class NonFiniteStep(Exception):
     """A loss or a gradient was inf or NaN; the weights are still those before the step."""
@@ -140,7 +142,7 @@ def train(config: Config, process: parallel.Process) -> int:
         trainable = trainable_parameters(model)
         optimizer = make_optimizer(model, training)
         autocast, scaler = make_amp(training, device)
-        first_step, stop = 1, 0
+        first_step, skipped, stop = 1, 0, 0
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
@@ -171,7 +173,7 @@ def train(config: Config, process: parallel.Process) -> int:
             sums = torch.zeros(3, device=device)
             for index, batch in enumerate(micro_batches):
                 torch.manual_seed(derive_seed(seed, "dropout", step, index, process.rank))
-                tap = logits_saver.tap(step, epoch, batch) if batch is micro_batches[-1] else None
+                tap = logits_saver.tap(step, epoch, batch) if index == len(micro_batches) - 1 else None
                 share, parts = forward(
                     model, batch, autocast, num_targets, num_pet_terms, pet_weight, config.pet.huber_delta, tap
                 )
@@ -185,7 +187,8 @@ def train(config: Config, process: parallel.Process) -> int:
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(trainable, training.max_grad_norm or math.inf)
             loss, ce, pet, grad_norm = torch.cat((parallel.all_sum(sums), grad_norm[None])).tolist()  # sync
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)) and not scaler.is_enabled():
+            skipped = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped + 1
+            if skipped > (MOST_SKIPPED if scaler.is_enabled() else 0):
                 sample_ids = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
                 raise NonFiniteStep(step, loss, grad_norm, [dataset.places[sample_id] for sample_id in sample_ids])
             scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite

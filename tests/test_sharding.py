@@ -73,6 +73,18 @@ def test_ranks_that_share_the_base_train_as_if_each_held_it(run: Run, bits: int)
     assert all(file.verified for file in saved)
 
 
+def test_a_rank_without_rows_saves_no_file(run: Run, tmp_path: Path) -> None:
+    copy_rows(tmp_path / "one.jsonl", 0, 1)
+    keys = (
+        "training.save_logits_ranks=all",
+        f"data.train_data={tmp_path / 'one.jsonl'}",
+        "training.save_logits_probe=",
+    )
+    names = sorted(path.name for path in (run("parallel.shard_base=true", *keys) / "logits").iterdir())
+    assert len(names) == STEPS // 2
+    assert all(name.endswith("_rank0.pt") for name in names)
+
+
 def test_a_run_goes_on_whether_the_base_is_shared_or_not(run: Run) -> None:
     whole, shared = run(), run("parallel.shard_base=true")
     resumed = run(f"training.resume={shared / 'checkpoints' / 'step_000002'}")

@@ -395,6 +395,16 @@ def test_step_that_is_not_finite_stops_before_the_weights_and_leaves_evidence(
     assert not torch.tensor(evidence.loss).isfinite()
 
 
+def test_float16_stops_when_no_scale_makes_a_step_finite(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "MOST_SKIPPED", 2)
+    options = ("training.fp16=true", "training.learning_rate=1e18", "training.warmup_ratio=0.0", "training.optim=adamw")
+    folder = run("run", *options, "training.max_steps=6", exit_code=1)
+    assert "train.py: step 4 is not finite: " in capsys.readouterr().err
+    assert [record["loss"] for record in read_metrics(folder / "metrics.jsonl")][1:] == [None, None]
+
+
 # ---- what cannot be meant
 
 
@@ -499,6 +509,11 @@ def test_default_job_learns_in_its_first_steps(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 1
     (record,) = read_logits(folder / "logits")
     assert record.verified
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda path: str(path.name))
+def test_every_shipped_config_loads(path: Path) -> None:
+    assert load_config(path).training.save_logits
 
 
 def test_real_job_has_the_users_values() -> None:

@@ -40,6 +40,11 @@ class Batch:
         return [length] * rows if self.attention_mask is None else self.attention_mask.sum(dim=1).tolist()
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it was made up for a rank that has no rows."""
+        return int(self.sample_ids[0]) < 0
+
+    @property
     def num_targets(self) -> int:
         return int((self.targets != NO_TARGET).sum())
 

@@ -58,8 +58,8 @@ class LogitsSaver:
         return self.enabled and self.plan.is_due(step)
 
     def tap(self, step: int, epoch: int, batch: Batch) -> "LogitsTap | None":
-        """A tap for ce_sum that takes the logits of this micro-batch; None if `step` is not due."""
-        return self.new_tap(step, epoch, batch) if self.is_due(step) else None
+        """A tap for ce_sum that takes the logits of this micro-batch; None if `step` is not due or it has no rows."""
+        return self.new_tap(step, epoch, batch) if self.is_due(step) and not batch.is_idle else None
 
     def new_tap(self, step: int, epoch: int, batch: Batch, kind: Kind = "logits") -> "LogitsTap | None":
         """A tap whether or not the step is due.
