@@ -25,7 +25,7 @@ with contextlib.suppress(SystemExit):
     runpy.run_path("train.py", run_name="__main__")
 print([name for name in sys.modules if name in ("torch", "transformers", "bitsandbytes")])
 """
-COMMANDS = ("analyze", "export", "memory", "report", "serve")
+COMMANDS = ("analyze", "data", "export", "memory", "report", "serve")
 
 
 def test_help_comes_without_waiting_for_torch() -> None:

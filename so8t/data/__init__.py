@@ -1,11 +1,8 @@
 """Files of rows -> batches of tokens with the right labels."""
 
-from so8t.data.batches import PASS_TOKENS, Batch, TrainingBatches, collate, count, cut, derive_seed, split, with_idle
-from so8t.data.dataset import Dataset, fixed_rows, load_dataset
-from so8t.data.messages import read_conversation
-from so8t.data.sources import BadRow
-from so8t.data.store import Row
-from so8t.data.template import stop_token_ids
+from typing import TYPE_CHECKING
+
+from so8t import cli
 
 __all__ = [
     "PASS_TOKENS",
@@ -25,3 +22,23 @@ __all__ = [
     "stop_token_ids",
     "with_idle",
 ]
+
+if TYPE_CHECKING:
+    from so8t.data.batches import (
+        PASS_TOKENS,
+        Batch,
+        TrainingBatches,
+        collate,
+        count,
+        cut,
+        derive_seed,
+        split,
+        with_idle,
+    )
+    from so8t.data.dataset import Dataset, fixed_rows, load_dataset
+    from so8t.data.messages import read_conversation
+    from so8t.data.sources import BadRow
+    from so8t.data.store import Row
+    from so8t.data.template import stop_token_ids
+else:
+    __getattr__ = cli.on_demand(__name__, __all__, "batches", "dataset", "messages", "sources", "store", "template")

@@ -14,15 +14,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from so8t import cli
 from so8t.config import load_config
-from so8t.data.dataset import Dataset, load_dataset
-from so8t.data.store import Row
-from so8t.data.template import stop_token_ids
 from so8t.files import atomic_write
 from so8t.thinking import PARTS, SECTIONS
+
+if TYPE_CHECKING:
+    from so8t.data.dataset import Dataset
+    from so8t.data.store import Row
 
 # the section of a piece -> how a terminal shows it; "stop" is the last token of an answer
 _COLOURS = {
@@ -38,7 +39,7 @@ td, th { text-align: left; padding: 0 1em 0 0; vertical-align: top }
 sup { font-size: 70%; color: #333 }"""
 
 
-def pieces_of(row: Row, tokenizer: Any, stops: Sequence[int]) -> Iterator[tuple[str, str]]:
+def pieces_of(row: "Row", tokenizer: Any, stops: Sequence[int]) -> Iterator[tuple[str, str]]:
     """(kind, text) of neighbouring tokens, from the first to the last; a kind is a name of SECTIONS, or "stop"."""
     ids, labels = row.input_ids.tolist(), row.is_answer.tolist()
     kinds = [SECTIONS[code] for code in row.sections.tolist()]
@@ -50,13 +51,14 @@ def pieces_of(row: Row, tokenizer: Any, stops: Sequence[int]) -> Iterator[tuple[
         yield kind, tokenizer.decode([token for _, token in run], skip_special_tokens=False)
 
 
-def heading(number: int, row: Row, place: str) -> str:
+def heading(number: int, row: "Row", place: str) -> str:
     cut = ", the start of its prompt is cut" if row.was_cut else ""
     return f"row {number}, {place}: {len(row.input_ids)} tokens, {int(row.is_answer.sum())} of them learned{cut}"
 
 
-def terminal_lines(dataset: Dataset, num_rows: int, tokenizer: Any, has_colour: bool) -> Iterator[str]:
-    stops = stop_token_ids(tokenizer)
+def terminal_lines(
+    dataset: "Dataset", num_rows: int, tokenizer: Any, stops: Sequence[int], has_colour: bool
+) -> Iterator[str]:
     for number, row in enumerate(dataset.rows[:num_rows], start=1):
         yield heading(number, row, dataset.places[row.sample_id])
         yield "".join(_shown(kind, text, has_colour) for kind, text in pieces_of(row, tokenizer, stops))
@@ -76,9 +78,8 @@ def _shown(kind: str, text: str, has_colour: bool) -> str:
     return f"[{'stop: ' if kind == 'stop' else name}{text}]"
 
 
-def page(dataset: Dataset, num_rows: int, tokenizer: Any) -> str:
+def page(dataset: "Dataset", num_rows: int, tokenizer: Any, stops: Sequence[int]) -> str:
     """The same as terminal_lines, as HTML that needs nothing else."""
-    stops = stop_token_ids(tokenizer)
     rows = []
     for number, row in enumerate(dataset.rows[:num_rows], start=1):
         spans = "".join(
@@ -100,17 +101,20 @@ def page(dataset: Dataset, num_rows: int, tokenizer: Any) -> str:
 
 
 def look(options: argparse.Namespace) -> int:
-    from so8t.pretrained import load_model_config, load_tokenizer  # model imports this package
+    # here, because torch takes seconds that --help need not wait for
+    from so8t.data import load_dataset, stop_token_ids
+    from so8t.pretrained import load_model_config, load_tokenizer
 
     config, num_rows = load_config(options.config, options.overrides), max(options.rows, 0)
     tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
     dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
+    stops = stop_token_ids(tokenizer)
     if options.html is not None:
         with atomic_write(options.html) as file:
-            file.write(page(dataset, num_rows, tokenizer).encode())
+            file.write(page(dataset, num_rows, tokenizer, stops).encode())
         print(f"{options.html}: {min(num_rows, len(dataset.rows))} rows")
         return 0
-    for line in terminal_lines(dataset, num_rows, tokenizer, sys.stdout.isatty()):
+    for line in terminal_lines(dataset, num_rows, tokenizer, stops, sys.stdout.isatty()):
         print(line)
     return 0
 

@@ -35,7 +35,7 @@ def test_on_a_terminal_prompt_is_dim_and_labels_bright_and_control_characters_do
 ) -> None:
     rows.write_text('{"instruction": "a\\u001b[2J", "output": "b", "source": "o", "license": "l"}', "utf-8")
     dataset = load_dataset("data.train_data", [str(rows)], tokenizer, DataConfig())
-    shown = "\n".join(terminal_lines(dataset, 3, tokenizer, has_colour=True))
+    shown = "\n".join(terminal_lines(dataset, 3, tokenizer, [5], has_colour=True))
     assert "\x1b[2m<|user|>\na\\x1b[2J" in shown
     assert "\x1b[1;32mb\x1b[0m\x1b[7;1;31m<|end|>\x1b[0m" in shown
     assert "".join(text for _, text in pieces_of(dataset.rows[0], tokenizer, [5])).startswith("<|user|>\na\x1b[2J")
