@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from keyword import iskeyword
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli
+
+from so8t.text import HALF_CHARACTER
 
 
 class InputError(Exception):
@@ -447,7 +450,7 @@ def _convert(annotation: Any, value: Any) -> Any:
     elif origin is Literal:
         fits = value in arguments
     elif origin is dict:
-        fits = isinstance(value, dict) and all(map(_is_plain, value.values()))
+        fits = isinstance(value, dict) and all(map(_is_variable, value)) and all(map(_is_plain, value.values()))
     elif is_dataclass(annotation):
         return _convert_table(annotation, value)
     elif annotation is float:
@@ -464,11 +467,20 @@ def _convert(annotation: Any, value: Any) -> Any:
     return value
 
 
+def _is_variable(name: str) -> bool:
+    """Say whether it is a name to Jinja, whose words are Python's but for the constants."""
+    return name.isidentifier() and not iskeyword(name) and name not in ("true", "false", "none")
+
+
 def _is_plain(value: Any) -> bool:
-    """Say whether TOML, JSON and Jinja write it alike; a date is not."""
-    if isinstance(value, dict | list):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, bool | int | float | str)
+    """Say whether TOML, JSON and Jinja write it alike; a date and NaN are not."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, str):
+        return not HALF_CHARACTER.search(value)  # which a command line that is not UTF-8 is read as
+    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _convert_table(section: Any, value: Any) -> Any:
@@ -492,7 +504,10 @@ def _describe(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(map(_toml, arguments))
     if origin is dict:
-        return "a table of names and values"
+        return (
+            "a table of names (letters, digits and _, no word of Jinja's such as true) and values "
+            "(text in UTF-8, whole and finite numbers, true, false, lists and tables of these)"
+        )
     if is_dataclass(annotation):
         keys = (f"{key} ({_describe(of)})" for key, of in get_type_hints(annotation, include_extras=True).items())
         return f"a table with {', '.join(keys)}"

@@ -140,6 +140,15 @@ def test_a_value_of_the_wrong_type_is_refused(load: Load, name: str, value: str,
     assert words in said
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["{enable-thinking = true}", "{true = false}", "{not = 1}", "{a = nan}", "{a = [{b = inf}]}", '{a = "\udcff"}'],
+)
+def test_what_jinja_cannot_hold_as_a_variable_is_refused(load: Load, value: str) -> None:
+    said = sentence(load, REQUIRED, f"data.chat_template_kwargs={value}")
+    assert said.startswith("command line: data.chat_template_kwargs must be a table of names (letters, digits and _, ")
+
+
 def test_a_value_that_is_no_choice_is_answered_with_the_choices(load: Load) -> None:
     choices = {name: get_args(key.annotation) for name, key in KEYS.items() if get_origin(key.annotation) is Literal}
     assert len(choices) == 14

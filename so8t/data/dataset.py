@@ -21,7 +21,7 @@ from so8t import cli, parallel
 from so8t.config import DataConfig, InputError
 from so8t.data.messages import Conversation, read_conversation
 from so8t.data.sources import BadRow, File, count_lines, find_files, read_file
-from so8t.data.store import META_FILE, Places, Row, Rows, Writer, map_arrays, read_meta
+from so8t.data.store import META_FILE, Places, Row, Rows, Writer, is_kept, map_arrays, read_meta
 from so8t.data.template import ChatTemplate, configure_template
 from so8t.data.tokens import Encoder, Pending, Tokens, TooLong
 from so8t.files import atomic_folder
@@ -118,11 +118,11 @@ def load_dataset(
         )
     wanted = _key(files, tokenizer, template, config)
     failed: InputError | None = None
-    if parallel.is_main() and read_meta(stored).get("key") != wanted:
+    if parallel.is_main() and not is_kept(stored, wanted):
         try:
             with atomic_folder(stored) as temporary, closing(Writer(temporary)) as writer:
                 meta = _build(key, files, tokenizer, template, config, writer)
-                meta |= {"key": wanted, "day": day.isoformat()}
+                meta |= {"key": wanted, "day": day.isoformat(), "sizes": writer.sizes}
                 (temporary / META_FILE).write_bytes(json.dumps(meta, ensure_ascii=False).encode())
         except InputError as error:
             failed = error
@@ -136,7 +136,7 @@ def load_dataset(
             folder.parent.rmdir()
     if parallel.all_max(failed is not None):
         raise failed or InputError(f"{key}: the first process says why its rows cannot be used")
-    if read_meta(stored).get("key") != wanted:
+    if not is_kept(stored, wanted):
         raise InputError(
             f"{key}: {stored} does not hold the tokens that the first process made of the same files; every machine "
             "needs the same data, and one training.output_dir that all of them share"
@@ -146,7 +146,7 @@ def load_dataset(
 
 def _first_day(folder: Path) -> date:
     """The day that templates which write a date are told: that of the run's first start."""
-    days = [read_meta(path.parent)["day"] for path in folder.glob(f"*/{META_FILE}")]
+    days = [day for path in folder.glob(f"*/{META_FILE}") if (day := read_meta(path.parent).get("day"))]
     return date.fromisoformat(min(days, default=date.today().isoformat()))
 
 

@@ -1,6 +1,7 @@
 """Rows of fields in any of the usual formats -> conversations. What would change their meaning is kept or refused."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ _ADVICE = [
     ({"input", "output"}, 'rename "input" to "instruction"'),
     ({"segments"}, 'write the texts of "segments" as "messages", "weight" 0 with what is not learned'),
     ({"chat"}, 'write the turns of "chat" as "messages"'),
+    ({"role", "content"}, 'write the list of messages as "messages" of an object'),
 ]
 _REJECTED = ("rejected", "rejected_messages", "non_preferred_output")
 _JUDGED = ("label", "kto_tag")
@@ -149,6 +151,8 @@ def _is_blank(value: Any) -> bool:
 
 def _text(fields: Fields, name: str) -> str:
     text = fields.get(name)
+    if isinstance(text, float) and not math.isfinite(text):
+        raise BadRow(f'the field "{name}" is {text}, which is no text; write what is meant, or leave out the row')
     if isinstance(text, int | float) and not isinstance(text, bool):
         return str(text)
     if not isinstance(text, str) or not text.strip():
@@ -213,9 +217,10 @@ def _message(fields: Fields) -> Message:
     if unknown:
         raise BadRow(f'the field "{unknown[0]}" is not known; leave it out if it does not matter')
     if "from" in fields:
-        if fields["from"] not in _SHAREGPT_ROLES:
-            raise BadRow(f'"from" is {fields["from"]!r}; known are {", ".join(_SHAREGPT_ROLES)}')
-        role, content = _SHAREGPT_ROLES[fields["from"]], fields.get("value")
+        speaker = _text(fields, "from")
+        if speaker not in _SHAREGPT_ROLES:
+            raise BadRow(f'"from" is {speaker!r}; known are {", ".join(_SHAREGPT_ROLES)}')
+        role, content = _SHAREGPT_ROLES[speaker], fields.get("value")
     else:
         role, content = _text(fields, "role"), fields.get("content")
     message: Message = {"role": role, "content": ""}
@@ -266,7 +271,20 @@ def _tool_call(call: Any) -> Fields:
         raise BadRow("a tool call has no function with a name")
     arguments = _unpack(function.get("arguments", {}))
     result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return result | ({} if call.get("id") is None else {"id": call["id"]})
+    result |= {} if call.get("id") is None else {"id": call["id"]}
+    _check_json(result, "tool_calls")
+    return result
+
+
+def _check_json(value: Any, name: str) -> None:
+    """Refuse what templates cannot write as JSON, such as the dates of Parquet."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(
+            f'the field "{name}" holds what is not JSON ({error}); write it as a text or a finite number'
+        ) from error
+    _check_characters(text, name)
 
 
 def _unpack(value: Any) -> Any:
@@ -274,7 +292,7 @@ def _unpack(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -284,6 +302,7 @@ def _tools(tools: Any) -> list[Any] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow('the field "tools" is not a list of objects')
+    _check_json(tools, "tools")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -59,7 +60,8 @@ class File:
 def find_files(key: str, patterns: Sequence[str], config: DataConfig) -> list[File]:
     """The files that `patterns` of the config key `key` name, each with the first of data.sources that names it.
 
-    data.train_data has the files of data.sources besides, but for those of data.eval_data.
+    data.train_data has the files of data.sources besides, but for those of data.eval_data. A file that is named several
+    times is read once, where it is named first.
     """
     origins: dict[Path, SourceConfig] = {}
     named = [(name, source) for source in config.sources for name in _expand("data.sources", source.path)]
@@ -67,10 +69,12 @@ def find_files(key: str, patterns: Sequence[str], config: DataConfig) -> list[Fi
         origins.setdefault(Path(name).resolve(), source)
     names = [name for pattern in patterns for name in _expand(key, pattern)]
     if key == "data.train_data":
-        known = {Path(name).resolve() for name in names}
-        known |= {Path(name).resolve() for pattern in config.eval_data for name in _glob(pattern)}
-        names += [name for name in dict.fromkeys(name for name, _ in named) if Path(name).resolve() not in known]
-    return [File(name, origins.get(Path(name).resolve(), SourceConfig(path=name))) for name in names]
+        known = {Path(name).resolve() for pattern in config.eval_data for name in _glob(pattern)}
+        names += [name for name, _ in named if Path(name).resolve() not in known]
+    once: dict[Path, str] = {}
+    for name in names:
+        once.setdefault(Path(name).resolve(), name)
+    return [File(name, origins.get(path, SourceConfig(path=name))) for path, name in once.items()]
 
 
 def _glob(pattern: str) -> list[str]:
@@ -116,7 +120,7 @@ def read_file(key: str, name: str) -> Iterator[tuple[int, Fields | BadRow]]:
             raw.seek(0)
             with gzip.open(raw) if is_packed else raw as file:
                 yield from _read(key, name, file)  # type: ignore[arg-type] # a GzipFile reads like any other
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{key}: {name} is no whole gzip file ({error}); make it anew") from error
     except OSError as error:
         raise InputError(f"{key}: {name} cannot be read ({error.strerror or error})") from error
@@ -128,11 +132,11 @@ def _read(key: str, name: str, file: BinaryIO) -> Iterator[tuple[int, Fields | B
     for magic, advice in _OTHER_KINDS.items():
         if head.startswith(magic):
             raise InputError(f"{key}: {name} is {advice}; so8t reads {KINDS}")
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
     if head.startswith(b"PAR1"):
         yield from _read_parquet(key, name, file)
-    elif ".csv" in suffixes or ".tsv" in suffixes:
-        yield from _read_csv(key, name, file, "\t" if ".tsv" in suffixes else ",")
+    elif suffix in (".csv", ".tsv"):
+        yield from _read_csv(key, name, file, "\t" if suffix == ".tsv" else ",")
     elif head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _read_array(file.read())
     else:
@@ -164,21 +168,23 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 
 def _read_array(content: bytes) -> Iterator[tuple[int, Fields | BadRow]]:
-    line = 1
+    """The rows of an array, and of arrays and objects that stand behind it, as `cat a.json b.json` makes them."""
+    line, start, seen, is_inside = 1, 0, 0, False
     try:
         text = content.decode("utf-8-sig")
-        start = seen = text.index("[") + 1
         decode = json.JSONDecoder().raw_decode
-        line += text.count("\n", 0, start)
         while True:
             start = _BETWEEN.match(text, start).end()  # type: ignore[union-attr] # it matches nothing, too
             line, seen = line + text.count("\n", seen, start), start
-            if text[start : start + 1] == "]":
+            if start == len(text) and not is_inside:
                 return
+            if text[start : start + 1] == ("]" if is_inside else "["):
+                start, is_inside = start + 1, not is_inside
+                continue
             row, start = decode(text, start)
             yield line, _object(row)
     except (ValueError, RecursionError) as error:
-        yield line, BadRow(f"not a JSON array in UTF-8 ({error})")
+        yield line, BadRow(f"not a JSON array in UTF-8 ({error}), so that nothing behind it is read")
 
 
 def _read_csv(key: str, name: str, file: BinaryIO, delimiter: str) -> Iterator[tuple[int, Fields | BadRow]]:
@@ -206,7 +212,7 @@ def _unpack(row: Fields) -> Fields:
         if isinstance(text, str) and text.startswith("[{"):
             try:
                 row[name] = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     return row
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -114,12 +115,18 @@ class Writer:
                 pieces.clear()
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        with ExitStack() as files:  # or the first that a full disk refuses keeps the others open
+            for file in self._files.values():
+                files.enter_context(file)
 
     def arrays(self) -> dict[str, Any]:
         """What was collected in memory."""
         return {name: np.frombuffer(self._files[name].getvalue(), dtype) for name, dtype in TYPES.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every array, flushed."""
+        return {name: file.tell() for name, file in self._files.items()}
 
     @property
     def fingerprint(self) -> str:
@@ -129,10 +136,17 @@ class Writer:
 def read_meta(folder: Path) -> dict[str, Any]:
     """What META_FILE says of the arrays beside it; nothing where there is none."""
     try:
-        meta: dict[str, Any] = json.loads((folder / META_FILE).read_bytes())
+        meta = json.loads((folder / META_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
-    return meta
+    return meta if isinstance(meta, dict) else {}
+
+
+def is_kept(folder: Path, key: str) -> bool:
+    """Say whether a folder holds the arrays of this key, each of the length that it was written with."""
+    meta = read_meta(folder)
+    sizes = {name: path.stat().st_size for name in TYPES if (path := folder / name).is_file()}
+    return meta.get("key") == key and meta.get("sizes") == sizes
 
 
 def map_arrays(folder: Path) -> dict[str, Any]:

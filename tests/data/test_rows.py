@@ -2,6 +2,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -481,6 +482,53 @@ def test_tokens_in_the_runs_folder_are_mapped_again_until_anything_changes(tmp_p
     write(tmp_path / "rows.jsonl", [THINKING, b"{", PLAIN])  # of other content
     changed += [start()[1]]
     assert len({made, *changed}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("rows.json", lambda whole: whole[:-9]),
+        ("rows.json", lambda whole: b"{}"),
+        ("rows.json", lambda whole: b"[]"),
+        ("input_ids", lambda whole: whole[:-3]),
+        ("input_ids", lambda whole: whole[:-4]),  # which is whole numbers
+        ("offsets", lambda whole: b""),
+        ("was_cut", None),
+    ],
+)
+def test_tokens_in_the_runs_folder_that_are_damaged_are_made_again(
+    tmp_path: Path, name: str, change: Callable[[bytes], bytes] | None
+) -> None:
+    rows, stored = write(tmp_path / "rows.jsonl", [THINKING, CHAT]), tmp_path / "data" / "train_data"
+
+    def start() -> dict[str, bytes]:
+        load_dataset("data.train_data", [rows], TOKENIZER, settings_of(), stored.parent)
+        return {file.name: file.read_bytes() for file in stored.iterdir()}
+
+    whole = start()
+    (stored / name).unlink()
+    if change is not None:
+        (stored / name).write_bytes(change(whole[name]))
+    assert start() == whole
+
+
+@pytest.mark.disk
+def test_nothing_is_left_of_tokens_that_a_bad_row_ends(tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [PLAIN, b"{"])
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: not JSON"):
+        load_dataset("data.train_data", [rows], TOKENIZER, settings_of(), tmp_path / "run" / "data")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.disk
+def test_nothing_is_left_of_tokens_that_fill_the_disk(tmp_path: Path, small_disk: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [PLAIN])
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(InputError, match=r"training\.output_dir: cannot write into .*\(No space left on device\)"):
+        load_dataset("data.train_data", [rows], TOKENIZER, settings_of(), small_disk / "run" / "data")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 # ---- the policy

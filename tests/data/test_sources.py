@@ -2,17 +2,20 @@
 
 import gzip
 import json
+import math
 import re
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import TOKENIZER, load
+from data_cases import TOKENIZER, load, settings_of
 
 from so8t.config import InputError, PolicyConfig, SourceConfig, load_config, to_toml
 from so8t.data import BadRow, Dataset, read_conversation
-from so8t.data.sources import read_file
+from so8t.data.sources import find_files, read_file
 
 ROWS = [{"instruction": f"Say {name}.", "input": None, "output": name} for name in ("one", "猫", "three")]
 
@@ -40,6 +43,9 @@ KINDS: list[tuple[str, Callable[[Any], bytes], list[int]]] = [
     ("a.json", array, [3, 8, 13]),
     ("a.csv", table, [2, 3, 4]),
     ("a.tsv", lambda rows: table(rows).replace(b",", b"\t"), [2, 3, 4]),
+    ("a.csv.jsonl", lines, [1, 2, 3]),
+    ("a.json", lambda rows: array(rows[:1]) + b"\n" + json.dumps(rows[1:]).encode(), [3, 9, 9]),  # cat a.json b.json
+    ("a.json", lambda rows: json.dumps(rows[:1]).encode() + b"\n" + lines(rows[1:]), [1, 2, 3]),
 ]
 
 
@@ -127,6 +133,37 @@ def test_what_is_no_table_is_refused_by_name(tmp_path: Path, name: str, content:
         load(tmp_path / name)
 
 
+def test_what_is_behind_an_array_is_read_or_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(array(ROWS) + b"\ngarbage\n" + array(ROWS))
+    dataset = load(path, on_bad_row="skip")
+    assert texts(dataset) == ["one", "猫", "three"]
+    assert dataset.bad_rows[0].startswith(f"{path}:19: not a JSON array in UTF-8 (Expecting value")
+    assert dataset.bad_rows[0].endswith(", so that nothing behind it is read")
+    path.write_bytes(b"".join(json.dumps(CHAT).encode() + b"\n" for _ in range(2)) + lines(ROWS[:1]))
+    dataset = load(path, on_bad_row="skip")
+    assert (texts(dataset), len(dataset.bad_rows)) == (["one"], 4)
+    assert 'write the list of messages as "messages" of an object' in dataset.bad_rows[0]
+
+
+def test_a_gzip_file_with_a_flipped_byte_is_refused_by_name(tmp_path: Path) -> None:
+    whole, path = gzip.compress(lines(ROWS), mtime=0), tmp_path / "a.jsonl.gz"
+    for place in range(10, len(whole)):  # behind the header
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=r"a\.jsonl\.gz is no whole gzip file"):
+            list(read_file("data.train_data", str(path)))
+
+
+def test_a_file_that_is_named_several_times_is_read_once(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(ROWS[:1]))
+    (tmp_path / "d").mkdir()
+    twice = tuple(SourceConfig(f"{tmp_path}/{name}") for name in ("c.jsonl", "d/../c.jsonl"))
+    patterns = [f"{tmp_path}/{name}" for name in ("b.jsonl", "*[ab].jsonl", "d/../a.jsonl")]
+    found = find_files("data.train_data", patterns, settings_of(sources=twice))
+    assert [Path(file.path).name for file in found] == ["b.jsonl", "a.jsonl", "c.jsonl"]
+
+
 def test_a_folder_and_a_dataset_of_the_hub_are_told_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is a folder; name the files in it, as .*\*\.jsonl does$"):
         load(tmp_path)
@@ -185,6 +222,10 @@ def answer_of(**fields: Any) -> dict[str, Any]:
     return {"messages": [CHAT[0], {"role": "assistant", "content": "b"} | fields]}
 
 
+def call_of(arguments: Any) -> dict[str, Any]:
+    return answer_of(tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -223,6 +264,19 @@ def answer_of(**fields: Any) -> dict[str, Any]:
         ({"instruction": "a", "output": "b", "history": "c"}, '"history" is not a list of pairs'),
         ({"messages": CHAT, "tools": "weather"}, '"tools" is not a list of objects'),
         (answer_of(content=None, tool_calls=[{"id": "1"}]), "no function with a name"),
+        (answer_of(content=math.nan), 'message 2 of "messages": the field "content" is nan, which is no text'),
+        ({"prompt": "a", "completion": math.inf}, 'the field "completion" is inf'),
+        ({"instruction": "a", "output": "b", "history": [["c", -math.inf]]}, 'the field "history" is -inf'),
+        (call_of({"day": date(2026, 1, 2)}), r'field "tool_calls" holds what is not JSON \(Object of type date'),
+        (call_of({"price": Decimal("1.5")}), r"not JSON \(Object of type Decimal"),
+        (call_of('{"x": NaN}'), r"not JSON \(Out of range float"),
+        (call_of({"x": "\ud83d"}), 'the field "tool_calls" holds half of a surrogate pair'),
+        (
+            {"messages": CHAT, "tools": [{"name": "f", "since": date(2026, 1, 2)}]},
+            'field "tools" holds what is not JSON',
+        ),
+        ({"messages": CHAT, "tools": "[" * 100_000}, 'the field "tools" is not a list of objects'),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, 'the field "from" is missing, empty or not a text'),
     ],
 )
 def test_what_would_change_the_meaning_is_refused_by_name(row: dict[str, Any], reason: str) -> None:
@@ -269,7 +323,7 @@ def test_sources_and_arguments_of_the_template_are_written_and_read_as_toml(tmp_
 [model]
 base_model = "m"
 [data]
-chat_template_kwargs = { enable_thinking = false, "odd key" = ["a", 1.5, { b = true }] }
+chat_template_kwargs = { enable_thinking = false, other_key = ["a\\n", 1.5, { "odd key" = true }] }
 [[data.sources]]
 path = "a.jsonl"
 source = "own"
