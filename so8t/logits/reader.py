@@ -291,8 +291,7 @@ def _fault(contents: Any) -> str | None:
         return f"it holds a {type(contents).__name__}, not a dict"
     kinds = {"format_version": int, "step": int, "epoch": int, "vocab_size": int, "kind": str, "form": str}
     for name, kind in (kinds | {"loss": float, "verified": bool}).items():
-        value = contents.get(name)
-        if type(value) is not kind or (kind is int and abs(value) >= 2**63):
+        if type(contents.get(name)) is not kind or (kind is int and abs(contents[name]) >= 2**63):
             return f"{name} is no {kind.__name__}, or more than one of 64 bits"
     choices = {"format_version": (FORMAT_VERSION,), "kind": ("logits", "probe"), "form": ("full", "topk", "stats")}
     for name, known in choices.items():
