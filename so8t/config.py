@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tomli
 
+from so8t.files import TEMPORARY_SUFFIX
 from so8t.text import HALF_CHARACTER
 
 
@@ -33,6 +34,15 @@ RETIRED = {"training.memory_snapshot_step": "docs/memory.md shows torch's own th
 UNWRITABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 BACKSLASHES = "in double quotes \\ begins an escape: write 'D:\\data' in single quotes, or D:/data"
 
+# what Windows lets no file be called, because a config should travel, and what a run, its report and its trackers write
+TAKEN = re.compile(
+    r'.*[<>:"/\\|?*].*|.*[ .]|(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *(\..*)?'
+    r"|checkpoints|data|tensorboard|wandb|config\.toml|metrics\.jsonl|(run|memory|policy)\.json|report.*\.html"
+    rf"|.*{re.escape(TEMPORARY_SUFFIX)}",
+    re.IGNORECASE,
+)
+DEEPEST = 50  # lists and tables in one another; the functions below call themselves for each
+
 log = logging.getLogger("so8t")
 
 
@@ -45,17 +55,33 @@ class Limit:
 
 
 def _names_folder(name: str) -> bool:
-    return Path(name).name == name and name not in ("", "..", "checkpoints")
+    return 0 < len(name.encode()) <= 255 and not TAKEN.fullmatch(name)
 
 
-Positive = Annotated[int, Limit("of at least 1", lambda number: number >= 1)]
-Count = Annotated[int, Limit("of at least 0", lambda number: number >= 0)]
-Amount = Annotated[float, Limit("of at least 0", lambda number: number >= 0)]
+def _fits_a_path(name: str) -> bool:
+    return bool(name) and len(name.encode()) <= 4000 and all(len(part.encode()) <= 255 for part in Path(name).parts)
+
+
+def _from(low: int, high: float, written: str) -> Limit:
+    return Limit(f"from {low} to {written}", lambda number: low <= number <= high)
+
+
+# beyond these limits torch, or the arithmetic of bytes, ends in an error that names no key
+Positive = Annotated[int, _from(1, 2**31 - 1, "2**31 - 1")]
+Count = Annotated[int, _from(0, 2**31 - 1, "2**31 - 1")]
+Amount = Annotated[float, _from(0, 1e12, "1e12")]
 Ratio = Annotated[float, Limit("from 0 to 1", lambda number: 0 <= number <= 1)]
 Dropout = Annotated[float, Limit("from 0 to less than 1", lambda number: 0 <= number < 1)]
-Length = Annotated[int, Limit("of at least 2", lambda number: number >= 2)]
+Length = Annotated[int, _from(2, 2**31 - 1, "2**31 - 1")]
 Name = Annotated[str, Limit("that is not empty", bool)]
-Folder = Annotated[str, Limit('naming one folder in training.output_dir other than "checkpoints"', _names_folder)]
+Location = Annotated[str, Limit("that is not empty, up to 255 bytes a name and 4000 in all", _fits_a_path)]
+Folder = Annotated[
+    str,
+    Limit(
+        'naming one folder in training.output_dir, as "logits" does, by no name that Windows or a run uses otherwise',
+        _names_folder,
+    ),
+]
 
 
 def _free(default: Any) -> Any:
@@ -67,7 +93,7 @@ def _free(default: Any) -> Any:
 class ModelConfig:
     """[model]: what is trained, and how its weights are held."""
 
-    base_model: Name  # folder or Hugging Face hub id
+    base_model: Location  # folder or Hugging Face hub id
     from_scratch: bool = False  # build it from its config with random weights
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the weights
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -131,7 +157,7 @@ class PolicyConfig:
 class SourceConfig:
     """[[data.sources]]: what holds for every row of some files; what a row says of itself comes first."""
 
-    path: Name  # a file or a glob; trained on though data.train_data does not name it, unless data.eval_data does
+    path: Location  # a file or a glob; trained on though data.train_data does not name it, unless data.eval_data does
     source: str = ""
     license: str = ""
     url: str = ""  # of what comes from the web
@@ -143,8 +169,8 @@ class SourceConfig:
 class DataConfig:
     """[data]: rows; a file, a glob, or a list of them (one string stands for a list of one)."""
 
-    train_data: tuple[Name, ...] = ()
-    eval_data: tuple[Name, ...] = _free(())  # empty = no validation
+    train_data: tuple[Location, ...] = ()
+    eval_data: tuple[Location, ...] = _free(())  # empty = no validation
     sources: tuple[SourceConfig, ...] = ()
     max_seq_length: Length = 1024  # tokens a row
     on_long_row: Literal["error", "skip", "cut_prompt"] = "cut_prompt"  # what does not fit even so is skipped
@@ -173,7 +199,7 @@ class PetConfig:
 class TrainingConfig:
     """[training]: the loop and the files it writes. Every `*_steps` counts optimizer updates."""
 
-    output_dir: Name = field(metadata={"free_on_resume": True})
+    output_dir: Location = field(metadata={"free_on_resume": True})
     num_train_epochs: Positive = 3
     max_steps: Count = 0  # 0 = by epochs
     per_device_train_batch_size: Positive = 1  # times the next one: rows a step on each device
@@ -201,8 +227,8 @@ class TrainingConfig:
     eval_steps: Count = _free(100)  # steps between validations; 0 = never
     save_steps: Count = _free(100)  # steps between checkpoints; 0 = only at the end
     save_total_limit: Count = _free(2)  # checkpoints kept; 0 = all
-    seed: Annotated[int, Limit("from 0 to 2**63 - 1", lambda seed: seed >= 0)] = 42
-    resume: Name = _free("auto")  # "auto" = the newest checkpoint if there is one, "never", or a checkpoint's path
+    seed: Annotated[int, _from(0, 2**63 - 1, "2**63 - 1")] = 42
+    resume: Location = _free("auto")  # "auto" = the newest checkpoint if there is one, "never", or a checkpoint's path
     save_logits: bool = _free(False)
     save_logits_steps: Positive = _free(100)  # steps between files
     save_logits_dir: Folder = _free("logits")
@@ -212,7 +238,7 @@ class TrainingConfig:
     save_logits_positions: Literal["all", "labels"] = _free("all")  # "labels" = only where a target counts
     save_logits_dtype: Literal["model", "bf16", "fp16", "fp32"] = _free("model")
     save_logits_max_wait: Amount = _free(1.0)  # seconds to wait for a free buffer before a file is dropped
-    save_logits_probe: tuple[Name, ...] = _free(())  # JSONL of fixed rows scored beside every saved batch; "" = off
+    save_logits_probe: tuple[Location, ...] = _free(())  # JSONL of fixed rows scored beside every saved batch; "" = off
     save_logits_max_gib: Amount = _free(0.0)  # GiB of files kept; 0 = no limit by bytes
     save_logits_keep_every: Count = _free(0)  # every n-th file is kept for ever; 0 = none
     save_logits_ranks: Literal["main", "all"] = _free("main")  # whose micro-batches, where torchrun started several
@@ -379,7 +405,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
     text = ""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        document = tomli.loads(text)
+        document = _parse(str(path), text)
     except OSError as error:
         advice = "make it readable" if path.is_file() else "write the path of a TOML file"
         raise InputError(f"{path}: {error.strerror}; {advice}") from error
@@ -391,6 +417,21 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         remedy = BACKSLASHES if "\\" in line else "text needs quotes, true and false do not"
         raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
+
+
+def _parse(source: str, text: str) -> dict[str, Any]:
+    """The TOML `text`. Raises ValueError if it is none, InputError if it is nested too deep."""
+    try:
+        document = tomli.loads(text)
+        level: list[Any] = [document]
+        for _ in range(DEEPEST):
+            inner = (value.values() if isinstance(value, dict) else value for value in level)
+            level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return document
+    except RecursionError:  # tomli's own limit
+        pass
+    raise InputError(f"{source}: lists and tables stand in one another more than {DEEPEST} deep, and no key takes that")
 
 
 def _read_table(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
@@ -412,7 +453,7 @@ def _read_override(override: str) -> tuple[str, object]:
     if not equals:
         raise InputError(f"command line: {_quote(override)} sets nothing; write section.key=value")
     with suppress(ValueError):  # not TOML, or a line break that begins a second key
-        [value] = tomli.loads(f"value = {text}").values()
+        [value] = _parse("command line", f"value = {text}").values()
         return name, value
     if text.startswith(("[", '"', "'")):
         raise InputError(f"command line: {name} = {text} is not TOML; put the value in quotes for the shell")
@@ -473,14 +514,14 @@ def _is_variable(name: str) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether TOML, JSON and Jinja write it alike; a date and NaN are not."""
+    """Say whether TOML, JSON and Jinja write it alike; a date is not, nor are inf, NaN and huge numbers."""
     if isinstance(value, dict):
         return all(map(_is_plain, (*value, *value.values())))
     if isinstance(value, list):
         return all(map(_is_plain, value))
     if isinstance(value, str):
         return not HALF_CHARACTER.search(value)  # which a command line that is not UTF-8 is read as
-    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, bool | int | float) and abs(value) < 2**63
 
 
 def _convert_table(section: Any, value: Any) -> Any:
@@ -530,6 +571,8 @@ def _toml(value: object) -> str:
     match value:
         case bool():
             return str(value).lower()
+        case int() if abs(value) >= 2**64:  # Python writes 4,300 decimal digits at most
+            return hex(value)
         case str():
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case list() | tuple():

@@ -132,11 +132,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and type(record.get("step")) is int and all(map(_is_value, record.values())):
                 records.append(record)
     return records
+
+
+def _is_value(value: object) -> bool:
+    """Say whether it is None or a finite number that a float can hold."""
+    return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
 
 
 Track = Callable[[Mapping[str, float], int], object]

@@ -177,8 +177,22 @@ def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path: Path, monkeypatch
 
 def test_a_line_that_is_no_step_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('[]\n1\n{}\n\0{\n{"step": 1, "loss": null}\n', encoding="utf-8")
+    foreign = [
+        "[]",
+        "1",
+        "{}",
+        "\0{",
+        "[" * 100_000,
+        '{"step": "x"}',
+        '{"step": null}',
+        '{"step": true}',
+        '{"step": 1.5}',
+    ]
+    foreign += [f'{{"step": 1, "loss": {value}}}' for value in ('"x"', "[]", "{}", "NaN", "1e999", "1" * 400)]
+    path.write_text("\n".join([*foreign, '{"step": 1, "loss": null}', ""]), encoding="utf-8")
     assert read_metrics(path) == [{"step": 1, "loss": None}]
+    record(tmp_path, range(2, 3), first_step=2)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
 def test_the_run_file_says_when_on_what_and_with_what_data_it_started(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import train
-from so8t.config import load_config
+from so8t.config import TAKEN, load_config
 from so8t.data import TrainingBatches, load_dataset
 from so8t.logits import read_logits
 from so8t.memory import StepSpec
@@ -153,6 +153,8 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     arrays = {"input_ids", "sections", "offsets", "sample_ids", "times_an_epoch", "was_cut", "files", "lines"}
     expected |= {f"data/train_data/{name}" for name in arrays | {"rows.json"}}
     assert files == sorted(expected | {"config.toml", "memory.json", "metrics.jsonl", "policy.json", "run.json"})
+    for name in {name.split("/")[0] for name in files} - {"logits"}:
+        assert TAKEN.fullmatch(name), "another name that training.save_logits_dir must not have"
     records = read_metrics(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     documented = {"step", "epoch", "loss", "ce", "pet", "pet_weight", "lr", "grad_norm", "num_targets", "seconds"}

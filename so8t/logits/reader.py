@@ -198,7 +198,7 @@ def read_logits(path: str | Path) -> Iterator[LogitsRecord]:
                 records.append(read_file(file))
             except NotLogitsError as error:
                 log.warning("%s: skipped, %s", file, error)
-        for _, parts in groupby(records, lambda record: (record.form, "positions" in record.contents)):
+        for _, parts in groupby(records, _sort):
             yield _join(list(parts))
 
 
@@ -245,6 +245,12 @@ def read_file(path: Path) -> LogitsRecord:
     return LogitsRecord(path, input_ids=contents["input_ids"].long(), contents=contents, **known)
 
 
+def _sort(record: LogitsRecord) -> tuple[object, ...]:
+    """What ranks of one run have in common, so that their tensors fit together."""
+    k = record.contents["topk_ids"].shape[-1] if record.form == "topk" else None
+    return record.form, "positions" in record.contents, record.contents["vocab_size"], k
+
+
 def _join(parts: list[LogitsRecord]) -> LogitsRecord:
     """One record of what ranks saved of a step, row by row; its logits stay in their files."""
     if len(parts) == 1:
@@ -252,9 +258,8 @@ def _join(parts: list[LogitsRecord]) -> LogitsRecord:
     first, length, rows = parts[0], max(part.labels.shape[1] for part in parts), 0
     pieces: dict[str, list[Tensor]] = {}
     for part in parts:
-        for name, value in part.contents.items():
-            if not isinstance(value, Tensor) or name == "logits":
-                continue
+        for name in _layout(part.contents, (), ()).keys() - {"logits"}:
+            value = part.contents[name]
             if name == "positions":
                 value = value + torch.tensor([rows, 0], dtype=value.dtype)
             elif name in GRIDS or ("positions" not in part.contents and value.ndim > 1):
@@ -263,7 +268,7 @@ def _join(parts: list[LogitsRecord]) -> LogitsRecord:
                 value = wide
             pieces.setdefault(name, []).append(value)
         rows += len(part.labels)
-    known = {name: first.contents[name] for name in ("vocab_size", "timestamp", "format_version")}
+    known = {name: first.contents.get(name) for name in ("vocab_size", "timestamp", "format_version")}
     joined = {name: torch.cat(tensors) for name, tensors in pieces.items()}
     num_targets = [len(part.target_ids) for part in parts]
     ce_sums = [part.loss * number for part, number in zip(parts, num_targets, strict=True) if number]
@@ -286,15 +291,26 @@ def _fault(contents: Any) -> str | None:
         return f"it holds a {type(contents).__name__}, not a dict"
     kinds = {"format_version": int, "step": int, "epoch": int, "vocab_size": int, "kind": str, "form": str}
     for name, kind in (kinds | {"loss": float, "verified": bool}).items():
-        if type(contents.get(name)) is not kind:
-            return f"{name} is no {kind.__name__}"
+        if type(contents.get(name)) is not kind or (kind is int and abs(contents[name]) >= 2**63):
+            return f"{name} is no {kind.__name__}, or more than one of 64 bits"
     choices = {"format_version": (FORMAT_VERSION,), "kind": ("logits", "probe"), "form": ("full", "topk", "stats")}
     for name, known in choices.items():
         if contents[name] not in known:
             return f"{name} is {contents[name]}, not {' or '.join(map(str, known))}"
+    if not 0 < contents["vocab_size"] <= 2**31:  # ids are int32
+        return f"vocab_size is {contents['vocab_size']}"
+    for name, value in contents.items():
+        if isinstance(value, Tensor) and not _is_plain(value):
+            return f"{name} is no plain tensor in host memory"
+    checksums = contents.get("checksums", {})
+    if not isinstance(checksums, dict):
+        return f"checksums is a {type(checksums).__name__}, not a dict"
+    for name, value in checksums.items():
+        if not isinstance(contents.get(name), Tensor) or type(value) is not int:
+            return f"checksums has {name}, and not as the CRC-32 of a tensor"
     labels = contents.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim != 2:
-        return "labels is no tensor of [rows, tokens]"
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.dtype != torch.int64:
+        return "labels is no int64 tensor of [rows, tokens]"
     targets, vocab = shift(labels), contents["vocab_size"]
     positions = (targets != NO_TARGET).nonzero()
     num_positions = (len(positions),) if "positions" in contents else tuple(labels.shape)
@@ -318,6 +334,14 @@ def _fault(contents: Any) -> str | None:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             return f"{name} has values that are not from 0 to {size - 1}"
     return None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers are bytes in host memory, one after another; of other sorts torch computes less."""
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+        return False
+    is_view = tensor.is_neg() or tensor.is_conj() or tensor.is_quantized or tensor.requires_grad
+    return not is_view and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def _layout(contents: dict[str, Any], grid: tuple[int, ...], positions: tuple[int, ...]) -> Layout:

@@ -125,8 +125,9 @@ class Writer:
 
     def take_buffer(self, kind: Kind) -> HostBuffer | None:
         """A free buffer, or None if none comes free within save_logits_max_wait seconds."""
+        seconds = min(self._plan.training.save_logits_max_wait, threading.TIMEOUT_MAX)  # on Windows 49 days
         try:
-            return self._free[kind].get(timeout=self._plan.training.save_logits_max_wait)
+            return self._free[kind].get(timeout=seconds)
         except Empty:
             return None
 

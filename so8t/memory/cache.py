@@ -41,7 +41,10 @@ def cache_folder() -> Path:
     """Where the operating system wants such files."""
     homes = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Caches"}
     home = os.environ.get("XDG_CACHE_HOME") or homes.get(sys.platform) or "~/.cache"
-    return Path(home).expanduser() / "so8t" / "traces"
+    try:
+        return Path(home).expanduser() / "so8t" / "traces"
+    except RuntimeError:  # the user has no home, and so no cache: below this nothing can be read or written
+        return Path(os.devnull, "so8t")
 
 
 def _key(spec: StepSpec, checkpointed_layers: int) -> str:

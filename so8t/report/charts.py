@@ -44,7 +44,8 @@ class Chart:
 
 def training_charts(metrics: Sequence[dict[str, Any]], pet: PetConfig) -> list[Chart]:
     """The curves of metrics.jsonl over the steps; charts whose keys an older version did not write are left out."""
-    gib = [record | {"gib": record["peak_memory_bytes"] / GIB} for record in metrics if "peak_memory_bytes" in record]
+    peaks = [record for record in metrics if record.get("peak_memory_bytes") is not None]
+    gib = [record | {"gib": record["peak_memory_bytes"] / GIB} for record in peaks]
     loss = _curves(metrics, loss="loss", ce="cross-entropy", eval_loss="validation")
     norm, memory = _curves(metrics, grad_norm="gradient norm"), _curves(gib, gib="GiB")
     speed = _curves(metrics, tokens_per_sec="tokens per second")

@@ -158,7 +158,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         best = min((loss for loss in evaluated if loss is not None), default=None)
         tiles.append(("validation loss", number(evaluated[-1]), f"{number(best)} at its best"))
     duration = timedelta(seconds=round(sum(values("seconds"))))
-    tiles.append(("time", str(duration), f"{last.get('epoch', 0) + 1} epochs begun"))
+    tiles.append(("time", str(duration), f"{(last.get('epoch') or 0) + 1} epochs begun"))
     tiles.append(("tokens", f"{sum(values('num_tokens')):,}", f"{sum(values('num_targets')):,} of them targets"))
     if speeds := values("tokens_per_sec"):
         tiles.append(("tokens per second", f"{statistics.median(speeds):,.0f}", "at the median step"))

@@ -68,6 +68,16 @@ def test_analysis_sees_steps_not_files(tmp_path: Path) -> None:
     assert (len(lines), all_whole) == (4, True)
 
 
+def test_foreign_files_of_ranks_that_do_not_fit_together_are_records_of_their_own(tmp_path: Path) -> None:
+    for rank, keys in enumerate(({"top_k": 3}, {"top_k": 5}, {"top_k": 5})):
+        save(tmp_path, rank, 3, range(1, 2), form="topk", **keys)
+    for path in logits_paths(tmp_path / "logits"):
+        contents = torch.load(path)
+        del contents["timestamp"]
+        torch.save(contents | {"foreign": torch.tensor(1.0)}, path)
+    assert [len(record.labels) for record in read_logits(tmp_path / "logits")] == [2, 4]
+
+
 def test_file_of_one_rank_that_is_torn_costs_its_rows_only(tmp_path: Path) -> None:
     for rank in (0, 1):
         save(tmp_path, rank, 2, range(1, 2))

@@ -367,6 +367,45 @@ def test_a_file_that_is_not_as_the_table_says_is_skipped_and_the_wrong_key_is_na
         assert "weights_only" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "bend",
+    [
+        lambda value: value.to("meta"),
+        lambda value: value.to_sparse(),
+        lambda value: torch.ones(1).expand(value.shape),  # fewer bytes than numbers
+        lambda value: torch.view_as_complex(torch.ones(3, 2)).conj().imag,  # it has the negative bit
+        lambda value: nn.Parameter(torch.ones(3)),
+    ],
+)
+def test_a_tensor_of_another_sort_costs_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, bend: Any) -> None:
+    contents = save_one(tmp_path, make_case())
+    (path,) = (tmp_path / "logits").iterdir()
+    for name in ("labels", "logits", "input_ids", "foreign"):
+        torch.save(contents | {name: bend(contents.get(name, contents["labels"]))}, path)
+        caplog.clear()
+        assert list(read_logits(path)) == []
+        assert f"{name} is no plain tensor in host memory" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"checksums": value} for value in (None, "text", [1], {"unknown": 1}, {"loss": 1}, {1: 1})),
+        *({"checksums": {"labels": value}} for value in (None, "x", torch.ones(3))),
+        *({"vocab_size": value} for value in (-1, 0, 2**40)),
+        {"step": 2**2000},
+    ],
+)
+def test_foreign_checksums_and_sizes_cost_their_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keys: dict[str, Any]
+) -> None:
+    contents = save_one(tmp_path, make_case(), form="stats")
+    (path,) = (tmp_path / "logits").iterdir()
+    torch.save(contents | keys, path)
+    assert list(read_logits(path)) == []
+    assert f": {next(iter(keys))} " in caplog.text
+
+
 def test_nothing_advises_to_load_a_foreign_file_without_weights_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -169,3 +169,13 @@ def test_a_cache_that_cannot_be_written_costs_time_only(fresh_cache: Path, known
     fresh_cache.parent.parent.mkdir(parents=True)
     fresh_cache.parent.write_bytes(b"")  # a file where the folder should be
     assert traced(spec_of(), 0) == known
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, known: Trace) -> None:
+    def no_home(path: Path) -> Path:  # as where HOME is unset and the user is in no list
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    made = count_traces(monkeypatch, known)
+    assert [traced(spec_of(), 0), traced(spec_of(), 0)] == [known, known]
+    assert len(made) == 2

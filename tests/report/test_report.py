@@ -287,7 +287,10 @@ def test_a_run_without_logits_and_files_of_few_keys_as_older_versions_wrote_them
     run: Path, tmp_path: Path
 ) -> None:
     shutil.copy(run / "config.toml", tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n', encoding="utf-8")
+    lines = (
+        '{"step": "x"}\n{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5, "epoch": null, "peak_memory_bytes": null}\n'
+    )
+    (tmp_path / "metrics.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "memory.json").write_text('{"rows": [{"name": "a lone name"}]}', encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     for text in ("This run saved no logits", "a lone name", "from 2.5 to 1.5"):
