@@ -189,7 +189,7 @@ OUT_OF_RANGE: dict[tuple[str, str], str] = {
     ("-1", "from 0 to 2**63 - 1, not -1"): "training.seed",
     (f"{2**63}", "from 0 to 2**63 - 1"): "training.seed",
     (hex(10**5000), f"from 0 to 2**63 - 1, not {hex(10**5000)[:57]}..."): "training.seed",
-    (f"{{a = [{hex(10**5000)}]}}", "a table of names and values"): "data.chat_template_kwargs",
+    (f"{{a = [{hex(10**5000)}]}}", "a table of names (letters"): "data.chat_template_kwargs",
     (f'"{"x" * 256}"', "up to 255 bytes a name"): "model.base_model data.train_data data.eval_data training.output_dir "
     "training.resume training.save_logits_probe",
     (f'"{"x/" * 2001}"', "4000 in all"): "data.train_data training.output_dir",
