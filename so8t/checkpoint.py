@@ -16,6 +16,7 @@ from so8t.model import GATES_FILE, Model, save_model
 
 STATE_FILE = "training_state.pt"
 log = logging.getLogger("so8t")
+_STATE_KEYS = {"step", "optimizer", "scaler", "data_fingerprint", "micro_batches_per_step"}
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -122,7 +123,17 @@ def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[
         )
     if checkpoint is None:
         return None
-    state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu")
+    try:
+        state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu")
+        lacking = _STATE_KEYS - state.keys()
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except Exception as error:  # torch, zipfile and pickle each have their own for a torn or foreign file
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{checkpoint / STATE_FILE} is damaged or not so8t's ({type(error).__name__}: {reason}); delete the folder "
+            f"{checkpoint} to resume from an older checkpoint or start anew"
+        ) from error
     if state["data_fingerprint"] != data_fingerprint:
         raise InputError(
             f"data.train_data: the rows have changed since {checkpoint} was written; restore them to resume it, "
