@@ -11,6 +11,7 @@ from so8t.config import Config, InputError
 from so8t.memory.cache import traced
 from so8t.memory.choice import Choice, choose
 from so8t.memory.step import BatchShape, StepSpec, Trace, ledger_rows
+from so8t.pretrained import positions_of
 from so8t.text import GIB, MIB, size_of
 
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
@@ -157,10 +158,14 @@ class Plan:
             shape = BatchShape(1, length, is_padded=False)
             return traced(spec.changed(spec.config, shape), spec.num_layers).peak
 
-        positions: int = spec.model_config.max_position_embeddings
+        limit = budget_of(capacity - CONTEXT_BYTES)
+        positions = positions_of(spec.model_config)
+        if positions is None:
+            positions = LENGTH_BLOCK
+            while peak(positions) <= limit:
+                positions *= 2
         lengths: list[int] = [*range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         fits, too_long = 0, len(lengths) - 1  # places in `lengths`
-        limit = budget_of(capacity - CONTEXT_BYTES)
         if (above := peak(positions)) <= limit:
             return positions
         if (below := peak(lengths[0])) > limit:
