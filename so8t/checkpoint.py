@@ -112,7 +112,8 @@ def find_checkpoint(config: Config) -> Path | None:
 def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[str, Any] | None:
     """What training_state.pt holds: step, optimizer, scaler, micro_batches_per_step of all ranks, micro_batch_tokens.
 
-    Raises InputError if the rows have changed, or if other ranks resume from a later step.
+    And mlp_tile, which an older version did not keep. Raises InputError if the file is damaged, if the rows have
+    changed, or if other ranks resume from a later step.
     """
     step = 0 if checkpoint is None else step_of(checkpoint)
     latest = parallel.all_max(step)
@@ -155,6 +156,7 @@ class Checkpoints:
     data_fingerprint: str
     micro_batches_per_step: int  # over all ranks
     micro_batch_tokens: int  # at most; 0 = by rows
+    mlp_tile: int  # tokens; 0 = all
     is_main: bool
 
     @property
@@ -184,6 +186,7 @@ class Checkpoints:
             "data_fingerprint": self.data_fingerprint,
             "micro_batches_per_step": self.micro_batches_per_step,
             "micro_batch_tokens": self.micro_batch_tokens,
+            "mlp_tile": self.mlp_tile,
         }
         try:
             with atomic_folder(folder) as temporary:

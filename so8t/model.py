@@ -220,13 +220,14 @@ def hidden_states(model: Model, batch: Batch) -> Tensor:
     base = causal_lm(model)
     if batch.attention_mask is not None and takes_packed_rows(base):
         return _packed_hidden_states(base, batch)
-    mask = batch.attention_mask
+    mask, longest = batch.attention_mask, max(batch.lengths)  # a probe is padded further, which LongRoPE must not see
     hidden: Tensor = base.base_model(
-        input_ids=batch.input_ids.to(base.device, non_blocking=True),
-        attention_mask=None if mask is None else mask.to(base.device, non_blocking=True),
+        input_ids=batch.input_ids[:, :longest].to(base.device, non_blocking=True),
+        attention_mask=None if mask is None else mask[:, :longest].to(base.device, non_blocking=True),
         use_cache=False,
     ).last_hidden_state
-    return hidden
+    missing = batch.input_ids.shape[1] - longest
+    return nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
 
 
 def _packed_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:

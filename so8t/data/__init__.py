@@ -1,6 +1,17 @@
 """Files of rows -> batches of tokens with the right labels."""
 
-from so8t.data.batches import PASS_TOKENS, Batch, TrainingBatches, collate, count, cut, derive_seed, split, with_idle
+from so8t.data.batches import (
+    PASS_TOKENS,
+    Batch,
+    TrainingBatches,
+    collate,
+    count,
+    cut,
+    derive_seed,
+    longest_of,
+    split,
+    with_idle,
+)
 from so8t.data.dataset import Dataset, fixed_rows, load_dataset
 from so8t.data.messages import read_conversation
 from so8t.data.sources import BadRow
@@ -20,6 +31,7 @@ __all__ = [
     "derive_seed",
     "fixed_rows",
     "load_dataset",
+    "longest_of",
     "read_conversation",
     "split",
     "stop_token_ids",

@@ -1,6 +1,7 @@
 """The memory plan: where the bytes of a run will go, and how many layers must be checkpointed to fit."""
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,16 +181,18 @@ class Plan:
         return lengths[fits]
 
 
-def plan_memory(spec: StepSpec, free: int | None, capacity: int | None, resumed_tokens: int | None = None) -> Plan:
+def plan_memory(
+    spec: StepSpec, free: int | None, capacity: int | None, resumed: Mapping[str, Any] | None = None
+) -> Plan:
     """Trace the step, and choose its micro-batches and how many layers are checkpointed.
 
     spec: its micro-batch is one by rows, of the longest; free: bytes of the device that this run may take, capacity:
-    that it has at most, both None where they are not known; resumed_tokens: micro_batch_tokens of the checkpoint.
+    that it has at most, both None where they are not known; resumed: what the checkpoint holds.
     """
     budget = int(spec.config.training.memory_budget_gib * GIB)
     if not budget and free is not None:
         budget = budget_of(free)
-    return Plan(free, capacity, choose(spec, budget, resumed_tokens))
+    return Plan(free, capacity, choose(spec, budget, resumed))
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int | None]:
