@@ -29,7 +29,18 @@ from torch.nn.utils import clip_grad_norm_
 from so8t import parallel
 from so8t.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_training_state, make_output_dir
 from so8t.config import Config, load_config
-from so8t.data import Batch, TrainingBatches, count, cut, derive_seed, fixed_rows, load_dataset, split, with_idle
+from so8t.data import (
+    Batch,
+    TrainingBatches,
+    count,
+    cut,
+    derive_seed,
+    fixed_rows,
+    load_dataset,
+    longest_of,
+    split,
+    with_idle,
+)
 from so8t.evaluate import Probe, Validation, keep_evidence
 from so8t.logits import LogitsSaver
 from so8t.losses import Tap, ce_sum, pet_sum
@@ -38,7 +49,7 @@ from so8t.metrics import Metrics, write_run_file
 from so8t.model import Model, causal_lm, describe, head, hidden_states, load_model, trainable_parameters
 from so8t.optim import make_amp, make_optimizer, set_learning_rate
 from so8t.packing import pack_rows
-from so8t.pretrained import load_model_config, load_tokenizer
+from so8t.pretrained import check_length, load_model_config, load_tokenizer, rope_bound
 from so8t.schedule import lr_at, pet_weight_at
 from so8t.sharding import shard_layers
 from so8t.signals import StopSignals
@@ -94,13 +105,18 @@ def train(config: Config, process: parallel.Process) -> int:
     eval_rows = fixed_rows("data.eval_data", config.data.eval_data, tokenizer, config.data, folder)
     probe_data = training.save_logits_probe if training.save_logits else ()
     probe_rows = fixed_rows("training.save_logits_probe", probe_data, tokenizer, config.data, folder)
-    probe_batches = split(probe_rows, rows_per_batch, one_length=True) if process.is_main or sharded else []
+    rows_of = {"data.train_data": dataset.rows, "data.eval_data": eval_rows, "training.save_logits_probe": probe_rows}
+    for key, rows in rows_of.items():
+        longest = longest_of(rows)
+        check_length(f"{key}: its longest row of {longest} tokens", longest, config.model, model_config)
+    apart = rope_bound(model_config)  # rows of more tokens share no micro-batch with others
+    probe_batches = split(probe_rows, rows_per_batch, apart, one_length=True) if process.is_main or sharded else []
     fingerprint = dataset.fingerprint
     state = load_training_state(checkpoint, fingerprint)
-    micro_batches_per_step, resumed_tokens = training.gradient_accumulation_steps * process.world_size, None
+    micro_batches_per_step = training.gradient_accumulation_steps * process.world_size
     if state is not None:  # another number of processes goes on with the same rows in every step
-        micro_batches_per_step, resumed_tokens = state["micro_batches_per_step"], state["micro_batch_tokens"]
-    data = TrainingBatches(dataset.rows, rows_per_batch, micro_batches_per_step, seed)
+        micro_batches_per_step = state["micro_batches_per_step"]
+    data = TrainingBatches(dataset.rows, rows_per_batch, micro_batches_per_step, seed, apart)
     total_steps = training.max_steps or training.num_train_epochs * data.steps_per_epoch
     cli.say(f"data: {dataset.summary()}; {data.steps_per_epoch} steps an epoch, {total_steps} in all")
     output_dir = make_output_dir(config, process.is_main)
@@ -114,7 +130,7 @@ def train(config: Config, process: parallel.Process) -> int:
         config, model_config, device.type, forward, largest, step_rows, probe_shapes, process.world_size
     )
     free, capacity = device_memory(device)
-    plan = plan_memory(step_spec, free, capacity, resumed_tokens)
+    plan = plan_memory(step_spec, free, capacity, state)
     cli.say(plan.spec.logits.describe(total_steps, output_dir))
     cli.say(plan.table())
     plan.check()
@@ -138,7 +154,7 @@ def train(config: Config, process: parallel.Process) -> int:
         if sharded:
             shard_layers(causal_lm(model), device)
         packed = pack_rows(causal_lm(model), config.data.max_seq_length)  # no layer computes padding
-        eval_batches = cut(eval_rows, tokens, packed) if tokens else split(eval_rows, rows_per_batch)
+        eval_batches = cut(eval_rows, tokens, packed, apart) if tokens else split(eval_rows, rows_per_batch, apart)
         trainable = trainable_parameters(model)
         optimizer = make_optimizer(model, training)
         autocast, scaler = make_amp(training, device)
@@ -150,7 +166,9 @@ def train(config: Config, process: parallel.Process) -> int:
             cli.say(f"resuming after step {state['step']} of {total_steps}, from {checkpoint}")
 
         # ---- the watchers only read what the step made; they change nothing in it
-        checkpoints = Checkpoints(config, total_steps, fingerprint, micro_batches_per_step, tokens, process.is_main)
+        checkpoints = Checkpoints(
+            config, total_steps, fingerprint, micro_batches_per_step, tokens, plan.spec.mlp_tile, process.is_main
+        )
         signals = stack.enter_context(StopSignals())
         metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
         logits_saver = stack.enter_context(closing(LogitsSaver(plan.spec.logits, output_dir, process.rank)))

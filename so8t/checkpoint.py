@@ -16,6 +16,7 @@ from so8t.model import GATES_FILE, Model, save_model
 
 STATE_FILE = "training_state.pt"
 log = logging.getLogger("so8t")
+_STATE_KEYS = {"step", "optimizer", "scaler", "data_fingerprint", "micro_batches_per_step"}
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -111,7 +112,8 @@ def find_checkpoint(config: Config) -> Path | None:
 def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[str, Any] | None:
     """What training_state.pt holds: step, optimizer, scaler, micro_batches_per_step of all ranks, micro_batch_tokens.
 
-    Raises InputError if the rows have changed, or if other ranks resume from a later step.
+    And mlp_tile, which an older version did not keep. Raises InputError if the file is damaged, if the rows have
+    changed, or if other ranks resume from a later step.
     """
     step = 0 if checkpoint is None else step_of(checkpoint)
     latest = parallel.all_max(step)
@@ -122,7 +124,17 @@ def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[
         )
     if checkpoint is None:
         return None
-    state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu")
+    try:
+        state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu")
+        lacking = _STATE_KEYS - state.keys()
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except Exception as error:  # torch, zipfile and pickle each have their own for a torn or foreign file
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{checkpoint / STATE_FILE} is damaged or not so8t's ({type(error).__name__}: {reason}); delete the folder "
+            f"{checkpoint} to resume from an older checkpoint or start anew"
+        ) from error
     if state["data_fingerprint"] != data_fingerprint:
         raise InputError(
             f"data.train_data: the rows have changed since {checkpoint} was written; restore them to resume it, "
@@ -144,6 +156,7 @@ class Checkpoints:
     data_fingerprint: str
     micro_batches_per_step: int  # over all ranks
     micro_batch_tokens: int  # at most; 0 = by rows
+    mlp_tile: int  # tokens; 0 = all
     is_main: bool
 
     @property
@@ -173,6 +186,7 @@ class Checkpoints:
             "data_fingerprint": self.data_fingerprint,
             "micro_batches_per_step": self.micro_batches_per_step,
             "micro_batch_tokens": self.micro_batch_tokens,
+            "mlp_tile": self.mlp_tile,
         }
         try:
             with atomic_folder(folder) as temporary:

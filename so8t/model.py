@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -141,7 +140,7 @@ def build_on_meta(config: ModelConfig, quantization: QuantizationConfig, model_c
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 model_config, dtype=dtype, attn_implementation=config.attn_implementation, trust_remote_code=False
             )
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # of the model's class, which a damaged config.json leads anywhere
         raise InputError(not_a_model(config.base_model, error)) from error
     if model.base_model is model or getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise InputError(
@@ -165,9 +164,9 @@ def _load_base(
 
         options["quantization_config"] = loading_options(quantization, dtype)
     model: PreTrainedModel
+    base = load_model_config(config) if config.from_scratch and checkpoint is None else None
     try:
-        if config.from_scratch and checkpoint is None:
-            base = load_model_config(config)
+        if base is not None:
             model = AutoModelForCausalLM.from_config(base, trust_remote_code=False, **options).to(device).eval()
             with suppress(OSError):  # a folder may lack that file
                 model.generation_config = GenerationConfig.from_pretrained(config.base_model)
@@ -181,8 +180,10 @@ def _load_base(
                 raise OSError(f"its files lack the weights {', '.join(missing)}")
             if mismatched:
                 raise OSError(f"its config.json wants other shapes than its files have of {', '.join(mismatched)}")
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(not_a_model(checkpoint or config.base_model, error)) from error
+    except RuntimeError:  # of the device, such as too little memory
+        raise
+    except Exception as error:
+        raise InputError(not_a_model(checkpoint or config.base_model, error, "files")) from error
     return model
 
 
@@ -219,13 +220,14 @@ def hidden_states(model: Model, batch: Batch) -> Tensor:
     base = causal_lm(model)
     if batch.attention_mask is not None and takes_packed_rows(base):
         return _packed_hidden_states(base, batch)
-    mask = batch.attention_mask
+    mask, longest = batch.attention_mask, max(batch.lengths)  # a probe is padded further, which LongRoPE must not see
     hidden: Tensor = base.base_model(
-        input_ids=batch.input_ids.to(base.device, non_blocking=True),
-        attention_mask=None if mask is None else mask.to(base.device, non_blocking=True),
+        input_ids=batch.input_ids[:, :longest].to(base.device, non_blocking=True),
+        attention_mask=None if mask is None else mask[:, :longest].to(base.device, non_blocking=True),
         use_cache=False,
     ).last_hidden_state
-    return hidden
+    missing = batch.input_ids.shape[1] - longest
+    return nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
 
 
 def _packed_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:

@@ -13,15 +13,15 @@ def load_model_config(config: ModelConfig) -> Any:
     """The config.json of model.base_model, without any weights."""
     try:
         return AutoConfig.from_pretrained(config.base_model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the model's class, which damaged files lead anywhere
         raise InputError(not_a_model(config.base_model, error)) from error
 
 
 def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base_model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(not_a_model(config.base_model, error)) from error
+    except Exception as error:
+        raise InputError(not_a_model(config.base_model, error, "tokenizer files")) from error
     if not tokenizer.is_fast:
         raise InputError(
             f"model.base_model: the tokenizer of {config.base_model} gives no character offsets, which labels need; "
@@ -35,9 +35,40 @@ def load_tokenizer(config: ModelConfig, vocab_size: int) -> Any:
     return tokenizer
 
 
-def not_a_model(source: str | Path, error: Exception) -> str:
-    """Names what cannot be loaded: the checkpoint's folder or model.base_model, and which of its files."""
+def positions_of(model_config: Any) -> int | None:
+    """Tokens of the longest row that the model was made for; None = it names no limit, as BLOOM."""
+    positions: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+def check_length(what: str, tokens: int, config: ModelConfig, model_config: Any) -> None:
+    """Raise InputError if `what` is more than the model has positions for: a table of them ends there."""
+    positions = positions_of(model_config)
+    if positions is not None and tokens > positions:
+        raise InputError(
+            f"{what} is more than the {positions} positions of {config.base_model}; write data.max_seq_length = "
+            f"{positions} or less"
+        )
+
+
+def rope_bound(model_config: Any) -> int | None:
+    """Where one row of a forward pass is longer, LongRoPE turns all of them by its long factors; None = no such rows.
+
+    Rows on both sides of it must not share a micro-batch, or its other rows would decide what a row means.
+    """
+    parameters = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
+    bound: int | None = parameters.get("original_max_position_embeddings")
+    return bound if parameters.get("rope_type") == "longrope" else None
+
+
+def not_a_model(source: str | Path, error: Exception, read: str = "config.json") -> str:
+    """Names what cannot be loaded: the checkpoint's folder or model.base_model, and which of its files.
+
+    read: what of it was being read.
+    """
     reason = " ".join(str(error).split())
+    if not isinstance(error, (OSError, ValueError, ImportError, SafetensorError)):
+        reason = f"transformers cannot use its {read} ({type(error).__name__}: {reason})"
     if "does not support an attention implementation" in reason:
         return f'model.attn_implementation: {source} has no such attention in transformers; write "eager"'
     for path in sorted(Path(source).glob("*.safetensors")):

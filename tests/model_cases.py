@@ -30,6 +30,16 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "initializer_range": 0.2,  # the usual 0.02 leaves logits so small that every loss is log(VOCAB)
 }
+ROPE_BOUND = 20  # tokens of a row, beyond which the long factors turn it
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": ROPE_BOUND,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0 + index for index in range(8)],
+    },
+}
 ARCHITECTURES = ("phi3", "llama", "llama, tied")
 PHI3_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 CPU = torch.device("cpu")
@@ -42,6 +52,7 @@ def save_base_models(folder: Path) -> dict[str, Path]:
         "phi3": Phi3ForCausalLM(Phi3Config(**SIZES)),
         "llama": LlamaForCausalLM(LlamaConfig(**SIZES)),
         "llama, tied": LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+        "phi3, longrope": Phi3ForCausalLM(Phi3Config(**SIZES, **LONGROPE)),
         "phi3, dropout": Phi3ForCausalLM(Phi3Config(**SIZES, resid_pdrop=0.5)),
     }
     for name, model in models.items():

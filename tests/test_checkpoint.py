@@ -38,7 +38,7 @@ def model(base_models: dict[str, Path]) -> Model:
 
 def make_checkpoints(config: Config, is_main: bool = True) -> Checkpoints:
     make_output_dir(config, is_main)
-    return Checkpoints(config, TOTAL_STEPS, "fingerprint", MICRO_BATCHES, 512, is_main)
+    return Checkpoints(config, TOTAL_STEPS, "fingerprint", MICRO_BATCHES, 512, 2048, is_main)
 
 
 def save(config: Config, model: Model, tokenizer: Any, *steps: int, is_main: bool = True) -> list[str]:
@@ -97,8 +97,20 @@ def test_state_comes_back_and_other_rows_are_refused(config: Config, model: Mode
     state = load_training_state(checkpoint, "fingerprint")
     assert state is not None
     assert (state["step"], state["micro_batches_per_step"], state["micro_batch_tokens"]) == (20, MICRO_BATCHES, 512)
+    assert state["mlp_tile"] == 2048
     with pytest.raises(InputError, match="the rows have changed"):
         load_training_state(checkpoint, "another")
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "foreign", "of an optimizer alone"])
+def test_a_damaged_state_is_named_with_the_folder_to_delete(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "step_000020" / "training_state.pt"
+    path.parent.mkdir()
+    torch.save([1] * 100 if damage == "foreign" else {"optimizer": {}}, path)
+    if damage in ("torn", "empty"):
+        path.write_bytes(path.read_bytes()[: 200 if damage == "torn" else 0])
+    with pytest.raises(InputError, match=rf"^{path} is damaged .*; delete the folder {path.parent} to resume"):
+        load_training_state(path.parent, "fingerprint")
 
 
 def test_resuming_from_another_run_never_costs_the_checkpoints_of_this_one(

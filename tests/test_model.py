@@ -52,7 +52,7 @@ from transformers import (
 )
 
 from so8t.config import InputError, ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
-from so8t.data import Batch, collate, split
+from so8t.data import Batch, collate, split, stop_token_ids
 from so8t.evaluate import score
 from so8t.gates import gates_of
 from so8t.losses import NO_TARGET, Head, ce_sum
@@ -629,6 +629,39 @@ def test_weights_that_the_files_lack_or_have_in_another_shape_are_not_made_up(
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match=sentence):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {}),
+        ("tokenizer_config.json", []),
+        ("generation_config.json", []),
+        ("config.json", {"num_hidden_layers": "4"}),
+        ("config.json", {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"hidden_act": "nope"}),
+    ],
+)
+def test_files_beside_the_weights_that_transformers_trips_over_are_reported(
+    tmp_path: Path, base_models: dict[str, Path], tokenizer: Any, file: str, content: Any
+) -> None:
+    folder = shutil.copytree(base_models["phi3"], tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    known = json.loads((folder / file).read_text(encoding="utf-8")) if file == "config.json" else {}
+    (folder / file).write_text(json.dumps(known | content if known else content), encoding="utf-8")
+    config = ModelConfig(str(folder))
+
+    def look() -> None:
+        build_on_meta(config, QuantizationConfig(), load_model_config(config))
+        stop_token_ids(load_tokenizer(config, 10_000))
+
+    broken: list[Callable[[], Any]] = [look]
+    if not file.startswith("tokenizer"):
+        broken += [lambda: load(folder), lambda: load(folder, model={"from_scratch": True}, qlora=FULL)]
+    for attempt in broken:
+        with pytest.raises(InputError, match=rf'^model\.base_model = "{folder}" cannot be loaded'):
+            attempt()
 
 
 @pytest.mark.parametrize("from_scratch", [False, True])

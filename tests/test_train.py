@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory_cases import traced_once
+from model_cases import LONGROPE
 from run_cases import copy_rows, run_processes, series
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import train
 from so8t.config import TAKEN, load_config
@@ -215,12 +217,19 @@ def test_saved_logits_and_labels_are_those_of_hugging_face(run: Run, base: Path)
     assert saved["loss"] == pytest.approx(float(out.loss), rel=1e-5)
 
 
-def test_micro_batches_of_any_size_make_the_same_step(run: Run) -> None:
-    runs = []
-    options = ("qlora.lora_dropout=0.0", 'training.optim="adamw"', "training.save_logits=false", "training.max_steps=4")
+@pytest.mark.parametrize("is_longrope", [False, True])
+def test_micro_batches_of_any_size_make_the_same_step(run: Run, base: Path, tmp_path: Path, is_longrope: bool) -> None:
+    runs, options = [], ["qlora.lora_dropout=0.0", 'training.optim="adamw"', "training.save_logits=false"]
+    options += ["training.max_steps=4"]
+    if is_longrope:  # its rows are on both sides of the bound
+        folder = shutil.copytree(base, tmp_path / "longrope")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | LONGROPE | {"original_max_position_embeddings": 85}))
+        options += [f"model.base_model={folder}", f"data.eval_data={tmp_path / 'rows.jsonl'}", "training.eval_steps=1"]
     for rows, accumulation in ((4, 1), (1, 4)):
         sizes = f"training.per_device_train_batch_size={rows}", f"training.gradient_accumulation_steps={accumulation}"
-        runs.append(series(run(f"run_{rows}", *sizes, *options), "loss", "pet", "grad_norm", "num_targets"))
+        keys = "loss", "pet", "grad_norm", "num_targets", *(["eval_loss"] if is_longrope else [])
+        runs.append(series(run(f"run_{rows}", *sizes, *options), *keys))
     for expected, found in zip(*runs, strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
 
@@ -272,6 +281,26 @@ def test_probe_files_hold_the_fixed_rows_as_the_checkpoint_of_their_step_scores_
     earlier, found = (record.contents["logits"][0, :length] for record in records)
     torch.testing.assert_close(found, plain_logits(model, records[1].input_ids[0], length), rtol=1e-4, atol=1e-5)
     assert not torch.equal(earlier, found)
+
+
+@pytest.mark.parametrize("key", ["data.train_data", "data.eval_data", "training.save_logits_probe"])
+def test_rows_longer_than_the_models_positions_are_refused_before_weights_are_read(
+    base: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    GPT2Config(vocab_size=2048, n_embd=32, n_layer=1, n_head=2, n_positions=64).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    row = {"messages": messages, "source": "own", "license": "CC0-1.0"}
+    (tmp_path / "short.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    rows = {"data.train_data": tmp_path / "short.jsonl", key: "so8t/demo/sample.jsonl"}
+    options = [f"{name}={value}" for name, value in rows.items()]
+    options += [f"model.base_model={tmp_path}", f"training.output_dir={tmp_path / 'run'}", "so8t.enabled=false"]
+    assert train.main(["config.toml", *options]) == 2
+    assert re.search(
+        rf"{key}: its longest row of \d+ tokens is more than the 64 positions of {tmp_path}; write "
+        "data.max_seq_length = 64 or less",
+        capsys.readouterr().err,
+    )
 
 
 # ---- stopping and resuming

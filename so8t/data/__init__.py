@@ -17,6 +17,7 @@ __all__ = [
     "derive_seed",
     "fixed_rows",
     "load_dataset",
+    "longest_of",
     "read_conversation",
     "split",
     "stop_token_ids",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         count,
         cut,
         derive_seed,
+        longest_of,
         split,
         with_idle,
     )

@@ -75,18 +75,34 @@ def collate(rows: Sequence[Row], length: int = 0) -> Batch:
     return Batch(input_ids, attention_mask if is_padded else None, targets, sections, sample_ids)
 
 
-def split(rows: Sequence[Row], rows_per_batch: int, one_length: bool = False) -> list[Batch]:
+def longest_of(rows: Sequence[Row]) -> int:
+    """Tokens of the longest row; 0 if there is none."""
+    lengths = rows.lengths if isinstance(rows, Rows) else [len(row.input_ids) for row in rows]
+    return int(max(lengths, default=0))
+
+
+def _is_beyond(row: Row, apart: int | None) -> bool:
+    return apart is not None and len(row.input_ids) > apart
+
+
+def split(rows: Sequence[Row], rows_per_batch: int, apart: int | None = None, one_length: bool = False) -> list[Batch]:
     """Rows in their order as batches of `rows_per_batch`, the last one smaller if need be.
 
-    one_length: pad all batches to the longest of all rows.
+    apart: rows of more tokens than this share no batch with others; one_length: pad all batches to the longest of all
+    rows.
     """
-    length = max((len(row.input_ids) for row in rows), default=0) if one_length else 0
-    return [collate(rows[start : start + rows_per_batch], length) for start in range(0, len(rows), rows_per_batch)]
+    sides: dict[bool, list[Row]] = {}
+    for row in rows:
+        sides.setdefault(_is_beyond(row, apart), []).append(row)
+    length = longest_of(rows) if one_length else 0
+    starts = [(side, start) for side in sides.values() for start in range(0, len(side), rows_per_batch)]
+    return [collate(side[start : start + rows_per_batch], length) for side, start in starts]
 
 
-def cut(rows: Sequence[Row], max_tokens: int, packed: bool = False) -> list[Batch]:
+def cut(rows: Sequence[Row], max_tokens: int, packed: bool = False, apart: int | None = None) -> list[Batch]:
     """Rows as batches of at most `max_tokens` with padding, where a longer row stands alone, that cost the least.
 
+    apart: rows of more tokens than this share no batch with others.
     A batch costs PASS_TOKENS and its tokens, with padding unless the model takes rows packed. Only neighbours in the
     order of length share one: the best cut of the first n rows is the best one of fewer and a last batch of the rest.
     """
@@ -97,7 +113,7 @@ def cut(rows: Sequence[Row], max_tokens: int, packed: bool = False) -> list[Batc
         choices = [(costs[end - 1] + len(rows[end - 1].input_ids) + PASS_TOKENS, end - 1)]
         for start in range(end - 2, -1, -1):
             tokens = (end - start) * len(rows[start].input_ids)
-            if tokens > max_tokens:
+            if tokens > max_tokens or _is_beyond(rows[start], apart) != _is_beyond(rows[end - 1], apart):
                 break
             computed = ends[end] - ends[start] if packed else tokens
             choices.append((costs[start] + computed + PASS_TOKENS, start))
@@ -156,6 +172,7 @@ class TrainingBatches:
     rows_per_micro_batch: int
     micro_batches_per_step: int  # over all ranks
     seed: int
+    apart: int | None = None  # rows of more tokens than this share no micro-batch with others
 
     @cached_property
     def _epoch_rows(self) -> Any:
@@ -188,7 +205,7 @@ class TrainingBatches:
         start = (step - 1) % self.steps_per_epoch * self.rows_per_step
         rows = [self.rows[int(place)] for place in self._epoch_rows[order[start : start + self.rows_per_step]]]
         if not max_tokens:
-            return split(rows, self.rows_per_micro_batch)[rank::world_size]
-        batches = cut(share_out(rows, world_size)[rank], max_tokens, packed)
+            return split(rows, self.rows_per_micro_batch, self.apart)[rank::world_size]
+        batches = cut(share_out(rows, world_size)[rank], max_tokens, packed, self.apart)
         random.Random(derive_seed(self.seed, "micro-batches", step)).shuffle(batches)
         return batches

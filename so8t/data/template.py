@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from so8t.config import DataConfig, InputError
 from so8t.data.messages import Conversation, Message
 from so8t.data.sources import BadRow
+from so8t.pretrained import not_a_model
 
 MANY_ANSWERS = 8  # in a longer plain chat not every prompt is rendered, or the work would grow with the square
 _REMEDY = "set data.chat_template_kwargs (such as {enable_thinking = false}) or data.chat_template"
@@ -140,6 +141,8 @@ def _known_stops(tokenizer: Any) -> list[int]:
         listed = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id if tokenizer.name_or_path else []
     except (OSError, ValueError):  # no such file
         listed = []
+    except Exception as error:
+        raise InputError(not_a_model(tokenizer.name_or_path, error, "generation_config.json")) from error
     every = [] if listed is None else [listed] if isinstance(listed, int) else listed
     return [*stops, *(token for token in every if token not in stops)]
 

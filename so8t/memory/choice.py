@@ -1,7 +1,9 @@
 """How a step is cut into micro-batches and how many layers are recomputed: the most tokens a second that fit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from so8t.data import PASS_TOKENS
 from so8t.memory.cache import traced
@@ -31,14 +33,18 @@ def cost(tokens: int, share: float) -> float:
     return (3 + share) * (1 + PASS_TOKENS / tokens)
 
 
-def choose(spec: StepSpec, budget: int, resumed_tokens: int | None) -> Choice:
+def choose(spec: StepSpec, budget: int, resumed: Mapping[str, Any] | None = None) -> Choice:
     """The choice for a budget of so many bytes of tensors; 0 = there is none to keep to.
 
-    resumed_tokens: micro_batch_tokens of the checkpoint that the run resumes from, which "auto" keeps.
+    resumed: the state that the run resumes from, whose choices "auto" keeps, so that a step is the same to the bit.
     """
-    tokens, reason = spec.config.training.micro_batch_tokens, "training.micro_batch_tokens says so"
-    if tokens == "auto" and resumed_tokens is not None:
-        tokens, reason = resumed_tokens, "auto: as before the run was resumed"
+    training = spec.config.training
+    tokens, reason = training.micro_batch_tokens, "training.micro_batch_tokens says so"
+    if tokens == "auto" and resumed is not None:
+        tokens, reason = resumed["micro_batch_tokens"], "auto: as before the run was resumed"
+    if training.mlp_tile_tokens == "auto" and resumed is not None and "mlp_tile" in resumed:
+        training = replace(training, mlp_tile_tokens=resumed["mlp_tile"])
+        spec = replace(spec, config=replace(spec.config, training=training))
     if tokens == "auto" and not budget:
         tokens, reason = spec.micro_batch.tokens, f"auto: as {spec.micro_batch.rows} of the longest rows have"
     if tokens == "auto":

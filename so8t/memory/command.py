@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from so8t import cli
-from so8t.config import InputError, load_config
+from so8t.config import load_config
 
 SLOW_SECONDS = 2
 LARGEST_GIB = 100_000
@@ -52,22 +52,18 @@ def _plan(options: argparse.Namespace) -> int:
 
     from so8t.memory.plan import CONTEXT_BYTES, device_memory, plan_memory
     from so8t.memory.step import BatchShape, StepSpec
-    from so8t.pretrained import load_model_config
+    from so8t.pretrained import check_length, load_model_config, positions_of
     from so8t.text import GIB
 
     model_config = load_model_config(config.model)
-    positions = model_config.max_position_embeddings
-    if config.data.max_seq_length > positions:
-        raise InputError(
-            f"data.max_seq_length = {config.data.max_seq_length} is more than the {positions} positions of "
-            f"{config.model.base_model}; write {positions} or less"
-        )
+    longest_row = config.data.max_seq_length
+    check_length(f"data.max_seq_length = {longest_row}", longest_row, config.model, model_config)
     capacity = None if options.gpu_memory_gib is None else int(options.gpu_memory_gib * GIB)
     device_type = "cpu" if capacity is None and not torch.cuda.is_available() else "cuda"
     if capacity is None and device_type == "cuda":
         _, capacity = device_memory(torch.device("cuda"))
     rows = config.training.per_device_train_batch_size
-    shape = BatchShape(rows, config.data.max_seq_length, is_padded=rows > 1)
+    shape = BatchShape(rows, longest_row, is_padded=rows > 1)
     step_rows = rows * config.training.gradient_accumulation_steps
     spec = StepSpec(config, model_config, device_type, _forward, shape, step_rows, world_size=options.nproc)
     free = None if capacity is None else capacity - CONTEXT_BYTES
@@ -86,7 +82,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(plan.as_dict() | {"largest_length": longest}, indent=1))
     elif longest is not None:
-        every = f", all {positions} positions of the model" if longest == positions else ""
+        every = f", all {longest} positions of the model" if longest == positions_of(model_config) else ""
         print(f"the longest micro-batch of one row that fits, all layers checkpointed: {longest} tokens{every}")
     return 0
 

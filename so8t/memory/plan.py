@@ -1,6 +1,7 @@
 """The memory plan: where the bytes of a run will go, and how many layers must be checkpointed to fit."""
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from so8t.config import Config, InputError
 from so8t.memory.cache import traced
 from so8t.memory.choice import Choice, choose
 from so8t.memory.step import BatchShape, StepSpec, Trace, ledger_rows
+from so8t.pretrained import positions_of
 from so8t.text import GIB, MIB, size_of
 
 CONTEXT_BYTES = 500 * MIB  # assumed: the CUDA context and the libraries' workspaces
@@ -157,10 +159,14 @@ class Plan:
             shape = BatchShape(1, length, is_padded=False)
             return traced(spec.changed(spec.config, shape), spec.num_layers).peak
 
-        positions: int = spec.model_config.max_position_embeddings
+        limit = budget_of(capacity - CONTEXT_BYTES)
+        positions = positions_of(spec.model_config)
+        if positions is None:
+            positions = LENGTH_BLOCK
+            while peak(positions) <= limit:
+                positions *= 2
         lengths: list[int] = [*range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
         fits, too_long = 0, len(lengths) - 1  # places in `lengths`
-        limit = budget_of(capacity - CONTEXT_BYTES)
         if (above := peak(positions)) <= limit:
             return positions
         if (below := peak(lengths[0])) > limit:
@@ -175,16 +181,18 @@ class Plan:
         return lengths[fits]
 
 
-def plan_memory(spec: StepSpec, free: int | None, capacity: int | None, resumed_tokens: int | None = None) -> Plan:
+def plan_memory(
+    spec: StepSpec, free: int | None, capacity: int | None, resumed: Mapping[str, Any] | None = None
+) -> Plan:
     """Trace the step, and choose its micro-batches and how many layers are checkpointed.
 
     spec: its micro-batch is one by rows, of the longest; free: bytes of the device that this run may take, capacity:
-    that it has at most, both None where they are not known; resumed_tokens: micro_batch_tokens of the checkpoint.
+    that it has at most, both None where they are not known; resumed: what the checkpoint holds.
     """
     budget = int(spec.config.training.memory_budget_gib * GIB)
     if not budget and free is not None:
         budget = budget_of(free)
-    return Plan(free, capacity, choose(spec, budget, resumed_tokens))
+    return Plan(free, capacity, choose(spec, budget, resumed))
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int | None]:

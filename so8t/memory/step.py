@@ -13,6 +13,7 @@ from so8t.data import Batch
 from so8t.logits import LogitsPlan, plan_logits
 from so8t.losses import Tap
 from so8t.memory.live_bytes import Phase
+from so8t.pretrained import rope_bound
 
 if TYPE_CHECKING:  # transformers' models take seconds to import
     from so8t.model import Model
@@ -92,7 +93,9 @@ class StepSpec:
     @property
     def accumulates(self) -> bool:
         """Whether gradients stay from one micro-batch to the next."""
-        return self.rows > self.micro_batch.rows
+        bound = rope_bound(self.model_config)  # which may cut even a step that is one micro-batch
+        is_cut = bound is not None and bound < self.config.data.max_seq_length
+        return self.rows > self.micro_batch.rows or (self.rows > 1 and is_cut)
 
 
 @dataclass(frozen=True)

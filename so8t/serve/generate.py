@@ -34,7 +34,7 @@ from so8t.config import (
     load_config,
 )
 from so8t.model import causal_lm, load_model
-from so8t.pretrained import load_model_config, load_tokenizer
+from so8t.pretrained import load_model_config, load_tokenizer, positions_of
 from so8t.serve.thinker import Question, Written
 from so8t.thinking import neutralise
 
@@ -67,10 +67,10 @@ class Generator:
         except TemplateError as error:
             raise InputError(f"the model's chat template does not take these messages ({error.message})") from error
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        context = self._model.config.max_position_embeddings
+        context = positions_of(self._model.config)
         if not tokens:
             raise InputError("the model's chat template makes nothing of these messages")
-        if len(tokens) >= context:
+        if context is not None and len(tokens) >= context:
             raise InputError(
                 f"the question is {len(tokens)} tokens long with the chat markers, the model takes less than {context}"
             )
@@ -106,9 +106,9 @@ class Generator:
         on_the_left: Any = {"batch_first": True, "padding_side": "left"}  # so that all rows write at the same place
         input_ids = pad_sequence(rows, padding_value=pad, **on_the_left)
         attention_mask = pad_sequence([torch.ones_like(row) for row in rows], **on_the_left)
-        context = self._model.config.max_position_embeddings
+        context = positions_of(self._model.config)
         limits = [
-            min(question.max_new_tokens, context - len(prompt))
+            question.max_new_tokens if context is None else min(question.max_new_tokens, context - len(prompt))
             for question, prompt in zip(questions, prompts, strict=True)
         ]
         ending = _Ending(self, questions, limits, input_ids.shape[1], written)
@@ -198,7 +198,9 @@ def load_generator(path: Path) -> Generator:
         spec = load_config(checkpoint / CONFIG_FILE).model_spec
     elif (path / "config.json").is_file():
         stored: Any = load_model_config(ModelConfig(str(path))).dtype or torch.float32
-        plain = ModelConfig(str(path), dtype=str(stored).removeprefix("torch."))  # type: ignore[arg-type]
+        dtype: Any = str(stored).removeprefix("torch.")
+        attention: Any = None  # as transformers chooses: some families have eager only
+        plain = ModelConfig(str(path), dtype=dtype, attn_implementation=attention)
         spec = ModelSpec(plain, QuantizationConfig(), QloraConfig(enabled=False), So8tConfig(enabled=False))
     else:
         raise InputError(f"{path} is neither a run with a checkpoint nor a model folder with a config.json")

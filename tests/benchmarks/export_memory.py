@@ -48,7 +48,7 @@ def make_run(folder: Path) -> None:
     config = load_config(folder / "config.toml")
     model = load_model(config.model_spec, torch.device("cpu"), seed=0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    Checkpoints(config, 1, "", 1, 0, True).save(1, model, tokenizer, make_optimizer(model, config.training), scaler)
+    Checkpoints(config, 1, "", 1, 0, 0, True).save(1, model, tokenizer, make_optimizer(model, config.training), scaler)
 
 
 def resident(pid: int) -> tuple[int, int]:

@@ -7,9 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_cases import gradients, load, make_rows, randomize_lora
+from model_cases import ROPE_BOUND, gradients, load, make_rows, randomize_lora
 
-from so8t.data import Batch, Row, TrainingBatches, count, cut
+from so8t.data import Batch, Row, TrainingBatches, count, cut, split
+from so8t.model import causal_lm
+from so8t.packing import pack_rows
+from so8t.pretrained import rope_bound
 
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 
@@ -86,14 +89,27 @@ def test_eval_rows_are_cut_the_same_way() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_gradient_of_a_step_is_the_same_however_it_is_cut(base_models: dict[str, Path], world_size: int) -> None:
-    model = load(base_models["phi3"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["phi3", "phi3, longrope"])
+def test_the_gradient_of_a_step_is_the_same_however_it_is_cut(
+    base_models: dict[str, Path], name: str, packed: bool, world_size: int
+) -> None:
+    model = load(base_models[name])
     randomize_lora(model)
+    assert not packed or pack_rows(causal_lm(model), 40)
+    apart = rope_bound(causal_lm(model).config)
+    assert apart == (ROPE_BOUND if name == "phi3, longrope" else None)
     generator = random.Random(world_size)
-    data = TrainingBatches(rows_of([generator.randint(2, 40) for _ in range(12)]), 3, 4, seed=5)
+    rows = rows_of([generator.randint(2, 40) for _ in range(12)])
+    data = TrainingBatches(rows, 3, 4, seed=5, apart=apart)
     by_rows = gradients(model, data.micro_batches(1))
+    singly = gradients(model, TrainingBatches(rows, 1, 12, seed=5).micro_batches(1))
+    fixed = gradients(model, split(rows, 3, apart, one_length=True))  # as a probe is
     assert max(gradient.abs().max() for gradient in by_rows.values()) > 0
+    found = [singly, fixed]
     for max_tokens in (1, 50, 100_000):
-        ranks = [data.micro_batches(1, max_tokens, rank, world_size) for rank in range(world_size)]
-        for name, gradient in gradients(model, [batch for batches in ranks for batch in batches]).items():
+        ranks = [data.micro_batches(1, max_tokens, rank, world_size, packed) for rank in range(world_size)]
+        found.append(gradients(model, [batch for batches in ranks for batch in batches]))
+    for of_cut in found:
+        for name, gradient in of_cut.items():
             assert torch.allclose(gradient, by_rows[name], rtol=1e-3, atol=1e-5 * by_rows[name].abs().max().item())

@@ -104,7 +104,7 @@ def write_run(
     for step in steps:
         model = load_model(config.model_spec, torch.device("cpu"), seed=step)
         randomize_lora(model)
-        checkpoints = Checkpoints(config, steps[-1], "fingerprint", 1, 0, True)
+        checkpoints = Checkpoints(config, steps[-1], "fingerprint", 1, 0, 0, True)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         checkpoints.save(step, model, tokenizer, make_optimizer(model, config.training), scaler)
     return folder / "run", model.eval()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_cases import LAYERS, SIZES
+from model_cases import LAYERS, LONGROPE, SIZES
 from transformers import Phi3Config
 
 import train
@@ -34,7 +34,7 @@ def peak(spec: StepSpec, rows: int, layers: int) -> int:
 
 def chosen(spec: StepSpec, budget: int) -> tuple[int, int]:
     """Rows of the longest that a micro-batch may hold, layers recomputed; what was chosen fits."""
-    choice: Choice = choose(spec, budget, None)
+    choice: Choice = choose(spec, budget)
     assert choice.trace.peak <= budget
     layers = choice.checkpointed_layers
     assert choice.trace == traced(choice.spec, layers)
@@ -57,7 +57,7 @@ def test_with_checkpointing_set_only_the_tokens_are_chosen() -> None:
 
 
 def test_nothing_smaller_than_the_longest_row_is_chosen_even_if_it_does_not_fit() -> None:
-    choice = choose(spec_of(), 1000, None)
+    choice = choose(spec_of(), 1000)
     assert (choice.micro_batch_tokens, choice.checkpointed_layers) == (LONGEST, LAYERS)
     assert choice.spec.micro_batch == BatchShape(1, LONGEST, is_padded=False)
 
@@ -76,10 +76,24 @@ def test_nothing_smaller_than_the_longest_row_is_chosen_even_if_it_does_not_fit(
     ],
 )
 def test_the_largest_micro_batch_is_planned(setting: Any, resumed: int | None, tokens: int, shape: BatchShape) -> None:
-    choice = choose(spec_of(micro_batch_tokens=setting), 0, resumed)
+    state = None if resumed is None else {"micro_batch_tokens": resumed}
+    choice = choose(spec_of(micro_batch_tokens=setting), 0, state)
     assert choice.micro_batch_tokens == tokens
     assert choice.spec.micro_batch == shape
     assert choice.spec.logits.max_tokens == shape.tokens
+
+
+def test_a_resumed_run_keeps_its_tile_whatever_memory_is_free() -> None:
+    for tile in (0, 6):
+        state = {"micro_batch_tokens": LONGEST, "mlp_tile": tile}
+        assert [choose(spec_of(), budget, state).spec.mlp_tile for budget in (0, 1000)] == [tile, tile]
+    assert choose(spec_of(mlp_tile_tokens=7), 1000, {"micro_batch_tokens": LONGEST, "mlp_tile": 6}).spec.mlp_tile == 7
+
+
+def test_a_step_that_longrope_cuts_keeps_gradients_even_if_it_could_be_one_micro_batch() -> None:
+    spec = with_tokens(spec_of(), 100_000)
+    assert not spec.accumulates
+    assert replace(spec, model_config=Phi3Config(**SIZES, **LONGROPE)).accumulates
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from memory_cases import step_spec, take_step
 from model_cases import CPU, PHI3_LINEAR
 from torch.backends import mkldnn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, Phi3Config
 
 import train
 from so8t import driver
@@ -279,6 +279,18 @@ def test_the_longest_row_has_no_more_tokens_than_the_model_has_positions(
     assert capsys.readouterr().out.endswith("checkpointed: 1024 tokens, all 1024 positions of the model\n")
 
 
+def test_a_model_without_a_limit_of_positions_is_planned_for_any_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    model = f"model.base_model={tmp_path}", "model.attn_implementation=eager", "training.mlp_tile_tokens=0"
+    lengths = []
+    for size in (0.55, 0.6):
+        assert main(["config.toml", *model, *ONE_ROW, f"--gpu-memory-gib={size}", "--json"]) == 0
+        lengths.append(json.loads(capsys.readouterr().out)["largest_length"])
+    assert 256 < lengths[0] < lengths[1]
+
+
 def test_a_rank_of_several_adds_up_its_gradients_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     plans = {}
     for ranks in (1, 4):
@@ -301,7 +313,8 @@ def test_what_is_no_memory_of_a_gpu_is_refused(capsys: pytest.CaptureFixture[str
 
 def test_a_row_beyond_the_models_positions_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config.toml", "data.max_seq_length=100000000"]) == 2
-    assert "is more than the 1024 positions of so8t/demo; write 1024 or less" in capsys.readouterr().err
+    sentence = "is more than the 1024 positions of so8t/demo; write data.max_seq_length = 1024 or less"
+    assert sentence in capsys.readouterr().err
 
 
 def test_what_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

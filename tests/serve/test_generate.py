@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BloomConfig, BloomForCausalLM
 
 import train
 from so8t.checkpoint import checkpoint_folders
@@ -100,6 +101,15 @@ def test_generation_ends_by_tokens_by_time_and_where_the_context_is_full(
     monkeypatch.setattr(generator._model.config, "max_position_embeddings", length)
     with pytest.raises(InputError, match=f"question is {length} tokens long with the chat markers"):
         write(generator, QUERY)
+
+
+def test_a_model_without_a_limit_of_positions_and_with_eager_attention_alone_generates(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    config = BloomConfig(vocab_size=2048, hidden_size=32, n_layer=1, n_head=2, eos_token_id=0, pad_token_id=1)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert write(load_generator(tmp_path), QUERY, max_new_tokens=3)[1] <= 3
 
 
 def test_what_follows_the_final_in_its_last_token_is_not_kept(memorised_run: Path, tokenizer: Any) -> None:
