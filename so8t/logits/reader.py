@@ -289,41 +289,53 @@ def _fault(contents: Any) -> str | None:
     """The first thing that differs from the table in record.py; None if nothing does."""
     if not isinstance(contents, dict):
         return f"it holds a {type(contents).__name__}, not a dict"
+    # each looks only where those before it found nothing
+    return next(chain(_value_faults(contents), _checksum_faults(contents), _tensor_faults(contents)), None)
+
+
+def _value_faults(contents: dict[str, Any]) -> Iterator[str]:
     kinds = {"format_version": int, "step": int, "epoch": int, "vocab_size": int, "kind": str, "form": str}
     for name, kind in (kinds | {"loss": float, "verified": bool}).items():
         if type(contents.get(name)) is not kind or (kind is int and abs(contents[name]) >= 2**63):
-            return f"{name} is no {kind.__name__}, or more than one of 64 bits"
+            yield f"{name} is no {kind.__name__}, or more than one of 64 bits"
     choices = {"format_version": (FORMAT_VERSION,), "kind": ("logits", "probe"), "form": ("full", "topk", "stats")}
     for name, known in choices.items():
         if contents[name] not in known:
-            return f"{name} is {contents[name]}, not {' or '.join(map(str, known))}"
+            yield f"{name} is {contents[name]}, not {' or '.join(map(str, known))}"
     if not 0 < contents["vocab_size"] <= 2**31:  # ids are int32
-        return f"vocab_size is {contents['vocab_size']}"
+        yield f"vocab_size is {contents['vocab_size']}"
     for name, value in contents.items():
         if isinstance(value, Tensor) and not _is_plain(value):
-            return f"{name} is no plain tensor in host memory"
+            yield f"{name} is no plain tensor in host memory"
+
+
+def _checksum_faults(contents: dict[str, Any]) -> Iterator[str]:
     checksums = contents.get("checksums", {})
     if not isinstance(checksums, dict):
-        return f"checksums is a {type(checksums).__name__}, not a dict"
+        yield f"checksums is a {type(checksums).__name__}, not a dict"
     for name, value in checksums.items():
         if not isinstance(contents.get(name), Tensor) or type(value) is not int:
-            return f"checksums has {name}, and not as the CRC-32 of a tensor"
+            yield f"checksums has {name}, and not as the CRC-32 of a tensor"
+
+
+def _tensor_faults(contents: dict[str, Any]) -> Iterator[str]:
     labels = contents.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.dtype != torch.int64:
-        return "labels is no int64 tensor of [rows, tokens]"
+        yield "labels is no int64 tensor of [rows, tokens]"
+        return
     targets, vocab = shift(labels), contents["vocab_size"]
     positions = (targets != NO_TARGET).nonzero()
     num_positions = (len(positions),) if "positions" in contents else tuple(labels.shape)
     for name, (dtype, shape) in _layout(contents, tuple(labels.shape), num_positions).items():
         value = contents.get(name)
         if not isinstance(value, Tensor):
-            return f"there is no tensor {name}"
-        if value.dtype != dtype:
-            return f"{name} is {value.dtype}, not {dtype}"
-        if tuple(value.shape) != shape:
-            return f"{name} has the shape {list(value.shape)}, not {list(shape)}"
+            yield f"there is no tensor {name}"
+        elif value.dtype != dtype:
+            yield f"{name} is {value.dtype}, not {dtype}"
+        elif tuple(value.shape) != shape:
+            yield f"{name} has the shape {list(value.shape)}, not {list(shape)}"
     if "positions" in contents and not torch.equal(contents["positions"].long(), positions):
-        return "positions are not those that have a target"
+        yield "positions are not those that have a target"
     for name, ids, size in (
         ("labels", labels[labels != NO_TARGET], vocab),
         ("input_ids", contents["input_ids"], vocab),
@@ -332,8 +344,7 @@ def _fault(contents: Any) -> str | None:
         ("topk_ids", contents.get("topk_ids", torch.empty(0)).int(), vocab),
     ):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            return f"{name} has values that are not from 0 to {size - 1}"
-    return None
+            yield f"{name} has values that are not from 0 to {size - 1}"
 
 
 def _is_plain(tensor: Tensor) -> bool:
