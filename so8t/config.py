@@ -69,7 +69,7 @@ def _from(low: int, high: float, written: str) -> Limit:
 # beyond these limits torch, or the arithmetic of bytes, ends in an error that names no key
 Positive = Annotated[int, _from(1, 2**31 - 1, "2**31 - 1")]
 Count = Annotated[int, _from(0, 2**31 - 1, "2**31 - 1")]
-Amount = Annotated[float, _from(0, 1e12, "1e12")]
+Amount = Annotated[float, _from(0, 1e30, "1e30")]
 Ratio = Annotated[float, Limit("from 0 to 1", lambda number: 0 <= number <= 1)]
 Dropout = Annotated[float, Limit("from 0 to less than 1", lambda number: 0 <= number < 1)]
 Length = Annotated[int, _from(2, 2**31 - 1, "2**31 - 1")]

@@ -125,7 +125,7 @@ def test_a_whole_number_is_fine_where_a_float_is_asked_for(load: Load) -> None:
     [
         ("training.seed", "true", "a whole number from 0 to 2**63 - 1, not true"),
         ("training.seed", '"3"', 'not "3"'),
-        ("training.learning_rate", "false", "a finite number from 0 to 1e12, not false"),
+        ("training.learning_rate", "false", "a finite number from 0 to 1e30, not false"),
         ("training.bf16", "1", "true or false, not 1"),
         ("training.output_dir", "3", "text in quotes that is not empty, up to 255 bytes a name and 4000 in all, not 3"),
         ("training.output_dir", "1979-05-27", "not 1979-05-27"),
@@ -167,7 +167,7 @@ OUT_OF_RANGE: dict[tuple[str, str], str] = {
     "training.per_device_train_batch_size training.gradient_accumulation_steps training.logging_steps "
     "training.save_logits_steps training.save_logits_top_k",
     **dict.fromkeys(
-        [("-1", "from 0 to 1e12, not -1"), ("1e300", "from 0 to 1e12, not 1e+300")],
+        [("-1", "from 0 to 1e30, not -1"), ("1e300", "from 0 to 1e30, not 1e+300")],
         "so8t.init_scale pet.lambda_exploration pet.lambda_transition pet.lambda_stabilization pet.huber_delta "
         "training.learning_rate training.weight_decay training.max_grad_norm training.memory_budget_gib "
         "training.save_logits_max_wait training.save_logits_max_gib",
@@ -184,7 +184,7 @@ OUT_OF_RANGE: dict[tuple[str, str], str] = {
     ("1.0", "from 0 to less than 1, not 1.0"): "qlora.lora_dropout",
     ("1", "from 2 to 2**31 - 1"): "data.max_seq_length",
     ("1.5", "a whole number from 1 to 2**31 - 1, not 1.5"): "data.policy.trusted_weight",
-    ("nan", "a finite number from 0 to 1e12, not nan"): "training.learning_rate",
+    ("nan", "a finite number from 0 to 1e30, not nan"): "training.learning_rate",
     ("9" * 400, "a finite number"): "training.learning_rate",
     ("-1", "from 0 to 2**63 - 1, not -1"): "training.seed",
     (f"{2**63}", "from 0 to 2**63 - 1"): "training.seed",
@@ -229,7 +229,7 @@ def test_the_edges_of_the_ranges_are_inside(load: Load) -> None:
         "training.seed": f"{2**63 - 1}",
         "training.max_steps": "0",
         "data.max_seq_length": "2",
-        "training.save_logits_max_wait": "1e12",
+        "training.save_logits_max_wait": "1e30",
         "training.save_steps": f"{2**31 - 1}",
         "training.save_logits_dir": '"nulls.d"',
         "training.output_dir": f'"{"x" * 255}"',
@@ -443,7 +443,7 @@ NAME = st.one_of(
     NAME,
     st.lists(NAME, min_size=1),
     st.lists(NAME),
-    st.floats(0, 1e12),
+    st.floats(0, 1e30),
     st.integers(0, 2**63 - 1),
     st.booleans(),
 )
