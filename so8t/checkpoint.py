@@ -110,10 +110,10 @@ def find_checkpoint(config: Config) -> Path | None:
 
 
 def load_training_state(checkpoint: Path | None, data_fingerprint: str) -> dict[str, Any] | None:
-    """What training_state.pt holds: step, optimizer, scaler, micro_batches_per_step of all ranks, micro_batch_tokens.
+    """What training_state.pt holds: step, optimizer, scaler, micro_batches_per_step of all ranks.
 
-    And mlp_tile, which an older version did not keep. Raises InputError if the file is damaged, if the rows have
-    changed, or if other ranks resume from a later step.
+    And micro_batch_tokens (0 where an older version did not keep it) and mlp_tile (absent there). Raises InputError if
+    the file is damaged, if the rows have changed, or if other ranks resume from a later step.
     """
     step = 0 if checkpoint is None else step_of(checkpoint)
     latest = parallel.all_max(step)

@@ -55,11 +55,11 @@ class Limit:
 
 
 def _names_folder(name: str) -> bool:
-    return 0 < len(name.encode()) <= 255 and not TAKEN.fullmatch(name)
+    return 0 < len(name) <= 255 and not TAKEN.fullmatch(name)
 
 
 def _fits_a_path(name: str) -> bool:
-    return bool(name) and len(name.encode()) <= 4000 and all(len(part.encode()) <= 255 for part in Path(name).parts)
+    return 0 < len(name) <= 4000 and all(len(part) <= 255 for part in Path(name).parts)
 
 
 def _from(low: int, high: float, written: str) -> Limit:
@@ -69,12 +69,13 @@ def _from(low: int, high: float, written: str) -> Limit:
 # beyond these limits torch, or the arithmetic of bytes, ends in an error that names no key
 Positive = Annotated[int, _from(1, 2**31 - 1, "2**31 - 1")]
 Count = Annotated[int, _from(0, 2**31 - 1, "2**31 - 1")]
+Times = Annotated[int, _from(1, 10_000, "10000")]
 Amount = Annotated[float, _from(0, 1e30, "1e30")]
 Ratio = Annotated[float, Limit("from 0 to 1", lambda number: 0 <= number <= 1)]
 Dropout = Annotated[float, Limit("from 0 to less than 1", lambda number: 0 <= number < 1)]
 Length = Annotated[int, _from(2, 2**31 - 1, "2**31 - 1")]
 Name = Annotated[str, Limit("that is not empty", bool)]
-Location = Annotated[str, Limit("that is not empty, up to 255 bytes a name and 4000 in all", _fits_a_path)]
+Location = Annotated[str, Limit("that is not empty, up to 255 characters a name and 4000 in all", _fits_a_path)]
 Folder = Annotated[
     str,
     Limit(
@@ -150,7 +151,7 @@ class PolicyConfig:
     ip_address: bool = True
     mac_address: bool = True
     trusted_sources: tuple[Name, ...] = ()  # values of a row's "source"
-    trusted_weight: Positive = 1  # how often an epoch shows their rows
+    trusted_weight: Times = 1  # how often an epoch shows their rows
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class SourceConfig:
     license: str = ""
     url: str = ""  # of what comes from the web
     robots: str = ""
-    weight: Positive = 1  # how often an epoch shows their rows
+    weight: Times = 1  # how often an epoch shows their rows
 
 
 @dataclass(frozen=True)
@@ -547,7 +548,7 @@ def _describe(annotation: Any) -> str:
     if origin is dict:
         return (
             "a table of names (letters, digits and _, no word of Jinja's such as true) and values "
-            "(text in UTF-8, whole and finite numbers, true, false, lists and tables of these)"
+            "(text in UTF-8, numbers below 2**63, true, false, lists and tables of these)"
         )
     if is_dataclass(annotation):
         keys = (f"{key} ({_describe(of)})" for key, of in get_type_hints(annotation, include_extras=True).items())

@@ -40,7 +40,7 @@ def load_model(
 ) -> Model:
     """The model in training mode, with its gates and adapters; those of `checkpoint` when it is given.
 
-    device: where it will compute; on_host: it stays in host memory, because `shard_layers` moves it there.
+    device: where it will compute; on_host: its weights stay in host memory until `shard_layers` moves them there.
     checkpointed_layers, offload, mlp_tile: see `apply_checkpointing`.
     """
     torch.manual_seed(derive_seed(seed, "initial weights"))

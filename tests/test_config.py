@@ -127,7 +127,11 @@ def test_a_whole_number_is_fine_where_a_float_is_asked_for(load: Load) -> None:
         ("training.seed", '"3"', 'not "3"'),
         ("training.learning_rate", "false", "a finite number from 0 to 1e30, not false"),
         ("training.bf16", "1", "true or false, not 1"),
-        ("training.output_dir", "3", "text in quotes that is not empty, up to 255 bytes a name and 4000 in all, not 3"),
+        (
+            "training.output_dir",
+            "3",
+            "text in quotes that is not empty, up to 255 characters a name and 4000 in all, not 3",
+        ),
         ("training.output_dir", "1979-05-27", "not 1979-05-27"),
         ("so8t.layer_indices", "[4, true]", "(each item a whole number from 0 to 2**31 - 1), not [4, true]"),
         ("so8t.layer_indices", "4", "a list"),
@@ -190,8 +194,10 @@ OUT_OF_RANGE: dict[tuple[str, str], str] = {
     (f"{2**63}", "from 0 to 2**63 - 1"): "training.seed",
     (hex(10**5000), f"from 0 to 2**63 - 1, not {hex(10**5000)[:57]}..."): "training.seed",
     (f"{{a = [{hex(10**5000)}]}}", "a table of names (letters"): "data.chat_template_kwargs",
-    (f'"{"x" * 256}"', "up to 255 bytes a name"): "model.base_model data.train_data data.eval_data training.output_dir "
-    "training.resume training.save_logits_probe",
+    (
+        f'"{"x" * 256}"',
+        "up to 255 characters a name",
+    ): "model.base_model data.train_data data.eval_data training.output_dir training.resume training.save_logits_probe",
     (f'"{"x/" * 2001}"', "4000 in all"): "data.train_data training.output_dir",
     **{
         (f'"{folder}"', 'one folder in training.output_dir, as "logits" does'): "training.save_logits_dir"

@@ -84,7 +84,7 @@ def test_any_schedule_rises_to_the_full_rate_then_never_rises_and_never_leaves_i
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-def test_pet_phases_meet_at_exact_steps() -> None:
+def test_pet_weights_change_at_exact_steps() -> None:
     expected = [EXPLORATION] * 20 + [TRANSITION] * 40 + [STABILIZATION] * 40
     assert weights(100, pet()) == expected
     # in floats 0.1 + 0.2 is above 0.3

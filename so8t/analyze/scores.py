@@ -157,9 +157,10 @@ def likeliest(record: LogitsRecord, which: Tensor | slice, most: int) -> tuple[T
         return ids[:, :most].long(), logprobs[:, :most].float()
     k = min(most, record.contents["vocab_size"])
     chunks = torch.arange(len(record.target_ids))[which].split(ROWS_AT_ONCE)
-    tops = [record.at_targets("logits", chunk).float().topk(k) for chunk in chunks]
-    values, ids = (torch.cat(parts) for parts in zip(*tops, strict=True))
-    return ids, values - record.at_targets("logsumexp", which)[:, None]
+    # by the sum of what is stored: "logsumexp" is that of the logits before they were rounded
+    tops = [record.at_targets("logits", chunk).float().log_softmax(dim=-1).topk(k) for chunk in chunks]
+    logprobs, ids = (torch.cat(parts) for parts in zip(*tops, strict=True))
+    return ids, logprobs
 
 
 def _confidence(record: LogitsRecord, is_top1: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,9 +87,11 @@ def multiplied_in_float32(model: PreTrainedModel) -> Iterator[None]:
             if own:
                 hooks.append(module.register_forward_pre_hook(partial(cast, own, torch.float32)))
                 hooks.append(module.register_forward_hook(partial(cast, own, dtype)))
-    yield
-    for hook in hooks:  # they hold weights that merging replaces
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:  # they hold weights that merging replaces
+            hook.remove()
 
 
 @torch.no_grad()

@@ -198,7 +198,7 @@ def read_logits(path: str | Path) -> Iterator[LogitsRecord]:
                 records.append(read_file(file))
             except NotLogitsError as error:
                 log.warning("%s: skipped, %s", file, error)
-        for _, parts in groupby(records, _sort):
+        for _, parts in groupby(records, _alike):
             yield _join(list(parts))
 
 
@@ -245,7 +245,7 @@ def read_file(path: Path) -> LogitsRecord:
     return LogitsRecord(path, input_ids=contents["input_ids"].long(), contents=contents, **known)
 
 
-def _sort(record: LogitsRecord) -> tuple[object, ...]:
+def _alike(record: LogitsRecord) -> tuple[object, ...]:
     """What ranks of one run have in common, so that their tensors fit together."""
     k = record.contents["topk_ids"].shape[-1] if record.form == "topk" else None
     return record.form, "positions" in record.contents, record.contents["vocab_size"], k
@@ -297,7 +297,7 @@ def _value_faults(contents: dict[str, Any]) -> Iterator[str]:
     kinds = {"format_version": int, "step": int, "epoch": int, "vocab_size": int, "kind": str, "form": str}
     for name, kind in (kinds | {"loss": float, "verified": bool}).items():
         if type(contents.get(name)) is not kind or (kind is int and abs(contents[name]) >= 2**63):
-            yield f"{name} is no {kind.__name__}, or more than one of 64 bits"
+            yield f"{name} is no {kind.__name__}{' of 64 bits' if kind is int else ''}"
     choices = {"format_version": (FORMAT_VERSION,), "kind": ("logits", "probe"), "form": ("full", "topk", "stats")}
     for name, known in choices.items():
         if contents[name] not in known:

@@ -58,15 +58,15 @@ class LogitsSaver:
         return self.enabled and self.plan.is_due(step)
 
     def tap(self, step: int, epoch: int, batch: Batch) -> "LogitsTap | None":
-        """A tap for ce_sum that takes the logits of this micro-batch; None if `step` is not due or it has no rows."""
-        return self.new_tap(step, epoch, batch) if self.is_due(step) and not batch.is_idle else None
+        """A tap for ce_sum that takes the logits of this micro-batch; None if `step` is not due."""
+        return self.new_tap(step, epoch, batch) if self.is_due(step) else None
 
     def new_tap(self, step: int, epoch: int, batch: Batch, kind: Kind = "logits") -> "LogitsTap | None":
-        """A tap whether or not the step is due.
+        """A tap whether or not the step is due; None if the micro-batch has no rows.
 
         A second batch in a step replaces the first; the batches of a "probe", all padded to one length, are stacked.
         """
-        if not self.enabled or (kind == "probe" and self._lost_probe == step):
+        if not self.enabled or batch.is_idle or (kind == "probe" and self._lost_probe == step):
             return None
         return LogitsTap(self, kind, step, epoch, batch)
 

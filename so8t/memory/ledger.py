@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,8 +70,8 @@ class MemoryLedger:
         self._live.hold(all_tensors(held_tensors(model, optimizer.state.values())))
         eval_steps = self._plan.spec.config.training.eval_steps
         steps = range(first_step, total_steps + 1)
-        saves = [step for step in steps if self._saves_logits(step)][:2]
-        evaluations = [step for step in steps if eval_steps and step % eval_steps == 0][:1]
+        saves = islice((step for step in steps if self._saves_logits(step)), 2)
+        evaluations = islice((step for step in steps if eval_steps and step % eval_steps == 0), 1)
         self._counted_steps = {first_step, first_step + 1, *saves, *evaluations}
         self.mark("load")
         self._count(first_step in self._counted_steps)

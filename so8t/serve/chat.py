@@ -16,12 +16,17 @@ MAX_QUERY_CHARACTERS = 8000  # of all messages together
 # a description says what its field must be, in the API page and in the answer to a bad request
 UserId = Annotated[str | None, Field(max_length=200, description="text of at most 200 characters or null")]
 NewTokens = Annotated[
-    int | None, Field(ge=1, le=2048, description="a whole number from 1 to 2048; it counts the thinking too")
+    int | None,
+    Field(
+        ge=1,
+        le=2048,
+        description=f"a whole number from 1 to 2048, {DEFAULT_NEW_TOKENS} if left out; it counts the thinking too",
+    ),
 ]
 Temperature = Annotated[
     float | None, Field(ge=0, le=2, description="a number from 0 (always the likeliest token) to 2; 0 if left out")
 ]
-TopP = Annotated[float | None, Field(gt=0, le=1, description="a number above 0 and up to 1")]
+TopP = Annotated[float | None, Field(gt=0, le=1, description="a number above 0 and up to 1; 1 if left out")]
 
 
 class TextPart(BaseModel):

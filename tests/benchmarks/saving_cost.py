@@ -1,6 +1,6 @@
 """What saving the logits of every step costs a real run, by form: seconds, CPU seconds, the loop's wait, peak memory.
 
-    python tests/benchmarks/saving_cost.py MODEL_FOLDER [--length 512] [--rows 4] [--rounds 5] [--load]
+    python tests/benchmarks/saving_cost.py MODEL_FOLDER [--length 512] [--rows 4] [--rounds 5] [--load] [--memory]
 
 MODEL_FOLDER: a real small model, such as a downloaded SmolLM2-135M-Instruct, with LoRA and gates, in float32. Half of
 every row are targets. A step without saving and one with each form take turns (A B C .. A B C ..); the time of a
