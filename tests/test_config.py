@@ -167,7 +167,7 @@ OUT_OF_RANGE: dict[tuple[str, str], str] = {
     (
         "0",
         "from 1 to 2**31 - 1, not 0",
-    ): "qlora.r qlora.lora_alpha data.policy.trusted_weight training.num_train_epochs "
+    ): "qlora.r qlora.lora_alpha training.num_train_epochs "
     "training.per_device_train_batch_size training.gradient_accumulation_steps training.logging_steps "
     "training.save_logits_steps training.save_logits_top_k",
     **dict.fromkeys(
@@ -187,7 +187,7 @@ OUT_OF_RANGE: dict[tuple[str, str], str] = {
     ("[-1]", "from 0 to 2**31 - 1"): "so8t.layer_indices",
     ("1.0", "from 0 to less than 1, not 1.0"): "qlora.lora_dropout",
     ("1", "from 2 to 2**31 - 1"): "data.max_seq_length",
-    ("1.5", "a whole number from 1 to 2**31 - 1, not 1.5"): "data.policy.trusted_weight",
+    ("1.5", "a whole number from 1 to 10000, not 1.5"): "data.policy.trusted_weight",
     ("nan", "a finite number from 0 to 1e30, not nan"): "training.learning_rate",
     ("9" * 400, "a finite number"): "training.learning_rate",
     ("-1", "from 0 to 2**63 - 1, not -1"): "training.seed",

@@ -224,7 +224,8 @@ def test_micro_batches_of_any_size_make_the_same_step(run: Run, base: Path, tmp_
     if is_longrope:  # its rows are on both sides of the bound
         folder = shutil.copytree(base, tmp_path / "longrope")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").write_text(json.dumps(config | LONGROPE | {"original_max_position_embeddings": 85}))
+        config |= LONGROPE | {"original_max_position_embeddings": 85}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         options += [f"model.base_model={folder}", f"data.eval_data={tmp_path / 'rows.jsonl'}", "training.eval_steps=1"]
     for rows, accumulation in ((4, 1), (1, 4)):
         sizes = f"training.per_device_train_batch_size={rows}", f"training.gradient_accumulation_steps={accumulation}"

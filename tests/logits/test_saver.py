@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from logits_cases import (
     capture,
     disabled,
+    make_batch,
     make_case,
     make_plan,
     make_saver,
     save_one,
+    save_step,
     save_steps,
     saved_steps,
 )
@@ -39,8 +41,8 @@ def test_disabled_and_between_due_steps_it_makes_no_folder_no_thread_and_does_no
 ) -> None:
     threads = threading.active_count()
     saver = disabled(tmp_path) if is_disabled else make_saver(tmp_path, steps=100)
+    assert (saver.new_tap(99, 0, make_batch()) is None) == is_disabled
     batch: Any = None  # not even looked at
-    assert (saver.new_tap(99, 0, batch) is None) == is_disabled
     assert saver.tap(99, 0, batch) is None
     saver.after_step(99)
     assert saver.is_due(100) != is_disabled
@@ -55,15 +57,16 @@ def test_files_are_made_by_one_thread_whatever_number_the_loop_sets(
     """Else a second team of OpenMP's threads lives beside the loop's, and neither spins: steps were 1.17 x as long."""
     seen = []
     monkeypatch.setattr("so8t.logits.writer.write_file", lambda *_: seen.append(torch.get_num_threads()))
-    saver = make_saver(tmp_path)
-    before = torch.get_num_threads()
-    saver.flush()  # so that the thread has begun
-    torch.set_num_threads(2)
+    saver, before = make_saver(tmp_path), torch.get_num_threads()
     try:
-        save_steps(saver, [1])
+        for step in (1, 2):  # before the writer's thread has begun, and after
+            torch.set_num_threads(1 + step)
+            save_step(saver, step)
+            saver.flush()
     finally:
         torch.set_num_threads(before)
-    assert seen == [1]
+        saver.close()
+    assert seen == [1, 1]
 
 
 def test_captured_values_are_those_of_their_step_although_buffers_are_reused(tmp_path: Path) -> None:
