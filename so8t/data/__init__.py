@@ -33,14 +33,13 @@ if TYPE_CHECKING:
         count,
         cut,
         derive_seed,
-        longest_of,
         split,
         with_idle,
     )
     from so8t.data.dataset import Dataset, fixed_rows, load_dataset
     from so8t.data.messages import read_conversation
     from so8t.data.sources import BadRow
-    from so8t.data.store import Row
+    from so8t.data.store import Row, longest_of
     from so8t.data.template import stop_token_ids
 else:
     __getattr__ = cli.on_demand(__name__, __all__, "batches", "dataset", "messages", "sources", "store", "template")

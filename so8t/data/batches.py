@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from so8t.data.store import Row, Rows
+from so8t.data.store import Row, Rows, longest_of
 from so8t.losses import NO_TARGET
 from so8t.thinking import SECTIONS
 
@@ -73,12 +73,6 @@ def collate(rows: Sequence[Row], length: int = 0) -> Batch:
     is_padded = bool((attention_mask == 0).any())
     sample_ids = torch.tensor([row.sample_id for row in rows])
     return Batch(input_ids, attention_mask if is_padded else None, targets, sections, sample_ids)
-
-
-def longest_of(rows: Sequence[Row]) -> int:
-    """Tokens of the longest row; 0 if there is none."""
-    lengths = rows.lengths if isinstance(rows, Rows) else [len(row.input_ids) for row in rows]
-    return int(max(lengths, default=0))
 
 
 def _is_beyond(row: Row, apart: int | None) -> bool:

@@ -21,7 +21,7 @@ from so8t import cli, parallel
 from so8t.config import DataConfig, InputError
 from so8t.data.messages import Conversation, read_conversation
 from so8t.data.sources import BadRow, File, count_lines, find_files, read_file
-from so8t.data.store import META_FILE, Places, Row, Rows, Writer, is_kept, map_arrays, read_meta
+from so8t.data.store import META_FILE, Places, Row, Rows, Writer, is_kept, longest_of, map_arrays, read_meta
 from so8t.data.template import ChatTemplate, configure_template
 from so8t.data.tokens import Encoder, Pending, Tokens, TooLong
 from so8t.files import atomic_folder
@@ -51,7 +51,7 @@ class Dataset:
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return int(self.rows.lengths.max())
+        return longest_of(self.rows)
 
     def left_out(self) -> list[tuple[str, int, str]]:
         """(reason, number of rows, the first of them as file:line), most frequent first; rules of the policy too."""

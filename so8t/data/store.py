@@ -67,6 +67,12 @@ class Rows(Sequence[Row]):
         return Row(ids, sections > PROMPT, sections, *own)
 
 
+def longest_of(rows: Sequence[Row]) -> int:
+    """Tokens of the longest row; 0 if there is none."""
+    lengths = rows.lengths if isinstance(rows, Rows) else [len(row.input_ids) for row in rows]
+    return int(np.max(lengths, initial=0))
+
+
 class Places:
     """ "file:line" of every row of the files, unusable ones included, so that a sample_id is an index."""
 

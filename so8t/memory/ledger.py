@@ -114,7 +114,9 @@ class MemoryLedger:
         plan, shape = self._plan, self._largest
         held = held_bytes(self._model, self._optimizer.state.values())
         measured = Trace(held, self._phases, plan.trace.num_parameters)
-        predicted = traced(replace(plan.spec, micro_batch=shape), plan.choice.checkpointed_layers)
+        predicted = plan.trace
+        if shape != plan.spec.micro_batch:
+            predicted = traced(replace(plan.spec, micro_batch=shape), plan.choice.checkpointed_layers)
         rows = _side_by_side(*(ledger_rows(trace, plan.spec.accumulates) for trace in (predicted, measured)))
         phases = _side_by_side(predicted.peaks, measured.peaks)
         phases = [phase for phase in phases if phase["measured_bytes"] is not None]

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -155,6 +156,7 @@ class Plan:
         """
         spec = replace(self.spec, probe=())
 
+        @cache
         def peak(length: int) -> int:
             shape = BatchShape(1, length, is_padded=False)
             return traced(spec.changed(spec.config, shape), spec.num_layers).peak

@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache
 
 from so8t.text import Fold
 
@@ -135,8 +136,13 @@ def _is_in_sum(text: str, match: re.Match[str]) -> bool:
 _NUMBER_HINT = re.compile(r"\d\d{3}[ .-]?\d{4}", re.ASCII)  # every number of twelve digits and more has it
 
 
+@lru_cache(1)  # two rules ask about the same text
+def _has_long_number(text: str) -> bool:
+    return bool(_NUMBER_HINT.search(text))
+
+
 def has_payment_card(text: str) -> bool:
-    if not _NUMBER_HINT.search(text):
+    if not _has_long_number(text):
         return False
     for match in _CARD.finditer(text):
         number = re.sub(r"\D", "", match[0])
@@ -168,7 +174,7 @@ _OTHER_NUMBER = re.compile(
 
 
 def has_my_number(text: str) -> bool:
-    if not _NUMBER_HINT.search(text):
+    if not _has_long_number(text):
         return False
     for match in _TWELVE_DIGITS.finditer(text):
         number = re.sub(r"\D", "", match[0])
