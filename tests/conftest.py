@@ -1,4 +1,5 @@
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -43,6 +44,13 @@ def _windows_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         from windows_files import pretend_windows
 
         pretend_windows(monkeypatch)
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """so8t's own log: what another library says depends on the tests that ran before in the same process."""
+    with caplog.filtering(logging.Filter("so8t")):
+        yield caplog
 
 
 # the imports are in the fixtures because they take seconds, which a test of the configuration need not wait for

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,8 +33,9 @@ class OutOfMemory(Exception):
 class MemoryLedger:
     """Tensor bytes between two marks: from the accelerator's allocator at every step, on a CPU counted in a few.
 
-    Counting slows a step down, so a CPU does it in the first two steps, the first two that save logits and the first
-    that evaluates. As a context manager the ledger turns an out-of-memory error into OutOfMemory.
+    Counting slows a step down, so a CPU does it in three: the second step and the second that saves logits, when all that
+    the first one makes is there, and the first that evaluates. As a context manager the ledger turns an out-of-memory
+    error into OutOfMemory.
     """
 
     def __init__(self, plan: Plan, device: torch.device, output_dir: Path, is_main: bool) -> None:
@@ -67,12 +67,13 @@ class MemoryLedger:
     def start(self, model: Model, optimizer: torch.optim.Optimizer, first_step: int, total_steps: int) -> None:
         """Call it before the first step. The optimizer's states are made in that step, or come from a checkpoint."""
         self._model, self._optimizer, self._step = model, optimizer, first_step
-        self._live.hold(all_tensors(held_tensors(model, optimizer.state.values())))
-        eval_steps = self._plan.spec.config.training.eval_steps
-        steps = range(first_step, total_steps + 1)
-        saves = islice((step for step in steps if self._saves_logits(step)), 2)
-        evaluations = islice((step for step in steps if eval_steps and step % eval_steps == 0), 1)
-        self._counted_steps = {first_step, first_step + 1, *saves, *evaluations}
+        self._hold()
+        training = self._plan.spec.config.training
+        save_steps = training.save_logits_steps if training.save_logits else 0
+        steps, saves, evaluations = (
+            _multiples(every, first_step, total_steps) for every in (1, save_steps, training.eval_steps)
+        )
+        self._counted_steps = {*steps[:2][-1:], *saves[:2][-1:], *evaluations[:1]}
         self.mark("load")
         self._count(first_step in self._counted_steps)
 
@@ -165,10 +166,14 @@ class MemoryLedger:
         """Start or stop counting on a CPU; an accelerator's allocator counts by itself."""
         on = on and self._device.type == "cpu"
         if on and not self._is_counting:
+            self._hold()  # what steps that were not counted have left
             self._live.__enter__()  # type: ignore[no-untyped-call]
         if self._is_counting and not on:
             self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._is_counting = on
+
+    def _hold(self) -> None:
+        self._live.hold(all_tensors(held_tensors(self._model, self._optimizer.state.values())))
 
     def _explanation(self, error: BaseException | None) -> str:
         checkpoints = checkpoint_folders(self._output_dir)
@@ -183,6 +188,11 @@ class MemoryLedger:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """CUDA raises an error of its own; the CPU's allocator a RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _multiples(every: int, first: int, last: int) -> range:
+    """Those of the steps from `first` to `last`; none of 0."""
+    return range(first + -first % every, last + 1, every) if every else range(0)
 
 
 def _side_by_side(predicted: Mapping[str, int], measured: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -31,10 +31,6 @@ pytestmark = pytest.mark.disk
 FILE_BYTES = 24 * VOCAB * 4  # of one file of train_losses, in round numbers
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "so8t"]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of a run that saves nothing."""
@@ -69,8 +65,8 @@ def test_full_disk_pauses_saving_and_deletes_no_older_file(
     assert train_losses(saver, before_step=before_step) == undisturbed
     assert saved_steps(small_disk / "logits") == [1, 2, 6, 7, 8]
     assert (saver.counters.saved, saver.counters.failed) == (5, 3)
-    assert len(warnings_of(caplog)) == 1
-    assert "step 3 is not saved (OSError: [Errno 28] No space left on device" in warnings_of(caplog)[0]
+    assert len(caplog.messages) == 1
+    assert "step 3 is not saved (OSError: [Errno 28] No space left on device" in caplog.messages[0]
 
 
 def test_file_size_limit(tmp_path: Path, undisturbed: list[float], caplog: pytest.LogCaptureFixture) -> None:
@@ -88,7 +84,7 @@ def test_file_size_limit(tmp_path: Path, undisturbed: list[float], caplog: pytes
     assert losses == undisturbed
     assert saver.metrics()["logits_failed"] == 8
     assert list((tmp_path / "logits").iterdir()) == []
-    assert len(warnings_of(caplog)) == 1
+    assert len(caplog.messages) == 1
 
 
 @pytest.fixture
@@ -112,8 +108,8 @@ def test_read_only_folder(read_only: Path, undisturbed: list[float], caplog: pyt
     saver = make_saver(read_only)
     assert train_losses(saver) == undisturbed
     assert saver.metrics()["logits_failed"] == 8
-    assert len(warnings_of(caplog)) == 1
-    assert "step 1 is not saved" in warnings_of(caplog)[0]
+    assert len(caplog.messages) == 1
+    assert "step 1 is not saved" in caplog.messages[0]
 
 
 def test_folder_deleted_in_mid_run_comes_back(tmp_path: Path, undisturbed: list[float]) -> None:
@@ -133,8 +129,8 @@ def test_folder_that_is_a_file(tmp_path: Path, undisturbed: list[float], caplog:
     saver = make_saver(tmp_path)
     assert train_losses(saver) == undisturbed
     assert saver.metrics()["logits_failed"] == 8
-    assert len(warnings_of(caplog)) == 1
-    assert "step 1 is not saved" in warnings_of(caplog)[0]
+    assert len(caplog.messages) == 1
+    assert "step 1 is not saved" in caplog.messages[0]
     assert (tmp_path / "logits").read_text(encoding="utf-8") == "mine"
 
 
@@ -165,8 +161,8 @@ def test_slow_disk_drops_files_and_bounds_the_wait(
     assert train_losses(saver, before_step=before_step) == undisturbed
     assert saved_steps(tmp_path / "logits") == [1, 2, 8]  # two buffers took steps 1 and 2
     assert (saver.counters.saved, saver.counters.dropped, saver.counters.failed) == (3, 5, 0)
-    assert len(warnings_of(caplog)) == 1
-    assert "step 3 is dropped" in warnings_of(caplog)[0]
+    assert len(caplog.messages) == 1
+    assert "step 3 is dropped" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("max_wait", [30.0, 1e12])  # the second is more than Python can wait
@@ -229,8 +225,8 @@ def test_fault_in_capture_costs_the_file_only(
     saver = make_saver(tmp_path)
     assert train_losses(saver) == undisturbed
     assert saved_steps(tmp_path / "logits") == [5, 6, 7, 8]
-    assert len(warnings_of(caplog)) == 1
-    assert "CUDA out of memory" in warnings_of(caplog)[0]
+    assert len(caplog.messages) == 1
+    assert "CUDA out of memory" in caplog.messages[0]
 
 
 def test_exception_in_training_leaves_the_files_of_the_steps_before_it(tmp_path: Path) -> None:
@@ -279,5 +275,5 @@ def test_a_file_that_somebody_reads_costs_a_warning_and_goes_with_a_later_rotati
     assert train_losses(saver, before_step=before_step) == request.getfixturevalue("undisturbed")
     assert saved_steps(tmp_path / "logits") == [7, 8]
     assert saver.counters.failed == 0
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (warning,) = caplog.messages
     assert "older files cannot be deleted" in warning

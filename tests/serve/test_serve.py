@@ -114,6 +114,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """All that any library logs at any level, exceptions with their text."""
+    caplog.handler.filters.clear()
     for name in ("", "so8t"):
         caplog.set_level(logging.DEBUG, name)
     return caplog
