@@ -59,11 +59,10 @@ def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
 @pytest.fixture(scope="session", autouse=True)
 def short_searches() -> Iterator[None]:
     """Searches for garbage leave out torch and transformers: half a million objects, a sixth of the tests' time."""
-    gc.freeze()
+    gc.freeze()  # for good: pytest itself searches several times at the end
     gc.enable()
     with patch("gc.freeze"), patch("gc.unfreeze"):
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -96,6 +96,8 @@ def die_in_turn(deaths: Sequence[tuple[int, int]], arguments: Sequence[str]) -> 
 
     The steps of each life are counted from 1.
     """
+    # the agent's may come between the loop, which notes it, and the sentence of the rank that is left
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     rank, step = deaths[life] if life < len(deaths) else (-1, -1)
     is_doomed = rank == int(os.environ["RANK"])

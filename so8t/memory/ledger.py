@@ -33,9 +33,9 @@ class OutOfMemory(Exception):
 class MemoryLedger:
     """Tensor bytes between two marks: from the accelerator's allocator at every step, on a CPU counted in a few.
 
-    Counting slows a step down, so a CPU does it in three: the second step and the second that saves logits, when all that
-    the first one makes is there, and the first that evaluates. As a context manager the ledger turns an out-of-memory
-    error into OutOfMemory.
+    Counting slows a step down, so a CPU does it in three: the second step and the second that saves logits, when all
+    that the first one makes is there, and the first that evaluates. As a context manager the ledger turns an
+    out-of-memory error into OutOfMemory.
     """
 
     def __init__(self, plan: Plan, device: torch.device, output_dir: Path, is_main: bool) -> None:
