@@ -268,11 +268,13 @@ def test_validation_is_the_mean_over_all_tokens_and_logged_when_due(run: Run, tm
 
 
 def test_probe_files_hold_the_fixed_rows_as_the_checkpoint_of_their_step_scores_them(
-    run: Run, base: Path, tmp_path: Path
+    run: Run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy_rows(tmp_path / "probe.jsonl", 20, 23)
     probe = f"training.save_logits_probe={tmp_path / 'probe.jsonl'}"
-    folder = run("run", probe, "training.max_steps=4", "so8t.enabled=false")
+    source = f'data.sources=[{{path="{tmp_path / "probe.jsonl"}"}}]'
+    folder = run("run", probe, source, "training.max_steps=4", "so8t.enabled=false")
+    assert "data: 10 rows, " in capsys.readouterr().out  # the probe is not trained on
     records = [record for record in read_logits(folder / "logits") if record.kind == "probe"]
     assert [record.step for record in records] == [2, 4]
     assert torch.equal(records[0].input_ids, records[1].input_ids)

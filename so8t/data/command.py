@@ -107,7 +107,8 @@ def look(options: argparse.Namespace) -> int:
 
     config, num_rows = load_config(options.config, options.overrides), max(options.rows, 0)
     tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
-    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
+    held_out = config.training.save_logits_probe
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, held_out=held_out)
     stops = stop_token_ids(tokenizer)
     if options.html is not None:
         with atomic_write(options.html) as file:

@@ -92,18 +92,24 @@ def _most_frequent(sentences: Sequence[str]) -> str:
 
 
 def load_dataset(
-    key: str, patterns: Sequence[str], tokenizer: Any, config: DataConfig, folder: Path | None = None
+    key: str,
+    patterns: Sequence[str],
+    tokenizer: Any,
+    config: DataConfig,
+    folder: Path | None = None,
+    held_out: Sequence[str] = (),
 ) -> Dataset:
     """Read the files that `patterns` name; `key` is the config key they came from, for messages.
 
     With a folder the tokens are kept there: the main rank makes them, the others and later runs map them, as long as
     files, tokenizer, template and settings are the same. Without one they are made anew, in memory.
+    held_out: files that are not trained on where data.sources alone names them, as those of data.eval_data are not.
     The tokenizer is left as configure_template makes it, so that it is saved with the template that was used.
     Raises InputError if a file is missing or is no table, no row is left, a row is bad while data.on_bad_row is
     "error", or one breaks a rule while data.policy.mode is "error".
     """
     configure_template(tokenizer, config)
-    files = find_files(key, patterns, config)
+    files = find_files(key, patterns, config, held_out)
     if folder is None:
         writer = Writer(None)
         meta = _build(key, files, tokenizer, ChatTemplate(tokenizer, date.today()), config, writer)

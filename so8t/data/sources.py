@@ -57,11 +57,11 @@ class File:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_files(key: str, patterns: Sequence[str], config: DataConfig) -> list[File]:
+def find_files(key: str, patterns: Sequence[str], config: DataConfig, held_out: Sequence[str] = ()) -> list[File]:
     """The files that `patterns` of the config key `key` name, each with the first of data.sources that names it.
 
-    data.train_data has the files of data.sources besides, but for those of data.eval_data. A file that is named several
-    times is read once, where it is named first.
+    data.train_data has the files of data.sources besides, but for those of data.eval_data and `held_out`. A file that
+    is named several times is read once, where it is named first.
     """
     origins: dict[Path, SourceConfig] = {}
     named = [(name, source) for source in config.sources for name in _expand("data.sources", source.path)]
@@ -69,20 +69,21 @@ def find_files(key: str, patterns: Sequence[str], config: DataConfig) -> list[Fi
         origins.setdefault(Path(name).resolve(), source)
     names = [name for pattern in patterns for name in _expand(key, pattern)]
     if key == "data.train_data":
-        known = {Path(name).resolve() for pattern in config.eval_data for name in _glob(pattern)}
-        names += [name for name, _ in named if Path(name).resolve() not in known]
+        kept = {Path(name).resolve() for pattern in (*config.eval_data, *held_out) for name in _names(pattern)}
+        names += [name for name, _ in named if Path(name).resolve() not in kept]
     once: dict[Path, str] = {}
     for name in names:
         once.setdefault(Path(name).resolve(), name)
     return [File(name, origins.get(path, SourceConfig(path=name))) for path, name in once.items()]
 
 
-def _glob(pattern: str) -> list[str]:
-    return sorted(glob(pattern, recursive=True))  # noqa: PTH207 (pathlib takes no absolute patterns)
+def _names(pattern: str) -> list[str]:
+    """The files of a glob; a pattern that fits none may be the name of a file, as a[1].jsonl."""
+    return sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (pathlib takes no absolute patterns)
 
 
 def _expand(key: str, pattern: str) -> list[str]:
-    names = _glob(pattern) or [pattern]
+    names = _names(pattern)
     for name in names:
         if Path(name).is_dir():
             raise InputError(f"{key}: {name} is a folder; name the files in it, as {name.rstrip('/')}/*.jsonl does")

@@ -303,6 +303,15 @@ def test_reasons_of_skipped_rows_stand_in_the_summary_with_their_numbers(tmp_pat
 # ---- provenance by file
 
 
+def test_sources_that_validation_or_the_probe_names_are_not_trained_on(tmp_path: Path) -> None:
+    for name in ("train", "eval[1]", "probe", "both"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(ROWS[:1]))
+    sources = (SourceConfig(f"{tmp_path}/*.jsonl"),)
+    config = settings_of(sources=sources, eval_data=(f"{tmp_path}/eval[1].jsonl",))
+    found = find_files("data.train_data", [f"{tmp_path}/both.jsonl"], config, [f"{tmp_path}/[pb]*.jsonl"])
+    assert [Path(file.path).name for file in found] == ["both.jsonl", "train.jsonl"]
+
+
 def test_one_table_of_the_config_stands_for_all_rows_of_a_file(tmp_path: Path) -> None:
     rows = [ROWS[0], ROWS[1] | {"source": "press"}, ROWS[2] | {"license": None}]
     (tmp_path / "own.jsonl").write_bytes(lines(rows))
