@@ -28,6 +28,8 @@ _ADVICE = [
     ({"chat"}, 'write the turns of "chat" as "messages"'),
     ({"role", "content"}, 'write the list of messages as "messages" of an object'),
 ]
+# beside one of these, "text" is not what is learned
+_TURNS = {"messages", "conversations", "conversation", "instruction", "prompt", "query"}
 _REJECTED = ("rejected", "rejected_messages", "non_preferred_output")
 _JUDGED = ("label", "kto_tag")
 _UNTRAINABLE = ("images", "image", "videos", "audios", "documents", "functions", "chat_template_kwargs")
@@ -62,9 +64,11 @@ def read_conversation(row: Fields) -> Conversation:
     for name in _UNTRAINABLE:
         if fields.get(name):
             raise BadRow(f'the field "{name}" cannot be trained on; leave it out of the row, or the row')
-    if fields.get("text") and not fields.keys() & {"messages", "conversations", "instruction", "prompt", "query"}:
-        return Conversation([{"role": "assistant", "content": _text(fields, "text")}], [True], is_text=True)
     _check_beside(fields)
+    if fields.get("text") and not fields.keys() & _TURNS:
+        if not _is_blank(fields.get("system")):
+            raise BadRow('the field "system" stands beside "text", which is learned as it stands; write it into "text"')
+        return Conversation([{"role": "assistant", "content": _text(fields, "text")}], [True], is_text=True)
     messages, is_trained = _turns(fields)
     if fields.get("system") is not None and "query" not in fields and not _is_blank(fields["system"]):
         if any(message["role"] == "system" for message in messages):

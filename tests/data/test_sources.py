@@ -211,6 +211,8 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ),
         ({"messages": CHAT, "chosen": CHAT, "rejected": CHAT}, [("user", "a"), ("assistant", "b")]),
         ({"text": "a", "label": 3}, [("assistant", "a")]),
+        ({"text": "a", "system": " "}, [("assistant", "a")]),
+        ({"text": "title", "conversation": CHAT}, [("user", "a"), ("assistant", "b")]),
         ({"instruction": "a", "output": "b", "text": "Below is an instruction"}, [("user", "a"), ("assistant", "b")]),
     ],
 )  # fmt: skip
@@ -241,6 +243,9 @@ def call_of(arguments: Any) -> dict[str, Any]:
         ({"instruction": "a", "chosen": "b", "rejected": "c"}, "a pair of preferences"),
         ({"conversations": CHAT[:1], "chosen": CHAT[1], "rejected": CHAT[1]}, "a pair of preferences"),
         ({"prompt": "a", "completion": "b", "label": False}, 'the field "label" judges the answer'),
+        ({"text": "a", "label": False}, 'the field "label" judges the answer'),
+        ({"text": "a", "rejected": "b"}, "a pair of preferences"),
+        ({"text": "a", "system": "s"}, 'the field "system" stands beside "text"'),
         ({"instruction": "a", "output": "b", "kto_tag": True}, 'the field "kto_tag" judges the answer'),
         (
             {"system_prompt": "s", "instruction": "a", "output": "b"},
