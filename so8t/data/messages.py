@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from so8t.data.sources import BadRow, Fields
+from so8t.data.sources import BadRow, Fields, unpack
 from so8t.text import HALF_CHARACTER
 from so8t.thinking import TAG_NAMES, ThinkingError, parse, render
 
@@ -269,11 +269,11 @@ def _add(message: Message, part: Any) -> None:
 
 def _tool_call(call: Any) -> Fields:
     """As templates take it: {"type": "function", "function": {"name", "arguments": an object}}."""
-    call = _unpack(call)
-    function = _unpack(call.get("function") or call) if isinstance(call, dict) else None
+    call = unpack(call)
+    function = unpack(call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call has no function with a name")
-    arguments = _unpack(function.get("arguments", {}))
+    arguments = unpack(function.get("arguments", {}))
     result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     result |= {} if call.get("id") is None else {"id": call["id"]}
     _check_json(result, "tool_calls")
@@ -291,17 +291,8 @@ def _check_json(value: Any, name: str) -> None:
     _check_characters(text, name)
 
 
-def _unpack(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
 def _tools(tools: Any) -> list[Any] | None:
-    tools = _unpack(tools)
+    tools = unpack(tools)
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

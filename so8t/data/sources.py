@@ -31,7 +31,10 @@ _OTHER_KINDS = {
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_JSON_IN_TEXT = ("messages", "conversations", "conversation", "history", "tools", "prompt", "completion")
+_JSON_IN_TEXT = ("messages", "conversations", "conversation", "history", "prompt", "completion")
+_BOOLEANS = {"true": True, "false": False}
+# fields that a table of texts means as booleans; a "label" of 1 may be a class
+_BOOLEAN_IN_TEXT = {"nsfw": _BOOLEANS | {"1": True, "0": False}, "label": _BOOLEANS, "kto_tag": _BOOLEANS}
 
 
 class BadRow(ValueError):
@@ -198,7 +201,10 @@ def _read_csv(key: str, name: str, file: BinaryIO, delimiter: str) -> Iterator[t
                 if None in row:
                     yield line, BadRow("the line has more fields than the first one, which names them")
                 else:
-                    yield line, _unpack({name: text for name, text in row.items() if text})
+                    fields: Fields = {name: text for name, text in row.items() if text}
+                    for name in _BOOLEAN_IN_TEXT.keys() & fields.keys():
+                        fields[name] = _BOOLEAN_IN_TEXT[name].get(fields[name].strip().lower(), fields[name])
+                    yield line, _unpack(fields)
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise InputError(f"{key}: {name} is not UTF-8 text ({error}); save it as UTF-8") from error
@@ -211,11 +217,18 @@ def _unpack(row: Fields) -> Fields:
     for name in _JSON_IN_TEXT:
         text = row.get(name)
         if isinstance(text, str) and text.startswith("[{"):
-            try:
-                row[name] = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
+            row[name] = unpack(text)
     return row
+
+
+def unpack(value: Any) -> Any:
+    """What a text holds as JSON; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -102,6 +102,28 @@ def test_objects_of_a_parquet_column_have_no_more_keys_than_were_written(tmp_pat
     }
 
 
+def test_booleans_of_a_table_of_texts_are_booleans(tmp_path: Path) -> None:
+    table = "text,nsfw,label\na,False,3\nb,0,1\nc,TRUE,\nd,1,\ne,yes,\nf,,false\ng,, True\n"
+    (tmp_path / "a.csv").write_text(table, "utf-8")
+    dataset = load(tmp_path / "a.csv", on_bad_row="skip")
+    assert texts(dataset) == ["a<|endoftext|>", "b<|endoftext|>"]
+    assert [row["line"] for row in dataset.policy.dropped] == [4, 5, 6]  # marked as nsfw
+    assert [re.sub(r".*csv:", "", bad)[:31] for bad in dataset.bad_rows] == [
+        '7: the field "label" judges the',
+        '8: the field "label" judges the',
+    ]
+
+
+def test_tools_and_messages_of_a_table_of_texts_are_read_from_json(tmp_path: Path) -> None:
+    tools = json.dumps([{"name": "f"}]).replace('"', '""')
+    chat = json.dumps(CHAT).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages,tools\n"{chat}","{tools}"\n', "utf-8")
+    [(_, fields)] = read_file("data.train_data", str(tmp_path / "a.csv"))
+    assert isinstance(fields, dict)
+    conversation = read_conversation(fields)
+    assert (conversation.messages, conversation.tools) == (CHAT, [{"type": "function", "function": {"name": "f"}}])
+
+
 def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
