@@ -71,7 +71,7 @@ class Dataset:
             f"longest row {self.longest}"
             + (f"; of {self.num_conversations} conversations, some with a row for each answer" if split_up else "")
             + (f"; {cut} lost the start of their prompt to max_seq_length" if cut else "")
-            + (f"; {len(repeated)} of trusted sources, {times} times an epoch" if len(repeated) else "")
+            + (f"; {len(repeated)} rows shown {times} times an epoch" if len(repeated) else "")
             + f"; {self.policy.summary()}"
             + (f"; {len(self.long_rows)} too long, the first is {self.long_rows[0]}" if self.long_rows else "")
             + (f"; {len(self.bad_rows)} bad rows skipped: {_most_frequent(self.bad_rows)}" if self.bad_rows else "")
@@ -188,7 +188,7 @@ def _build(
     encoder = Encoder(tokenizer, template, config)
     rows = building.read(key)
     pending: tuple[Any, Pending] | None = None
-    gc.freeze()  # or the collector looks through all of torch again and again, 6 % of the time
+    gc.freeze()  # the garbage collector would otherwise rescan all of torch's objects, 6 % of the time
     with tqdm(
         total=count_lines(files), desc=f"{key}: tokenizing", unit=" lines", leave=False, delay=2, disable=None
     ) as bar:
@@ -223,7 +223,6 @@ class _Building:
         self._writer = writer
         self._config = config
         self._num_samples = 0
-        self._num_rows = 0
         self._num_conversations = 0
         self._dropped: list[tuple[str, str]] = []
         self._bad: list[tuple[int, str]] = []  # sample_id and sentence: batches come back later than other errors
@@ -266,7 +265,6 @@ class _Building:
                 kind.append((row.sample_id, f"{row.place}: {result}"))
                 continue
             self._num_conversations += 1
-            self._num_rows += len(result)
             for tokens in result:
                 self._writer.add_row(tokens, row.sample_id, row.times_an_epoch)
         self._writer.flush()
@@ -290,9 +288,9 @@ class _Building:
 
     def close(self, key: str) -> dict[str, Any]:
         self._writer.flush()
-        report = make_report(self._config.policy, self._num_samples, self._num_rows, self._dropped)
+        report = make_report(self._config.policy, self._num_samples, self._num_conversations, self._dropped)
         bad, long = ([sentence for _, sentence in sorted(kind)] for kind in (self._bad, self._long))
-        if not self._num_rows:
+        if not self._num_conversations:
             names = ", ".join(file.path for file in self._files)
             why = [f"{report.summary()}; {self._first_dropped()}"] if self._dropped else []
             why += [f"{len(bad)} bad rows: {_most_frequent(bad)}"] if bad else []
@@ -320,7 +318,9 @@ def fixed_rows(
     if not patterns:
         return []
     dataset = load_dataset(key, patterns, tokenizer, config, folder)
-    if dataset.policy.dropped:  # policy.json is about the rows of training
-        first = dataset.policy.dropped[0]
-        cli.say(f"{key}: {dataset.policy.summary()}, the first is {first['file']}:{first['line']}")
+    left_out = dataset.left_out()
+    if left_out:  # policy.json and the line "data:" are about the rows of training
+        total = sum(number for _, number, _ in left_out)
+        most = "; ".join(f"{number} x {reason}, the first is {first}" for reason, number, first in left_out[:3])
+        cli.say(f"{key}: {total} rows left out: {most}")
     return dataset.rows
