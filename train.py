@@ -101,8 +101,9 @@ def train(config: Config, process: parallel.Process) -> int:
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model, model_config.vocab_size)
     folder = Path(training.output_dir) / "data"  # of the tokens
+    earlier = checkpoint.resolve().parent.parent / "data" if checkpoint else None  # of the run that this one resumes
     held_out = training.save_logits_probe  # not trained on where data.sources alone names them
-    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder, held_out)
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder, held_out, earlier)
     eval_rows = fixed_rows("data.eval_data", config.data.eval_data, tokenizer, config.data, folder)
     probe_data = training.save_logits_probe if training.save_logits else ()
     probe_rows = fixed_rows("training.save_logits_probe", probe_data, tokenizer, config.data, folder)

@@ -98,12 +98,14 @@ def load_dataset(
     config: DataConfig,
     folder: Path | None = None,
     held_out: Sequence[str] = (),
+    earlier: Path | None = None,
 ) -> Dataset:
     """Read the files that `patterns` name; `key` is the config key they came from, for messages.
 
     With a folder the tokens are kept there: the main rank makes them, the others and later runs map them, as long as
     files, tokenizer, template and settings are the same. Without one they are made anew, in memory.
     held_out: files that are not trained on where data.sources alone names them, as those of data.eval_data are not.
+    earlier: such a folder of the run that this one resumes, whose first day is that of the templates that write a date.
     The tokenizer is left as configure_template makes it, so that it is saved with the template that was used.
     Raises InputError if a file is missing or is no table, no row is left, a row is bad while data.on_bad_row is
     "error", or one breaks a rule while data.policy.mode is "error".
@@ -115,7 +117,7 @@ def load_dataset(
         meta = _build(key, files, tokenizer, ChatTemplate(tokenizer, date.today()), config, writer)
         return _dataset(meta, writer.arrays())
     stored = folder / key.rpartition(".")[2]
-    day = _first_day(folder)
+    day = _first_day(folder, earlier or folder)
     template = ChatTemplate(tokenizer, day)
     if template.added_stop:
         cli.say(
@@ -150,9 +152,10 @@ def load_dataset(
     return _dataset(read_meta(stored), map_arrays(stored))
 
 
-def _first_day(folder: Path) -> date:
+def _first_day(*folders: Path) -> date:
     """The day that templates which write a date are told: that of the run's first start."""
-    days = [day for path in folder.glob(f"*/{META_FILE}") if (day := read_meta(path.parent).get("day"))]
+    files = [path for folder in folders for path in folder.glob(f"*/{META_FILE}")]
+    days = [day for path in files if (day := read_meta(path.parent).get("day"))]
     return date.fromisoformat(min(days, default=date.today().isoformat()))
 
 

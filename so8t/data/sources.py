@@ -98,6 +98,10 @@ def _expand(key: str, pattern: str) -> list[str]:
                     f"--local-dir {name.partition('/')[2]}, and name the files in that folder"
                 )
             raise InputError(f"{key}: there is no file {name}{advice}")
+        try:
+            Path(name).open("rb").close()
+        except OSError as error:
+            raise InputError(f"{key}: {name} cannot be read ({error.strerror or error})") from error
     return names
 
 

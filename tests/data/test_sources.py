@@ -1,5 +1,6 @@
 """Files of every usual kind and form, and what each refused one is told."""
 
+import errno
 import gzip
 import json
 import math
@@ -184,6 +185,19 @@ def test_a_file_that_is_named_several_times_is_read_once(tmp_path: Path) -> None
     patterns = [f"{tmp_path}/{name}" for name in ("b.jsonl", "*[ab].jsonl", "d/../a.jsonl")]
     found = find_files("data.train_data", patterns, settings_of(sources=twice))
     assert [Path(file.path).name for file in found] == ["b.jsonl", "a.jsonl", "c.jsonl"]
+
+
+def test_a_file_that_may_not_be_read_is_refused_by_key_and_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # what chmod says to all but root
+    with pytest.raises(InputError, match=r"^data\.train_data: .*a\.jsonl cannot be read \(Permission denied\)$"):
+        find_files("data.train_data", [str(tmp_path / "a.jsonl")], settings_of())
 
 
 def test_a_folder_and_a_dataset_of_the_hub_are_told_what_to_do(tmp_path: Path) -> None:
