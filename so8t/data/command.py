@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 
 # the section of a piece -> how a terminal shows it; "stop" is the last token of an answer
 _COLOURS = {
-    **{"prompt": "2", "answer": "1;32", "stop": "7;1;31"},
-    **{"task": "1;36", "safety": "1;35", "policy": "1;33", "final": "1;32"},
+    "prompt": "2",
+    "answer": "1;32",
+    "stop": "7;1;31",
+    "task": "1;36",
+    "safety": "1;35",
+    "policy": "1;33",
+    "final": "1;32",
 }
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a row must not steer the terminal
 _STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }

@@ -34,8 +34,15 @@ _REJECTED = ("rejected", "rejected_messages", "non_preferred_output")
 _JUDGED = ("label", "kto_tag")
 _UNTRAINABLE = ("images", "image", "videos", "audios", "documents", "functions", "chat_template_kwargs")
 _SHAREGPT_ROLES = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"},
-    **{"system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant"},
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
 }
 _WEIGHTS = ("weight", "train", "training", "loss_weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
