@@ -111,7 +111,7 @@ def train(config: Config, process: parallel.Process) -> int:
     for key, rows in rows_of.items():
         longest = longest_of(rows)
         check_length(f"{key}: its longest row of {longest} tokens", longest, config.model, model_config)
-    apart = rope_bound(model_config)  # rows of more tokens share no micro-batch with others
+    apart = rope_bound(model_config)  # rows longer than this and rows that are not share no micro-batch
     probe_batches = split(probe_rows, rows_per_batch, apart, one_length=True) if process.is_main or sharded else []
     fingerprint = dataset.fingerprint
     state = load_training_state(checkpoint, fingerprint)

@@ -163,7 +163,10 @@ def _key(files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: 
     """A hash of all that decides what the tokens are."""
     settings = asdict(replace(config, train_data=(), eval_data=(), sources=()))
     parts = [
-        *(str(FORMAT_VERSION), transformers.__version__, tokenizers.__version__, json.dumps(settings, sort_keys=True)),
+        str(FORMAT_VERSION),
+        transformers.__version__,
+        tokenizers.__version__,
+        json.dumps(settings, sort_keys=True),
         *(f"{file.path} {file.digest()} {asdict(file.origin)}" for file in files),
         *template.describe(),
         tokenizer.backend_tokenizer.to_str(),

@@ -242,7 +242,9 @@ def test_a_row_is_used_once_though_each_of_its_answers_has_a_row_of_its_own(tmp_
 
 
 def configured(template: str, arguments: dict[str, Any], **keys: Any) -> Any:
-    return configure_template(make_tokenizer(template), DataConfig(chat_template_kwargs=arguments, **keys))
+    tokenizer = make_tokenizer(template)
+    configure_template(tokenizer, DataConfig(chat_template_kwargs=arguments, **keys))
+    return tokenizer
 
 
 def test_arguments_and_file_are_part_of_the_tokenizer_that_is_saved(tmp_path: Path) -> None:
