@@ -101,7 +101,9 @@ def train(config: Config, process: parallel.Process) -> int:
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model, model_config.vocab_size)
     folder = Path(training.output_dir) / "data"  # of the tokens
-    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder)
+    earlier = checkpoint.resolve().parent.parent / "data" if checkpoint else None  # of the run that this one resumes
+    held_out = training.save_logits_probe  # not trained on where data.sources alone names them
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, folder, held_out, earlier)
     eval_rows = fixed_rows("data.eval_data", config.data.eval_data, tokenizer, config.data, folder)
     probe_data = training.save_logits_probe if training.save_logits else ()
     probe_rows = fixed_rows("training.save_logits_probe", probe_data, tokenizer, config.data, folder)
@@ -109,7 +111,7 @@ def train(config: Config, process: parallel.Process) -> int:
     for key, rows in rows_of.items():
         longest = longest_of(rows)
         check_length(f"{key}: its longest row of {longest} tokens", longest, config.model, model_config)
-    apart = rope_bound(model_config)  # rows of more tokens share no micro-batch with others
+    apart = rope_bound(model_config)  # rows longer than this and rows that are not share no micro-batch
     probe_batches = split(probe_rows, rows_per_batch, apart, one_length=True) if process.is_main or sharded else []
     fingerprint = dataset.fingerprint
     state = load_training_state(checkpoint, fingerprint)

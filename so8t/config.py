@@ -158,7 +158,8 @@ class PolicyConfig:
 class SourceConfig:
     """[[data.sources]]: what holds for every row of some files; what a row says of itself comes first."""
 
-    path: Location  # a file or a glob; trained on though data.train_data does not name it, unless data.eval_data does
+    # a file or a glob; trained on though train_data does not name it, unless eval_data or save_logits_probe does
+    path: Location
     source: str = ""
     license: str = ""
     url: str = ""  # of what comes from the web

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -268,11 +269,13 @@ def test_validation_is_the_mean_over_all_tokens_and_logged_when_due(run: Run, tm
 
 
 def test_probe_files_hold_the_fixed_rows_as_the_checkpoint_of_their_step_scores_them(
-    run: Run, base: Path, tmp_path: Path
+    run: Run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy_rows(tmp_path / "probe.jsonl", 20, 23)
     probe = f"training.save_logits_probe={tmp_path / 'probe.jsonl'}"
-    folder = run("run", probe, "training.max_steps=4", "so8t.enabled=false")
+    source = f'data.sources=[{{path="{tmp_path / "probe.jsonl"}"}}]'
+    folder = run("run", probe, source, "training.max_steps=4", "so8t.enabled=false")
+    assert "data: 10 rows, " in capsys.readouterr().out  # the probe is not trained on
     records = [record for record in read_logits(folder / "logits") if record.kind == "probe"]
     assert [record.step for record in records] == [2, 4]
     assert torch.equal(records[0].input_ids, records[1].input_ids)
@@ -399,6 +402,19 @@ def test_every_kind_of_run_resumes_to_the_bit(run: Run, options: tuple[str, ...]
     resumed = run("resumed", *options, f"training.resume={earlier}")
     assert series(resumed) == series(expected)[2:]
     assert_same_checkpoint(checkpoint_of(resumed), checkpoint_of(expected))
+
+
+def test_run_that_goes_on_elsewhere_on_another_day_writes_the_first_day_into_its_prompts(
+    run: Run, tmp_path: Path
+) -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}" + Path("so8t/demo/chat_template.jinja").read_text("utf-8")
+    (tmp_path / "dated.jinja").write_text(dated, "utf-8")
+    options = (f"data.chat_template={tmp_path / 'dated.jinja'}", "training.max_steps=2", "training.save_steps=1")
+    with patch("so8t.data.dataset.date", wraps=date) as yesterday:
+        yesterday.today.return_value = date(2001, 2, 3)
+        first = run("first", *options)
+    resumed = run("resumed", *options, f"training.resume={first / 'checkpoints' / 'step_000001'}")
+    assert series(resumed) == series(first)[1:]
 
 
 def test_finished_run_has_nothing_left_to_do(four_steps: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,8 +82,8 @@ def _is_beyond(row: Row, apart: int | None) -> bool:
 def split(rows: Sequence[Row], rows_per_batch: int, apart: int | None = None, one_length: bool = False) -> list[Batch]:
     """Rows in their order as batches of `rows_per_batch`, the last one smaller if need be.
 
-    apart: rows of more tokens than this share no batch with others; one_length: pad all batches to the longest of all
-    rows.
+    apart: rows longer than this and rows that are not share no batch; one_length: pad all batches to the longest of
+    all rows.
     """
     sides: dict[bool, list[Row]] = {}
     for row in rows:
@@ -96,7 +96,7 @@ def split(rows: Sequence[Row], rows_per_batch: int, apart: int | None = None, on
 def cut(rows: Sequence[Row], max_tokens: int, packed: bool = False, apart: int | None = None) -> list[Batch]:
     """Rows as batches of at most `max_tokens` with padding, where a longer row stands alone, that cost the least.
 
-    apart: rows of more tokens than this share no batch with others.
+    apart: rows longer than this and rows that are not share no batch.
     A batch costs PASS_TOKENS and its tokens, with padding unless the model takes rows packed. Only neighbours in the
     order of length share one: the best cut of the first n rows is the best one of fewer and a last batch of the rest.
     """
@@ -166,7 +166,7 @@ class TrainingBatches:
     rows_per_micro_batch: int
     micro_batches_per_step: int  # over all ranks
     seed: int
-    apart: int | None = None  # rows of more tokens than this share no micro-batch with others
+    apart: int | None = None  # rows longer than this and rows that are not share no micro-batch
 
     @cached_property
     def _epoch_rows(self) -> Any:

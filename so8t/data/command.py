@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 
 # the section of a piece -> how a terminal shows it; "stop" is the last token of an answer
 _COLOURS = {
-    **{"prompt": "2", "answer": "1;32", "stop": "7;1;31"},
-    **{"task": "1;36", "safety": "1;35", "policy": "1;33", "final": "1;32"},
+    "prompt": "2",
+    "answer": "1;32",
+    "stop": "7;1;31",
+    "task": "1;36",
+    "safety": "1;35",
+    "policy": "1;33",
+    "final": "1;32",
 }
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a row must not steer the terminal
 _STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
@@ -107,7 +112,8 @@ def look(options: argparse.Namespace) -> int:
 
     config, num_rows = load_config(options.config, options.overrides), max(options.rows, 0)
     tokenizer = load_tokenizer(config.model, load_model_config(config.model).vocab_size)
-    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data)
+    held_out = config.training.save_logits_probe
+    dataset = load_dataset("data.train_data", config.data.train_data, tokenizer, config.data, held_out=held_out)
     stops = stop_token_ids(tokenizer)
     if options.html is not None:
         with atomic_write(options.html) as file:

@@ -71,7 +71,7 @@ class Dataset:
             f"longest row {self.longest}"
             + (f"; of {self.num_conversations} conversations, some with a row for each answer" if split_up else "")
             + (f"; {cut} lost the start of their prompt to max_seq_length" if cut else "")
-            + (f"; {len(repeated)} of trusted sources, {times} times an epoch" if len(repeated) else "")
+            + (f"; {len(repeated)} rows shown {times} times an epoch" if len(repeated) else "")
             + f"; {self.policy.summary()}"
             + (f"; {len(self.long_rows)} too long, the first is {self.long_rows[0]}" if self.long_rows else "")
             + (f"; {len(self.bad_rows)} bad rows skipped: {_most_frequent(self.bad_rows)}" if self.bad_rows else "")
@@ -92,24 +92,32 @@ def _most_frequent(sentences: Sequence[str]) -> str:
 
 
 def load_dataset(
-    key: str, patterns: Sequence[str], tokenizer: Any, config: DataConfig, folder: Path | None = None
+    key: str,
+    patterns: Sequence[str],
+    tokenizer: Any,
+    config: DataConfig,
+    folder: Path | None = None,
+    held_out: Sequence[str] = (),
+    earlier: Path | None = None,
 ) -> Dataset:
     """Read the files that `patterns` name; `key` is the config key they came from, for messages.
 
     With a folder the tokens are kept there: the main rank makes them, the others and later runs map them, as long as
     files, tokenizer, template and settings are the same. Without one they are made anew, in memory.
+    held_out: files that are not trained on where data.sources alone names them, as those of data.eval_data are not.
+    earlier: such a folder of the run that this one resumes, whose first day is that of the templates that write a date.
     The tokenizer is left as configure_template makes it, so that it is saved with the template that was used.
     Raises InputError if a file is missing or is no table, no row is left, a row is bad while data.on_bad_row is
     "error", or one breaks a rule while data.policy.mode is "error".
     """
     configure_template(tokenizer, config)
-    files = find_files(key, patterns, config)
+    files = find_files(key, patterns, config, held_out)
     if folder is None:
         writer = Writer(None)
         meta = _build(key, files, tokenizer, ChatTemplate(tokenizer, date.today()), config, writer)
         return _dataset(meta, writer.arrays())
     stored = folder / key.rpartition(".")[2]
-    day = _first_day(folder)
+    day = _first_day(folder, earlier or folder)
     template = ChatTemplate(tokenizer, day)
     if template.added_stop:
         cli.say(
@@ -144,9 +152,10 @@ def load_dataset(
     return _dataset(read_meta(stored), map_arrays(stored))
 
 
-def _first_day(folder: Path) -> date:
+def _first_day(*folders: Path) -> date:
     """The day that templates which write a date are told: that of the run's first start."""
-    days = [day for path in folder.glob(f"*/{META_FILE}") if (day := read_meta(path.parent).get("day"))]
+    files = [path for folder in folders for path in folder.glob(f"*/{META_FILE}")]
+    days = [day for path in files if (day := read_meta(path.parent).get("day"))]
     return date.fromisoformat(min(days, default=date.today().isoformat()))
 
 
@@ -154,7 +163,10 @@ def _key(files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: 
     """A hash of all that decides what the tokens are."""
     settings = asdict(replace(config, train_data=(), eval_data=(), sources=()))
     parts = [
-        *(str(FORMAT_VERSION), transformers.__version__, tokenizers.__version__, json.dumps(settings, sort_keys=True)),
+        str(FORMAT_VERSION),
+        transformers.__version__,
+        tokenizers.__version__,
+        json.dumps(settings, sort_keys=True),
         *(f"{file.path} {file.digest()} {asdict(file.origin)}" for file in files),
         *template.describe(),
         tokenizer.backend_tokenizer.to_str(),
@@ -182,7 +194,7 @@ def _build(
     encoder = Encoder(tokenizer, template, config)
     rows = building.read(key)
     pending: tuple[Any, Pending] | None = None
-    gc.freeze()  # or the collector looks through all of torch again and again, 6 % of the time
+    gc.freeze()  # the garbage collector would otherwise rescan all of torch's objects, 6 % of the time
     with tqdm(
         total=count_lines(files), desc=f"{key}: tokenizing", unit=" lines", leave=False, delay=2, disable=None
     ) as bar:
@@ -217,7 +229,6 @@ class _Building:
         self._writer = writer
         self._config = config
         self._num_samples = 0
-        self._num_rows = 0
         self._num_conversations = 0
         self._dropped: list[tuple[str, str]] = []
         self._bad: list[tuple[int, str]] = []  # sample_id and sentence: batches come back later than other errors
@@ -260,7 +271,6 @@ class _Building:
                 kind.append((row.sample_id, f"{row.place}: {result}"))
                 continue
             self._num_conversations += 1
-            self._num_rows += len(result)
             for tokens in result:
                 self._writer.add_row(tokens, row.sample_id, row.times_an_epoch)
         self._writer.flush()
@@ -284,9 +294,9 @@ class _Building:
 
     def close(self, key: str) -> dict[str, Any]:
         self._writer.flush()
-        report = make_report(self._config.policy, self._num_samples, self._num_rows, self._dropped)
+        report = make_report(self._config.policy, self._num_samples, self._num_conversations, self._dropped)
         bad, long = ([sentence for _, sentence in sorted(kind)] for kind in (self._bad, self._long))
-        if not self._num_rows:
+        if not self._num_conversations:
             names = ", ".join(file.path for file in self._files)
             why = [f"{report.summary()}; {self._first_dropped()}"] if self._dropped else []
             why += [f"{len(bad)} bad rows: {_most_frequent(bad)}"] if bad else []
@@ -314,7 +324,9 @@ def fixed_rows(
     if not patterns:
         return []
     dataset = load_dataset(key, patterns, tokenizer, config, folder)
-    if dataset.policy.dropped:  # policy.json is about the rows of training
-        first = dataset.policy.dropped[0]
-        cli.say(f"{key}: {dataset.policy.summary()}, the first is {first['file']}:{first['line']}")
+    left_out = dataset.left_out()
+    if left_out:  # policy.json and the line "data:" are about the rows of training
+        total = sum(number for _, number, _ in left_out)
+        most = "; ".join(f"{number} x {reason}, the first is {first}" for reason, number, first in left_out[:3])
+        cli.say(f"{key}: {total} rows left out: {most}")
     return dataset.rows

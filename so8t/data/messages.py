@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from so8t.data.sources import BadRow, Fields
+from so8t.data.sources import BadRow, Fields, unpack
 from so8t.text import HALF_CHARACTER
 from so8t.thinking import TAG_NAMES, ThinkingError, parse, render
 
@@ -28,12 +28,21 @@ _ADVICE = [
     ({"chat"}, 'write the turns of "chat" as "messages"'),
     ({"role", "content"}, 'write the list of messages as "messages" of an object'),
 ]
+# beside one of these, "text" is not what is learned
+_TURNS = {"messages", "conversations", "conversation", "instruction", "prompt", "query"}
 _REJECTED = ("rejected", "rejected_messages", "non_preferred_output")
 _JUDGED = ("label", "kto_tag")
 _UNTRAINABLE = ("images", "image", "videos", "audios", "documents", "functions", "chat_template_kwargs")
 _SHAREGPT_ROLES = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"},
-    **{"system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant"},
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
 }
 _WEIGHTS = ("weight", "train", "training", "loss_weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -62,9 +71,11 @@ def read_conversation(row: Fields) -> Conversation:
     for name in _UNTRAINABLE:
         if fields.get(name):
             raise BadRow(f'the field "{name}" cannot be trained on; leave it out of the row, or the row')
-    if fields.get("text") and not fields.keys() & {"messages", "conversations", "instruction", "prompt", "query"}:
-        return Conversation([{"role": "assistant", "content": _text(fields, "text")}], [True], is_text=True)
     _check_beside(fields)
+    if fields.get("text") and not fields.keys() & _TURNS:
+        if not _is_blank(fields.get("system")):
+            raise BadRow('the field "system" stands beside "text", which is learned as it stands; write it into "text"')
+        return Conversation([{"role": "assistant", "content": _text(fields, "text")}], [True], is_text=True)
     messages, is_trained = _turns(fields)
     if fields.get("system") is not None and "query" not in fields and not _is_blank(fields["system"]):
         if any(message["role"] == "system" for message in messages):
@@ -265,11 +276,11 @@ def _add(message: Message, part: Any) -> None:
 
 def _tool_call(call: Any) -> Fields:
     """As templates take it: {"type": "function", "function": {"name", "arguments": an object}}."""
-    call = _unpack(call)
-    function = _unpack(call.get("function") or call) if isinstance(call, dict) else None
+    call = unpack(call)
+    function = unpack(call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call has no function with a name")
-    arguments = _unpack(function.get("arguments", {}))
+    arguments = unpack(function.get("arguments", {}))
     result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     result |= {} if call.get("id") is None else {"id": call["id"]}
     _check_json(result, "tool_calls")
@@ -287,17 +298,8 @@ def _check_json(value: Any, name: str) -> None:
     _check_characters(text, name)
 
 
-def _unpack(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
 def _tools(tools: Any) -> list[Any] | None:
-    tools = _unpack(tools)
+    tools = unpack(tools)
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -31,7 +31,10 @@ _OTHER_KINDS = {
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_JSON_IN_TEXT = ("messages", "conversations", "conversation", "history", "tools", "prompt", "completion")
+_JSON_IN_TEXT = ("messages", "conversations", "conversation", "history", "prompt", "completion")
+_BOOLEANS = {"true": True, "false": False}
+# fields that a table of texts means as booleans; a "label" of 1 may be a class
+_BOOLEAN_IN_TEXT = {"nsfw": _BOOLEANS | {"1": True, "0": False}, "label": _BOOLEANS, "kto_tag": _BOOLEANS}
 
 
 class BadRow(ValueError):
@@ -57,11 +60,11 @@ class File:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_files(key: str, patterns: Sequence[str], config: DataConfig) -> list[File]:
+def find_files(key: str, patterns: Sequence[str], config: DataConfig, held_out: Sequence[str] = ()) -> list[File]:
     """The files that `patterns` of the config key `key` name, each with the first of data.sources that names it.
 
-    data.train_data has the files of data.sources besides, but for those of data.eval_data. A file that is named several
-    times is read once, where it is named first.
+    data.train_data has the files of data.sources besides, but for those of data.eval_data and `held_out`. A file that
+    is named several times is read once, where it is named first.
     """
     origins: dict[Path, SourceConfig] = {}
     named = [(name, source) for source in config.sources for name in _expand("data.sources", source.path)]
@@ -69,20 +72,21 @@ def find_files(key: str, patterns: Sequence[str], config: DataConfig) -> list[Fi
         origins.setdefault(Path(name).resolve(), source)
     names = [name for pattern in patterns for name in _expand(key, pattern)]
     if key == "data.train_data":
-        known = {Path(name).resolve() for pattern in config.eval_data for name in _glob(pattern)}
-        names += [name for name, _ in named if Path(name).resolve() not in known]
+        kept = {Path(name).resolve() for pattern in (*config.eval_data, *held_out) for name in _names(pattern)}
+        names += [name for name, _ in named if Path(name).resolve() not in kept]
     once: dict[Path, str] = {}
     for name in names:
         once.setdefault(Path(name).resolve(), name)
     return [File(name, origins.get(path, SourceConfig(path=name))) for path, name in once.items()]
 
 
-def _glob(pattern: str) -> list[str]:
-    return sorted(glob(pattern, recursive=True))  # noqa: PTH207 (pathlib takes no absolute patterns)
+def _names(pattern: str) -> list[str]:
+    """The files of a glob; a pattern that fits none may be the name of a file, as a[1].jsonl."""
+    return sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (pathlib takes no absolute patterns)
 
 
 def _expand(key: str, pattern: str) -> list[str]:
-    names = _glob(pattern) or [pattern]
+    names = _names(pattern)
     for name in names:
         if Path(name).is_dir():
             raise InputError(f"{key}: {name} is a folder; name the files in it, as {name.rstrip('/')}/*.jsonl does")
@@ -94,6 +98,10 @@ def _expand(key: str, pattern: str) -> list[str]:
                     f"--local-dir {name.partition('/')[2]}, and name the files in that folder"
                 )
             raise InputError(f"{key}: there is no file {name}{advice}")
+        try:
+            Path(name).open("rb").close()
+        except OSError as error:
+            raise InputError(f"{key}: {name} cannot be read ({error.strerror or error})") from error
     return names
 
 
@@ -197,7 +205,10 @@ def _read_csv(key: str, name: str, file: BinaryIO, delimiter: str) -> Iterator[t
                 if None in row:
                     yield line, BadRow("the line has more fields than the first one, which names them")
                 else:
-                    yield line, _unpack({name: text for name, text in row.items() if text})
+                    fields: Fields = {name: text for name, text in row.items() if text}
+                    for name in _BOOLEAN_IN_TEXT.keys() & fields.keys():
+                        fields[name] = _BOOLEAN_IN_TEXT[name].get(fields[name].strip().lower(), fields[name])
+                    yield line, _unpack(fields)
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise InputError(f"{key}: {name} is not UTF-8 text ({error}); save it as UTF-8") from error
@@ -210,11 +221,18 @@ def _unpack(row: Fields) -> Fields:
     for name in _JSON_IN_TEXT:
         text = row.get(name)
         if isinstance(text, str) and text.startswith("[{"):
-            try:
-                row[name] = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
+            row[name] = unpack(text)
     return row
+
+
+def unpack(value: Any) -> Any:
+    """What a text holds as JSON; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -18,9 +18,17 @@ from so8t.data.tokens import PROMPT, Tokens
 META_FILE = "rows.json"
 PER_TOKEN = ("input_ids", "sections")
 TYPES: dict[str, Any] = {
-    **{"input_ids": np.int32, "sections": np.uint8},  # of every token
-    **{"offsets": np.int64, "sample_ids": np.int64, "times_an_epoch": np.int32, "was_cut": np.bool_},  # of every row
-    **{"files": np.int32, "lines": np.int64},  # of every row of the files, unusable ones included
+    # of every token
+    "input_ids": np.int32,
+    "sections": np.uint8,
+    # of every row
+    "offsets": np.int64,
+    "sample_ids": np.int64,
+    "times_an_epoch": np.int32,
+    "was_cut": np.bool_,
+    # of every row of the files, unusable ones included
+    "files": np.int32,
+    "lines": np.int64,
 }
 
 

@@ -97,7 +97,7 @@ class _Shape:
         return Text(text + self.pieces[-1], tuple(answers))
 
 
-def configure_template(tokenizer: Any, config: DataConfig) -> Any:
+def configure_template(tokenizer: Any, config: DataConfig) -> None:
     """Put data.chat_template and data.chat_template_kwargs into the tokenizer, which is saved with them.
 
     So training, serving and the exported folder render alike. The arguments become defaults, which a caller of
@@ -122,7 +122,6 @@ def configure_template(tokenizer: Any, config: DataConfig) -> Any:
         tokenizer.chat_template = {name: _prefixed(defaults, template) for name, template in templates.items()}
     else:
         tokenizer.chat_template = _prefixed(defaults, templates)
-    return tokenizer
 
 
 def _prefixed(defaults: str, template: str) -> str:

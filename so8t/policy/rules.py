@@ -118,7 +118,7 @@ class PolicyReport:
 
     mode: str
     rows_read: int  # bad rows included
-    rows_used: int
+    rows_used: int  # of those read, however many rows of tokens they become
     counts: dict[str, int]  # rows dropped by each rule; a rule that is off is not in it
     dropped: list[dict[str, str | int]]  # {"file", "line", "rule"}: the first rule that the row breaks
 

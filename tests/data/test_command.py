@@ -50,6 +50,17 @@ def test_the_page_holds_the_same_and_escapes_it(rows: Path, tmp_path: Path) -> N
     assert "<td>1<td>data.policy.email" in text
 
 
+def test_rows_of_the_probe_are_not_shown_because_they_are_not_trained_on(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "probe.jsonl").write_text(ROW, "utf-8")
+    source = f'data.sources=[{{path="{tmp_path / "probe.jsonl"}"}}]'
+    arguments = ["config.toml", DATA.format(rows), "data.on_bad_row=skip", source]
+    for probe, shown in ([], 2), ([f"training.save_logits_probe={tmp_path / 'probe.jsonl'}"], 1):
+        assert main(arguments + probe) == 0
+        assert f"\n{shown} rows, " in capsys.readouterr().out
+
+
 def test_what_cannot_be_meant_is_one_sentence_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config.toml", DATA.format("none.jsonl")]) == 2
     assert capsys.readouterr().err == "so8t.data: data.train_data: there is no file none.jsonl\n"

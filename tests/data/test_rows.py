@@ -573,13 +573,24 @@ def test_where_the_policy_leaves_no_row_the_error_says_what_rows_lack(tmp_path: 
         load(name, policy=PolicyConfig())
 
 
-def test_fixed_batches_say_what_the_policy_left_out_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fixed_batches_say_what_was_left_out_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = write(tmp_path / "rows.jsonl", FILE_OF_FOUR)
     rows = fixed_rows("data.eval_data", [name], TOKENIZER, settings_of(policy=PolicyConfig()))
     assert [row.sample_id for row in rows] == [0, 3]
-    expected = f"data.eval_data: data.policy left out 2 rows (provenance 1, email 1), the first is {name}:2"
+    expected = (
+        f"data.eval_data: 2 rows left out: 1 x data.policy.email, the first is {name}:2; "
+        f"1 x data.policy.provenance, the first is {name}:3"
+    )
     assert " ".join(capsys.readouterr().out.split()) == expected
     assert len(fixed_rows("data.eval_data", [name], TOKENIZER, settings_of())) == 3
+    capsys.readouterr()
+    name = write(tmp_path / "odd.jsonl", [PLAIN, b'"a"', b'"b"', PLAIN | {"output": "word " * 99}])
+    few = settings_of(on_bad_row="skip", on_long_row="skip", max_seq_length=90)
+    assert len(fixed_rows("training.save_logits_probe", [name], TOKENIZER, few)) == 1
+    assert " ".join(capsys.readouterr().out.split()) == (
+        f"training.save_logits_probe: 3 rows left out: 2 x not a JSON object, the first is {name}:2; "
+        f"1 x the row has N tokens, data.max_seq_length is N, the first is {name}:4"
+    )
 
 
 def test_rows_of_a_trusted_source_are_shown_more_often_in_training_only(tmp_path: Path) -> None:
@@ -587,7 +598,7 @@ def test_rows_of_a_trusted_source_are_shown_more_often_in_training_only(tmp_path
     trusting = PolicyConfig(trusted_sources=("press", "unseen"), trusted_weight=3)
     dataset = load(name, policy=trusting)
     assert [row.times_an_epoch for row in dataset.rows] == [1, 3]
-    assert "; 1 of trusted sources, 3 times an epoch; " in dataset.summary()
+    assert "; 1 rows shown 3 times an epoch; " in dataset.summary()
     data = TrainingBatches(dataset.rows, 1, 2, seed=1)
     assert data.steps_per_epoch == 2
     assert sorted(ids_of([*data.micro_batches(1), *data.micro_batches(2)])) == [0, 3, 3, 3]

@@ -1,5 +1,6 @@
 """Files of every usual kind and form, and what each refused one is told."""
 
+import errno
 import gzip
 import json
 import math
@@ -102,6 +103,28 @@ def test_objects_of_a_parquet_column_have_no_more_keys_than_were_written(tmp_pat
     }
 
 
+def test_booleans_of_a_table_of_texts_are_booleans(tmp_path: Path) -> None:
+    table = "text,nsfw,label\na,False,3\nb,0,1\nc,TRUE,\nd,1,\ne,yes,\nf,,false\ng,, True\n"
+    (tmp_path / "a.csv").write_text(table, "utf-8")
+    dataset = load(tmp_path / "a.csv", on_bad_row="skip")
+    assert texts(dataset) == ["a<|endoftext|>", "b<|endoftext|>"]
+    assert [row["line"] for row in dataset.policy.dropped] == [4, 5, 6]  # marked as nsfw
+    assert [re.sub(r".*csv:", "", bad)[:31] for bad in dataset.bad_rows] == [
+        '7: the field "label" judges the',
+        '8: the field "label" judges the',
+    ]
+
+
+def test_tools_and_messages_of_a_table_of_texts_are_read_from_json(tmp_path: Path) -> None:
+    tools = json.dumps([{"name": "f"}]).replace('"', '""')
+    chat = json.dumps(CHAT).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages,tools\n"{chat}","{tools}"\n', "utf-8")
+    [(_, fields)] = read_file("data.train_data", str(tmp_path / "a.csv"))
+    assert isinstance(fields, dict)
+    conversation = read_conversation(fields)
+    assert (conversation.messages, conversation.tools) == (CHAT, [{"type": "function", "function": {"name": "f"}}])
+
+
 def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
@@ -164,6 +187,19 @@ def test_a_file_that_is_named_several_times_is_read_once(tmp_path: Path) -> None
     assert [Path(file.path).name for file in found] == ["b.jsonl", "a.jsonl", "c.jsonl"]
 
 
+def test_a_file_that_may_not_be_read_is_refused_by_key_and_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # what chmod says to all but root
+    with pytest.raises(InputError, match=r"^data\.train_data: .*a\.jsonl cannot be read \(Permission denied\)$"):
+        find_files("data.train_data", [str(tmp_path / "a.jsonl")], settings_of())
+
+
 def test_a_folder_and_a_dataset_of_the_hub_are_told_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is a folder; name the files in it, as .*\*\.jsonl does$"):
         load(tmp_path)
@@ -211,6 +247,8 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ),
         ({"messages": CHAT, "chosen": CHAT, "rejected": CHAT}, [("user", "a"), ("assistant", "b")]),
         ({"text": "a", "label": 3}, [("assistant", "a")]),
+        ({"text": "a", "system": " "}, [("assistant", "a")]),
+        ({"text": "title", "conversation": CHAT}, [("user", "a"), ("assistant", "b")]),
         ({"instruction": "a", "output": "b", "text": "Below is an instruction"}, [("user", "a"), ("assistant", "b")]),
     ],
 )  # fmt: skip
@@ -241,6 +279,9 @@ def call_of(arguments: Any) -> dict[str, Any]:
         ({"instruction": "a", "chosen": "b", "rejected": "c"}, "a pair of preferences"),
         ({"conversations": CHAT[:1], "chosen": CHAT[1], "rejected": CHAT[1]}, "a pair of preferences"),
         ({"prompt": "a", "completion": "b", "label": False}, 'the field "label" judges the answer'),
+        ({"text": "a", "label": False}, 'the field "label" judges the answer'),
+        ({"text": "a", "rejected": "b"}, "a pair of preferences"),
+        ({"text": "a", "system": "s"}, 'the field "system" stands beside "text"'),
         ({"instruction": "a", "output": "b", "kto_tag": True}, 'the field "kto_tag" judges the answer'),
         (
             {"system_prompt": "s", "instruction": "a", "output": "b"},
@@ -301,6 +342,15 @@ def test_reasons_of_skipped_rows_stand_in_the_summary_with_their_numbers(tmp_pat
 
 
 # ---- provenance by file
+
+
+def test_sources_that_validation_or_the_probe_names_are_not_trained_on(tmp_path: Path) -> None:
+    for name in ("train", "eval[1]", "probe", "both"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(ROWS[:1]))
+    sources = (SourceConfig(f"{tmp_path}/*.jsonl"),)
+    config = settings_of(sources=sources, eval_data=(f"{tmp_path}/eval[1].jsonl",))
+    found = find_files("data.train_data", [f"{tmp_path}/both.jsonl"], config, [f"{tmp_path}/[pb]*.jsonl"])
+    assert [Path(file.path).name for file in found] == ["both.jsonl", "train.jsonl"]
 
 
 def test_one_table_of_the_config_stands_for_all_rows_of_a_file(tmp_path: Path) -> None:

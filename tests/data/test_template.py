@@ -1,6 +1,7 @@
 """Every kind of chat template: what is learned, behind which tokens, and where it stops; or a refusal by name."""
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import DEMO, settings_of, tokens_of
+from data_cases import DEMO, load, settings_of, tokens_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, pre_tokenizers
@@ -230,11 +231,20 @@ def test_a_long_chat_costs_renderings_in_proportion_to_its_turns(monkeypatch: py
     assert messages[400] < 3 * messages[200] < 9 * messages[100]
 
 
+def test_a_row_is_used_once_though_each_of_its_answers_has_a_row_of_its_own(tmp_path: Path) -> None:
+    row = dialogue("a", "b", "c", "d", "e", "f")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    dataset = load(tmp_path / "rows.jsonl", tokenizer=make_tokenizer(THINKING))
+    assert (len(dataset.rows), dataset.policy.rows_read, dataset.policy.rows_used) == (3, 1, 1)
+
+
 # ---- template settings
 
 
 def configured(template: str, arguments: dict[str, Any], **keys: Any) -> Any:
-    return configure_template(make_tokenizer(template), DataConfig(chat_template_kwargs=arguments, **keys))
+    tokenizer = make_tokenizer(template)
+    configure_template(tokenizer, DataConfig(chat_template_kwargs=arguments, **keys))
+    return tokenizer
 
 
 def test_arguments_and_file_are_part_of_the_tokenizer_that_is_saved(tmp_path: Path) -> None:
