@@ -27,7 +27,7 @@ from so8t.data.tokens import Encoder, Pending, Tokens, TooLong
 from so8t.files import atomic_folder
 from so8t.policy import RULES, PolicyReport, broken_rule, make_report
 
-FORMAT_VERSION = 2  # of the stored arrays and of how rows become tokens
+FORMAT_VERSION = 3  # of the stored arrays and of how rows become tokens
 CHUNK_ROWS = 1000  # read, rendered and tokenized together
 
 
