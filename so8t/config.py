@@ -6,6 +6,7 @@ The loader reads type, choices (`Literal`) and limits (`Limit`) from a field's a
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -55,11 +56,11 @@ class Limit:
 
 
 def _names_folder(name: str) -> bool:
-    return 0 < len(name) <= 255 and not TAKEN.fullmatch(name)
+    return _fits_a_path(name) and not TAKEN.fullmatch(name)
 
 
 def _fits_a_path(name: str) -> bool:
-    return 0 < len(name) <= 4000 and all(len(part) <= 255 for part in Path(name).parts)
+    return 0 < len(os.fsencode(name)) <= 4000 and all(len(os.fsencode(part)) <= 255 for part in Path(name).parts)
 
 
 def _from(low: int, high: float, written: str) -> Limit:
@@ -75,7 +76,7 @@ Ratio = Annotated[float, Limit("from 0 to 1", lambda number: 0 <= number <= 1)]
 Dropout = Annotated[float, Limit("from 0 to less than 1", lambda number: 0 <= number < 1)]
 Length = Annotated[int, _from(2, 2**31 - 1, "2**31 - 1")]
 Name = Annotated[str, Limit("that is not empty", bool)]
-Location = Annotated[str, Limit("that is not empty, up to 255 characters a name and 4000 in all", _fits_a_path)]
+Location = Annotated[str, Limit("that is not empty, up to 255 bytes a name and 4000 in all", _fits_a_path)]
 Folder = Annotated[
     str,
     Limit(

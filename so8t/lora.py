@@ -3,10 +3,11 @@
 Imported only where qlora.enabled is true, because peft takes seconds to come in.
 """
 
+import warnings
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,9 +24,14 @@ def add_adapters(model: PreTrainedModel, config: QloraConfig, name: str) -> Peft
 
 def load_adapters(model: PreTrainedModel, checkpoint: Path) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
-    except (OSError, ValueError, SafetensorError) as error:  # peft takes a folder without an adapter for a hub id
-        raise InputError(f"{checkpoint}: its adapter_model.safetensors cannot be read ({error})") from error
+        with warnings.catch_warnings():  # peft would go on with new weights in their place
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of peft, which damaged files lead anywhere
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(f"{checkpoint}: its adapter cannot be read ({reason})") from error
 
 
 def _lora_config(model: PreTrainedModel, qlora: QloraConfig) -> LoraConfig:

@@ -1,5 +1,6 @@
 """What model.base_model holds beside its weights: the configuration and the tokenizer."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from so8t.config import InputError, ModelConfig
+
+log = logging.getLogger("so8t")
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -42,13 +45,16 @@ def positions_of(model_config: Any) -> int | None:
 
 
 def check_length(what: str, tokens: int, config: ModelConfig, model_config: Any) -> None:
-    """Raise InputError if `what` is more than the model has positions for: a table of them ends there."""
+    """Raise InputError if `what` is more than a table of positions holds; warn where the model computes any position."""
     positions = positions_of(model_config)
-    if positions is not None and tokens > positions:
-        raise InputError(
-            f"{what} is more than the {positions} positions of {config.base_model}; write data.max_seq_length = "
-            f"{positions} or less"
-        )
+    if positions is None or tokens <= positions:
+        return
+    rope = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
+    found = f"{what} is more than the {positions} positions of {config.base_model}"
+    if rope and rope.get("rope_type") != "dynamic":  # which would turn all rows of a micro-batch by its longest
+        log.warning(f"{found}; unless its rope_parameters stretch them, it was not trained on such rows")
+    else:
+        raise InputError(f"{found}; write data.max_seq_length = {positions} or less")
 
 
 def rope_bound(model_config: Any) -> int | None:

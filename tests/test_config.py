@@ -130,7 +130,7 @@ def test_a_whole_number_is_fine_where_a_float_is_asked_for(load: Load) -> None:
         (
             "training.output_dir",
             "3",
-            "text in quotes that is not empty, up to 255 characters a name and 4000 in all, not 3",
+            "text in quotes that is not empty, up to 255 bytes a name and 4000 in all, not 3",
         ),
         ("training.output_dir", "1979-05-27", "not 1979-05-27"),
         ("so8t.layer_indices", "[4, true]", "(each item a whole number from 0 to 2**31 - 1), not [4, true]"),
@@ -196,8 +196,9 @@ OUT_OF_RANGE: dict[tuple[str, str], str] = {
     (f"{{a = [{hex(10**5000)}]}}", "a table of names (letters"): "data.chat_template_kwargs",
     (
         f'"{"x" * 256}"',
-        "up to 255 characters a name",
+        "up to 255 bytes a name",
     ): "model.base_model data.train_data data.eval_data training.output_dir training.resume training.save_logits_probe",
+    (f'"{"日" * 86}"', "up to 255 bytes a name"): "model.base_model data.train_data training.output_dir training.resume",
     (f'"{"x/" * 2001}"', "4000 in all"): "data.train_data training.output_dir",
     **{
         (f'"{folder}"', 'one folder in training.output_dir, as "logits" does'): "training.save_logits_dir"

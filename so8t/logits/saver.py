@@ -36,6 +36,7 @@ class LogitsSaver:
         A micro-batch longer than planned makes its buffer grow; a probe must keep within its number of tokens.
         """
         self.enabled = plan.training.save_logits and rank < plan.ranks
+        self._rank = rank
         self.counters = SaverCounters()
         self.plan = plan
         self._folder = LogitsFolder(output_dir / plan.training.save_logits_dir, plan.training, rank, plan.ranks)
@@ -65,8 +66,9 @@ class LogitsSaver:
         """A tap whether or not the step is due; None if the micro-batch has no rows.
 
         A second batch in a step replaces the first; the batches of a "probe", all padded to one length, are stacked.
+        The probe, which all ranks score where they share a base, is saved by the first.
         """
-        if not self.enabled or batch.is_idle or (kind == "probe" and self._lost_probe == step):
+        if not self.enabled or batch.is_idle or (kind == "probe" and (self._rank > 0 or self._lost_probe == step)):
             return None
         return LogitsTap(self, kind, step, epoch, batch)
 

@@ -48,7 +48,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = _result_by_shape(func, args) if self._fake else None
         if result is None:
             result = func(*args, **(kwargs or {}))
-        self.hold(tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
+        results = (tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
+        # a storage that cannot be resized is not torch's own: a mapped file, or a part of a buffer
+        self.hold(tensor for tensor in results if tensor.untyped_storage().resizable())
         return result
 
     def phase(self) -> Phase:
@@ -57,8 +59,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Phase(self.now, peak)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        # storages that cannot be resized are not torch's: mapped files, or parts of a buffer that is counted as a whole
-        if storage._cdata in self._seen or not storage.resizable():
+        if storage._cdata in self._seen:
             return
         size = -(-storage.nbytes() // self._block_bytes) * self._block_bytes
         self._seen.add(storage._cdata)

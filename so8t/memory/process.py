@@ -40,7 +40,8 @@ else:
         """The most bytes of RAM that this process has held so far."""
         if sys.platform == "linux":
             # what getrusage says begins with the peak of a parent that starts this process by vfork, as Python does
-            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            # and the process's name, of 15 bytes, may end with half a character
+            for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

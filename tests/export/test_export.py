@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from model_cases import SIZES, load_plain, logits_of, make_batch, randomize_lora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
@@ -302,6 +302,21 @@ def test_a_folder_without_checkpoints_is_bad_input(tmp_path: Path, capsys: pytes
     assert error.startswith(f"so8t.export: {tmp_path} holds no checkpoint of so8t; give a run's training.output_dir")
 
 
+def test_a_checkpoint_whose_adapter_lacks_weights_or_says_nothing_of_itself_is_bad_input(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run()
+    adapter = newest_checkpoint(run) / "adapter_model.safetensors"
+    weights = load_file(adapter)
+    weights.pop(next(iter(weights)))
+    save_file(weights, adapter, metadata={"format": "pt"})
+    assert main([str(run), str(tmp_path / "out")]) == 2
+    assert "its adapter cannot be read (UserWarning: Found missing adapter keys" in complaint(capsys)
+    (adapter.parent / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert main([str(run), str(tmp_path / "out")]) == 2
+    assert "its adapter cannot be read (KeyError: 'peft_type')" in complaint(capsys)
+
+
 @pytest.mark.parametrize("contents", [None, b"torn"])
 def test_a_checkpoint_without_its_adapter_is_bad_input(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: bytes | None
@@ -312,9 +327,7 @@ def test_a_checkpoint_without_its_adapter_is_bad_input(
     if contents:
         adapter.write_bytes(contents)
     assert main([str(run), str(tmp_path / "out")]) == 2
-    assert complaint(capsys).startswith(
-        f"so8t.export: {adapter.parent}: its adapter_model.safetensors cannot be read ("
-    )
+    assert complaint(capsys).startswith(f"so8t.export: {adapter.parent}: its adapter cannot be read (")
     assert "out" not in names(tmp_path)
 
 

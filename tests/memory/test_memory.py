@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from memory_cases import step_spec, take_step
 from model_cases import CPU, PHI3_LINEAR
 from torch.backends import mkldnn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, Phi3Config
 
 import train
 from so8t import driver
-from so8t.config import Config, InputError, load_config
+from so8t.config import Config, InputError, ModelConfig, load_config
 from so8t.data import Batch, Row, collate
 from so8t.logits import LogitsSaver, plan_logits
 from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, plan_memory
@@ -30,6 +31,7 @@ from so8t.memory.trace import held_bytes
 from so8t.model import causal_lm, load_model
 from so8t.optim import make_amp, make_optimizer
 from so8t.packing import pack_rows
+from so8t.pretrained import check_length
 from so8t.text import COLUMNS, GIB
 
 LAYERS = 2
@@ -205,6 +207,14 @@ def test_plan_of_the_users_own_job_fits_a_12_gib_card_and_counts_its_parameters(
     found.check()
 
 
+def test_weights_that_are_mapped_from_a_file_are_counted_when_they_are_held() -> None:
+    live, weight = LiveBytes(), torch.frombuffer(bytearray(400), dtype=torch.float32)
+    live.hold([weight])
+    with live:
+        weight.view(10, 10)
+    assert live.now == weight.nbytes
+
+
 def test_a_part_of_a_buffer_is_not_counted_beside_it() -> None:
     with LiveBytes() as live:
         buffer = torch.empty(1000, dtype=torch.uint8)
@@ -311,10 +321,24 @@ def test_what_is_no_memory_of_a_gpu_is_refused(capsys: pytest.CaptureFixture[str
     assert "--gpu-memory-gib: " in capsys.readouterr().err
 
 
-def test_a_row_beyond_the_models_positions_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config.toml", "data.max_seq_length=100000000"]) == 2
-    sentence = "is more than the 1024 positions of so8t/demo; write data.max_seq_length = 1024 or less"
+def test_a_row_beyond_the_models_positions_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GPT2Config(n_positions=64).save_pretrained(tmp_path)
+    assert main(["config.toml", f"model.base_model={tmp_path}", "data.max_seq_length=100000000"]) == 2
+    sentence = f"is more than the 64 positions of {tmp_path}; write data.max_seq_length = 64 or less"
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rope", "is_refused"), [("default", False), ("yarn", False), ("dynamic", True)])
+def test_a_model_that_computes_any_position_may_train_on_longer_rows_and_the_run_says_so(
+    caplog: pytest.LogCaptureFixture, rope: str, is_refused: bool
+) -> None:
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    model_config = LlamaConfig(max_position_embeddings=64, rope_parameters=parameters)
+    with pytest.raises(InputError, match="write data.max_seq_length = 64") if is_refused else nullcontext():
+        check_length("a row of 65 tokens", 65, ModelConfig("a/model"), model_config)
+    assert is_refused or "a row of 65 tokens is more than the 64 positions of a/model; unless its rope" in caplog.text
 
 
 def test_what_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
