@@ -45,7 +45,7 @@ def positions_of(model_config: Any) -> int | None:
 
 
 def check_length(what: str, tokens: int, config: ModelConfig, model_config: Any) -> None:
-    """Raise InputError if `what` is more than a table of positions holds; warn where the model computes any position."""
+    """Raise InputError if `what` is more than a table of positions holds; warn if the model computes any position."""
     positions = positions_of(model_config)
     if positions is None or tokens <= positions:
         return

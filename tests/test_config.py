@@ -198,7 +198,7 @@ OUT_OF_RANGE: dict[tuple[str, str], str] = {
         f'"{"x" * 256}"',
         "up to 255 bytes a name",
     ): "model.base_model data.train_data data.eval_data training.output_dir training.resume training.save_logits_probe",
-    (f'"{"日" * 86}"', "up to 255 bytes a name"): "model.base_model data.train_data training.output_dir training.resume",
+    (f'"{"日" * 86}"', "up to 255 bytes a name"): "model.base_model data.train_data training.output_dir",
     (f'"{"x/" * 2001}"', "4000 in all"): "data.train_data training.output_dir",
     **{
         (f'"{folder}"', 'one folder in training.output_dir, as "logits" does'): "training.save_logits_dir"

@@ -336,7 +336,7 @@ def test_a_model_that_computes_any_position_may_train_on_longer_rows_and_the_run
 ) -> None:
     parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     model_config = LlamaConfig(max_position_embeddings=64, rope_parameters=parameters)
-    with pytest.raises(InputError, match="write data.max_seq_length = 64") if is_refused else nullcontext():
+    with pytest.raises(InputError, match=r"write data\.max_seq_length = 64") if is_refused else nullcontext():
         check_length("a row of 65 tokens", 65, ModelConfig("a/model"), model_config)
     assert is_refused or "a row of 65 tokens is more than the 64 positions of a/model; unless its rope" in caplog.text
 
