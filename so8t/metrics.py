@@ -89,7 +89,10 @@ class Metrics:
     def summary(self) -> str:
         """The run's closing line."""
         if not self._first:
-            return f"{self._path.parent}: nothing was left to train"
+            return (
+                f"{self._path.parent}: all {self._total_steps} steps were done before, so nothing was trained; write "
+                "another training.output_dir to begin anew"
+            )
         first, last = self._first, self._last
         return (
             f"loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}, "

@@ -81,6 +81,11 @@ def all_max(number: int) -> int:
     return int(largest)
 
 
+def all_min(number: int | None) -> int | None:
+    """The smallest `number` of all ranks; None if they have none."""
+    return None if number is None else -all_max(-number)
+
+
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Add up every gradient over all ranks, all of them in one sum, in float32.
 

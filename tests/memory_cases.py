@@ -24,7 +24,8 @@ def step_spec(config: Config, micro_batch: BatchShape, device_type: str = "cpu",
     """What train.py plans with, for the model of this config or for `model_config`."""
     model_config = model_config or load_model_config(config.model)
     rows = micro_batch.rows * config.training.gradient_accumulation_steps
-    return StepSpec(config, model_config, device_type, train.forward, micro_batch, rows)
+    evaluated = micro_batch if config.data.eval_data else None
+    return StepSpec(config, model_config, device_type, train.forward, micro_batch, rows, evaluated=evaluated)
 
 
 @contextmanager

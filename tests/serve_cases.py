@@ -39,7 +39,7 @@ class Stub:
             while what == "forever" and not question.gone.is_set() or what == "hold" and not file.exists():
                 time.sleep(0.005)
             text = {{"cut": sys.argv[2][:60], "unfit": "no tags</final>"}}.get(what, sys.argv[2])
-            written([Written(row, text, 40)])
+            written([Written(row, text, 40, text.endswith("</final>"))])
 
 sys.modules["so8t.serve.generate"] = types.SimpleNamespace(load_generator=lambda path: Stub())
 sys.exit(command.main(["stub", "--port", "0", "--audit", sys.argv[1], *sys.argv[3:]]))

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from memory_cases import step_spec
-from model_cases import HIDDEN, NO_AUTOCAST, load, make_batch
+from model_cases import HIDDEN, NO_AUTOCAST, load, make_batch, make_rows
 from run_cases import copy_rows, run_processes
 
 import train
 from so8t.config import Config, load_config
+from so8t.data import Batch, collate
+from so8t.logits import read_logits
 from so8t.memory import BatchShape
 from so8t.memory.step import SAVING
 from so8t.memory.trace import trace_step
@@ -76,6 +78,20 @@ def test_another_loss_term_is_in_the_loss_and_in_what_is_logged(
     assert shares[1] > shares[0]
 
 
+def test_another_loss_term_does_not_depend_on_padding_or_on_how_a_step_is_cut(
+    changed: types.ModuleType, base_models: dict[str, Path]
+) -> None:
+    model, rows = load(base_models["phi3"]).eval(), make_rows((12, 5), (7, 4))
+    together = collate(rows)
+
+    def term(batch: Batch) -> float:
+        arguments = model, batch, NO_AUTOCAST, together.num_targets, 10, 0.0, 0.0, None
+        more, plain = (float(module.forward(*arguments)[1][0]) for module in (changed, train))
+        return more - plain
+
+    assert term(together) == pytest.approx(sum(term(collate([row])) for row in rows), rel=0.01)
+
+
 def train_in(clone: Path, arguments: list[str]) -> None:
     """For a process of its own: the job of a copy of the repository. torch, which takes seconds, may stay imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("so8t", "train")]:
@@ -115,10 +131,13 @@ def test_the_three_changes_train_together_in_a_copy_of_the_repository(tmp_path: 
     (clone / "hidden_tap.py").write_text(snippet("another tensor to save"), encoding="utf-8")
     copy_rows(clone / "rows.jsonl", 0, 2)
     options = [f"model.base_model={base.as_posix()}", "data.train_data=rows.jsonl", "training.output_dir=run"]
-    options += ["training.max_steps=2", "training.per_device_train_batch_size=1", "training.save_logits=false"]
+    options += ["training.max_steps=2", "training.per_device_train_batch_size=1", "training.save_logits_steps=2"]
     options += ["training.optim=lion_8bit"]
     assert run_processes(train_in, [(clone, [Path("config.toml").absolute().as_posix(), *options])]) == [0]
     saved = torch.load(clone / "run" / "hidden_step_2.pt")
     assert saved["hidden"].shape == (*saved["input_ids"].shape, 64)
+    [record] = read_logits(clone / "run" / "logits")
+    assert torch.equal(record.input_ids, saved["input_ids"])
+    assert record.contents["verified"]
     state = torch.load(clone / "run" / "checkpoints" / "step_000002" / "training_state.pt")["optimizer"]["state"]
     assert not any("state2" in tensors for tensors in state.values())  # Lion has one moment, AdamW two

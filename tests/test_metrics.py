@@ -116,7 +116,7 @@ def test_in_a_terminal_there_is_one_bar_and_warnings_stand_above_it(
 def test_nothing_left_to_train_is_said(tmp_path: Path) -> None:
     metrics = make_metrics(tmp_path)
     metrics.close()
-    assert "nothing was left to train" in metrics.summary()
+    assert "so nothing was trained; write another training.output_dir" in metrics.summary()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

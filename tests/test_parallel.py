@@ -1,6 +1,7 @@
 """Several ranks, started by torchrun's engine on gloo: they train as one does, and a rank that dies is made up for."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.distributed_c10d import Backend, BackendConfig
 import train
 from so8t import parallel
 from so8t.logits import read_logits
+from so8t.memory import StepSpec
 
 pytestmark = needs_forks
 ROWS, STEP_ROWS = 13, 6  # so the last step of an epoch has one row, and all ranks but one have none
@@ -147,6 +149,20 @@ def test_all_ranks_save_the_rows_that_they_trained_on(two: Path) -> None:
 def test_memory_plan_counts_the_gradients_end_to_end(two: Path) -> None:
     (update,) = (one for one in json.loads((two / "memory.json").read_bytes())["moments"] if one["name"] == "update")
     assert update["predicted_bytes"] == pytest.approx(update["measured_bytes"], rel=0.02)
+
+
+def test_ranks_plan_with_the_memory_of_the_one_that_has_the_least(job: Job) -> None:
+    def plan_of(rank: int) -> int:
+        def plan_memory(spec: StepSpec, free: int, capacity: int, resumed: None) -> None:
+            sys.exit(7 if (free, capacity) == (10, 20) else 8)
+
+        with (
+            patch("train.device_memory", lambda device: (10 + rank, 20 + rank)),
+            patch("train.plan_memory", plan_memory),
+        ):
+            return train.main(job.arguments("least", 2))
+
+    assert fork_ranks(2, plan_of) == [7, 7]
 
 
 @pytest.mark.parametrize(("has_nccl", "on_gpu"), [(True, "nccl"), (False, "gloo")])  # torch for Windows has none

@@ -4,12 +4,22 @@ from typing import TYPE_CHECKING
 
 from so8t import cli
 
-__all__ = ["Analysis", "Comparison", "SampleDynamics", "StepScores", "analyze", "likeliest", "rows_of", "to_text"]
+__all__ = [
+    "Analysis",
+    "Comparison",
+    "NoLogits",
+    "SampleDynamics",
+    "StepScores",
+    "analyze",
+    "likeliest",
+    "rows_of",
+    "to_text",
+]
 
 if TYPE_CHECKING:
     from so8t.analyze.changes import Comparison, rows_of
     from so8t.analyze.dynamics import SampleDynamics
-    from so8t.analyze.run import Analysis, analyze
+    from so8t.analyze.run import Analysis, NoLogits, analyze
     from so8t.analyze.scores import StepScores, likeliest
     from so8t.analyze.tables import to_text
 else:

@@ -16,6 +16,10 @@ from so8t.logits import LogitsRecord, NotLogitsError, logits_paths, read_file, r
 log = logging.getLogger("so8t")
 
 
+class NoLogits(InputError):
+    """A folder without any file of saved logits."""
+
+
 @dataclass(frozen=True)
 class Analysis:
     """Everything that the saved logits of a run show."""
@@ -41,7 +45,7 @@ def analyze(run: Path) -> Analysis:
     """Score, compare and follow the rows of all files, a chunk of one or two of them in memory at once.
 
     A file that a running training deletes meanwhile is skipped from then on, with a warning. Raises InputError if
-    there is no such run, or none of its files are saved logits.
+    there is no such run or its files are of different models, NoLogits if none of its files are saved logits.
     """
     steps, comparisons = [], []
 
@@ -70,12 +74,12 @@ def _if_still_there() -> Iterator[None]:
 
 
 def records_of(folder: Path) -> Iterator[LogitsRecord]:
-    """The records of a folder, with a progress bar; InputError if there is none."""
+    """The records of a folder, with a progress bar; NoLogits if there is none."""
     record = None
     for record in cli.progress(read_logits(folder), "reading files", "file", total=len(record_paths(folder))):
         yield record
     if record is None:
-        raise InputError(f"{folder} holds no file of saved logits; train with training.save_logits = true")
+        raise NoLogits(f"{folder} holds no file of saved logits; train with training.save_logits = true")
 
 
 def verify(run: Path) -> tuple[list[str], bool]:

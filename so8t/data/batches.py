@@ -176,7 +176,7 @@ class TrainingBatches:
 
     @property
     def rows_per_step(self) -> int:
-        return self.rows_per_micro_batch * self.micro_batches_per_step
+        return min(self.rows_per_micro_batch * self.micro_batches_per_step, len(self._epoch_rows))
 
     @property
     def steps_per_epoch(self) -> int:

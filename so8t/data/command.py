@@ -117,7 +117,7 @@ def look(options: argparse.Namespace) -> int:
     stops = stop_token_ids(tokenizer)
     if options.html is not None:
         with atomic_write(options.html) as file:
-            file.write(page(dataset, num_rows, tokenizer, stops).encode())
+            file.write(page(dataset, num_rows, tokenizer, stops).encode(errors="backslashreplace"))
         print(f"{options.html}: {min(num_rows, len(dataset.rows))} rows")
         return 0
     for line in terminal_lines(dataset, num_rows, tokenizer, stops, sys.stdout.isatty()):

@@ -81,7 +81,7 @@ class Dataset:
 def _without_details(sentence: str) -> tuple[str, str]:
     """file:line, and the reason less what differs from row to row."""
     place, reason = re.match(r"(.*?:\d+): (.*)", sentence, re.DOTALL).groups()  # type: ignore[union-attr]
-    return place, re.sub(r"\d+", "N", re.sub(r" \(.*?\)", "", reason))
+    return place, re.sub(r"\b\d+\b", "N", re.sub(r" \(.*?\)", "", reason))
 
 
 def _most_frequent(sentences: Sequence[str]) -> str:
@@ -131,7 +131,9 @@ def load_dataset(
             with atomic_folder(stored) as temporary, closing(Writer(temporary)) as writer:
                 meta = _build(key, files, tokenizer, template, config, writer)
                 meta |= {"key": wanted, "day": day.isoformat(), "sizes": writer.sizes}
-                (temporary / META_FILE).write_bytes(json.dumps(meta, ensure_ascii=False).encode())
+                text = json.dumps(meta, ensure_ascii=False)
+                # a half character of a file's name is escaped as JSON does it
+                (temporary / META_FILE).write_bytes(text.encode(errors="backslashreplace"))
         except InputError as error:
             failed = error
         except OSError as error:
@@ -154,9 +156,11 @@ def load_dataset(
 
 def _first_day(*folders: Path) -> date:
     """The day that templates which write a date are told: that of the run's first start."""
-    files = [path for folder in folders for path in folder.glob(f"*/{META_FILE}")]
-    days = [day for path in files if (day := read_meta(path.parent).get("day"))]
-    return date.fromisoformat(min(days, default=date.today().isoformat()))
+    days = []
+    for path in (path for folder in folders for path in folder.glob(f"*/{META_FILE}")):
+        with suppress(KeyError, TypeError, ValueError):  # of a file without a day, or a damaged one
+            days.append(date.fromisoformat(read_meta(path.parent)["day"]))
+    return min(days, default=date.today())
 
 
 def _key(files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: DataConfig) -> str:
@@ -172,7 +176,7 @@ def _key(files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: 
         tokenizer.backend_tokenizer.to_str(),
         json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
     ]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()  # of names in no UTF-8
 
 
 def _dataset(meta: dict[str, Any], arrays: dict[str, Any]) -> Dataset:
@@ -294,16 +298,16 @@ class _Building:
 
     def close(self, key: str) -> dict[str, Any]:
         self._writer.flush()
-        report = make_report(self._config.policy, self._num_samples, self._num_conversations, self._dropped)
+        names = [file.path for file in self._files]
+        report = make_report(self._config.policy, self._num_samples, self._num_conversations, self._dropped, names)
         bad, long = ([sentence for _, sentence in sorted(kind)] for kind in (self._bad, self._long))
         if not self._num_conversations:
-            names = ", ".join(file.path for file in self._files)
             why = [f"{report.summary()}; {self._first_dropped()}"] if self._dropped else []
             why += [f"{len(bad)} bad rows: {_most_frequent(bad)}"] if bad else []
             why += [f"{len(long)} rows too long: {_most_frequent(long)}"] if long else []
-            raise InputError("; ".join([f"{key}: no usable row in {names}", *why]))
+            raise InputError("; ".join([f"{key}: no usable row in {', '.join(names)}", *why]))
         return {
-            "names": [file.path for file in self._files],
+            "names": names,
             "bad_rows": bad,
             "long_rows": long,
             "policy": asdict(report),

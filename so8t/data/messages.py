@@ -220,7 +220,8 @@ def _is_simple(message: Message) -> bool:
     role, content = message.get("role"), message.get("content")
     if len(message) != 2 or not isinstance(role, str) or not isinstance(content, str):
         return False
-    return bool(role.strip() and content.strip()) and (content.isascii() or not HALF_CHARACTER.search(content))
+    is_whole = content.isascii() or not HALF_CHARACTER.search(content)
+    return bool(role.strip() and role.isascii() and content.strip()) and is_whole
 
 
 def _message(fields: Fields) -> Message:
@@ -304,6 +305,8 @@ def _tools(tools: Any) -> list[Any] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow('the field "tools" is not a list of objects')
+    if not all(isinstance(tool.get("function", tool), dict) for tool in tools):
+        raise BadRow('the "function" of one of the "tools" is not an object')
     _check_json(tools, "tools")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 

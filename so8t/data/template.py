@@ -142,7 +142,12 @@ def _known_stops(tokenizer: Any) -> list[int]:
         listed = []
     except Exception as error:
         raise InputError(not_a_model(tokenizer.name_or_path, error, "generation_config.json")) from error
-    every = [] if listed is None else [listed] if isinstance(listed, int) else listed
+    every = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(type(token) is int for token in every):
+        raise InputError(
+            f"model.base_model: the eos_token_id in generation_config.json of {tokenizer.name_or_path} is {listed}, "
+            "which is no token or list of tokens; correct it"
+        )
     return [*stops, *(token for token in every if token not in stops)]
 
 

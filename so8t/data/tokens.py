@@ -160,7 +160,7 @@ class Encoder:
                 raise BadRow("an answer has no token of its own")
             sections[start:end] = ANSWER
             content = text.text[answer.start : answer.stop].rstrip()
-            if has_parts(content):
+            if has_parts(content) and not text.is_plain:
                 for name, (part_start, part_stop) in parse(content).spans.items():
                     first = self._token_at(encoding, answer.start + part_start - shift)
                     last = self._token_at(encoding, answer.start + part_stop - 1 - shift)

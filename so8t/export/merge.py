@@ -105,7 +105,7 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
         (folder / REPORT_FILE).write_bytes(json.dumps(asdict(report), indent=2).encode() + b"\n")
         shown = [record for record in metrics if record["step"] <= report.step]
         card = model_card(out.name, config, report.step, shown, policy, report.gates_largest_angle, report.sentences())
-        (folder / "README.md").write_bytes(card.encode())
+        (folder / "README.md").write_bytes(card.encode(errors="backslashreplace"))
     return report
 
 

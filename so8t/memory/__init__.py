@@ -4,11 +4,20 @@ from typing import TYPE_CHECKING
 
 from so8t import cli
 
-__all__ = ["BatchShape", "MemoryLedger", "OutOfMemory", "StepSpec", "device_memory", "plan_memory", "shape_of"]
+__all__ = [
+    "BatchShape",
+    "MemoryLedger",
+    "OutOfMemory",
+    "StepSpec",
+    "device_memory",
+    "largest_of",
+    "plan_memory",
+    "shape_of",
+]
 
 if TYPE_CHECKING:
     from so8t.memory.ledger import MemoryLedger, OutOfMemory
     from so8t.memory.plan import device_memory, plan_memory
-    from so8t.memory.step import BatchShape, StepSpec, shape_of
+    from so8t.memory.step import BatchShape, StepSpec, largest_of, shape_of
 else:
     __getattr__ = cli.on_demand(__name__, __all__, "ledger", "plan", "step")

@@ -48,11 +48,11 @@ def cache_folder() -> Path:
 
 
 def _key(spec: StepSpec, checkpointed_layers: int) -> str:
-    """A hash of all that a trace depends on. Of the data only whether there is any to evaluate."""
+    """A hash of all that a trace depends on."""
     config = spec.config
     model = replace(config.model, base_model="")  # its config.json counts, not its folder
     parts = [
-        (model, config.quantization, config.qlora, config.so8t, config.pet, bool(config.data.eval_data)),
+        (model, config.quantization, config.qlora, config.so8t, config.pet, spec.evaluated),
         [getattr(config.training, name) for name in OF_TRAINING],
         (spec.offload, spec.mlp_tile, spec.world_size > 1, spec.layer_shares),
         json.dumps(spec.model_config.to_dict(), sort_keys=True, default=str),

@@ -50,20 +50,32 @@ def choose(spec: StepSpec, budget: int, resumed: Mapping[str, Any] | None = None
     if tokens == "auto":
         rows, tokens_of_row = _rows(spec, budget), spec.micro_batch.length
         tokens, reason = rows * tokens_of_row, f"auto: the most tokens a second in {size_of(budget)}"
-    if tokens:
-        spec = with_tokens(spec, tokens)
+    spec = with_tokens(spec, tokens) if tokens else by_rows(spec)
     spec = _for_long_rows(spec, budget)
     layers, why, trace = _layers(spec, budget)
     return Choice(spec, tokens, reason, layers, why, trace)
 
 
 def with_tokens(spec: StepSpec, tokens: int) -> StepSpec:
-    """The step with the largest micro-batch that `tokens` allow: of the longest rows, or else one of them alone."""
-    longest = spec.micro_batch.length
-    rows = min(-(-tokens // longest), spec.rows)
+    """The step, and its validation, with the largest micro-batches that `tokens` allow."""
+    micro_batch = _largest(spec.rows, spec.micro_batch.length, tokens)
+    evaluated = spec.evaluated and _largest(spec.evaluated.rows, spec.evaluated.length, tokens)
+    return replace(spec, micro_batch=micro_batch, evaluated=evaluated)
+
+
+def by_rows(spec: StepSpec) -> StepSpec:
+    """The step whose validation has as many rows in a batch as a micro-batch."""
+    if spec.evaluated is None:
+        return spec
+    rows = min(spec.micro_batch.rows, spec.evaluated.rows)
+    return replace(spec, evaluated=BatchShape(rows, spec.evaluated.length, is_padded=rows > 1))
+
+
+def _largest(rows: int, longest: int, tokens: int) -> BatchShape:
+    """The largest batch of `tokens` that so many rows make: of the longest rows, or else one of them alone."""
+    rows = min(-(-tokens // longest), rows)
     length = min(longest, max(tokens // rows, 1)) if rows > 1 else longest
-    shape = BatchShape(rows, length, is_padded=rows > 1)
-    return replace(spec, micro_batch=shape)
+    return BatchShape(rows, length, is_padded=rows > 1)
 
 
 def _rows(spec: StepSpec, budget: int) -> int:
@@ -107,7 +119,8 @@ def _growing(trace: Trace, accumulates: bool) -> tuple[int, int]:
 def _for_long_rows(spec: StepSpec, budget: int) -> StepSpec:
     """With what "auto" adds where recomputing all layers is not enough: the first that fits, or else all of it."""
     training = spec.config.training
-    if not budget or training.gradient_checkpointing not in (True, "auto"):
+    may_recompute_all = training.gradient_checkpointing is True or training.gradient_checkpointing == "auto"
+    if not budget or not may_recompute_all:
         return spec
     tiles = [0, TILE] if training.mlp_tile_tokens == "auto" else [training.mlp_tile_tokens]
     offloads = [False, True] if training.offload_checkpoints == "auto" else [training.offload_checkpoints]

@@ -24,25 +24,16 @@ LARGEST_GIB = 100_000
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.parser("python -m so8t.memory", __doc__)
     cli.add_config(parser)
-    parser.add_argument("--gpu-memory-gib", type=_gib, help="plan for a GPU with so much memory, not for this machine")
-    parser.add_argument("--nproc", type=_ranks, default=1, help="plan for the first of so many ranks, each on its GPU")
+    parser.add_argument("--gpu-memory-gib", type=float, help="plan for a GPU with so much memory, not for this machine")
+    parser.add_argument("--nproc", type=int, default=1, help="plan for the first of so many ranks, each on its GPU")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options = parser.parse_intermixed_args(arguments)
+    size = options.gpu_memory_gib
+    if size is not None and not 0 < size <= LARGEST_GIB:  # not true of nan either
+        parser.error(f"argument --gpu-memory-gib: {size} is no GPU's memory; write GiB, such as 12")
+    if options.nproc < 1:
+        parser.error(f"argument --nproc: {options.nproc} is no number of ranks; write 1 or more")
     return cli.run("so8t.memory", lambda: _plan(options))
-
-
-def _gib(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= LARGEST_GIB:  # not true of nan either
-        raise argparse.ArgumentTypeError(f"{text} is no GPU's memory; write GiB, such as 12")
-    return value
-
-
-def _ranks(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of ranks; write 1 or more")
-    return number
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -65,7 +56,8 @@ def _plan(options: argparse.Namespace) -> int:
     rows = config.training.per_device_train_batch_size
     shape = BatchShape(rows, longest_row, is_padded=rows > 1)
     step_rows = rows * config.training.gradient_accumulation_steps
-    spec = StepSpec(config, model_config, device_type, _forward, shape, step_rows, world_size=options.nproc)
+    evaluated = BatchShape(step_rows, longest_row, is_padded=True) if config.data.eval_data else None
+    spec = StepSpec(config, model_config, device_type, _forward, shape, step_rows, (), options.nproc, evaluated)
     free = None if capacity is None else capacity - CONTEXT_BYTES
     with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):
         plan = plan_memory(spec, free, capacity)

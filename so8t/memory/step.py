@@ -1,6 +1,6 @@
 """What a plan is made for and what a trace of it finds: numbers only, so that kept traces are read in a moment."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from so8t.config import Config
-from so8t.data import Batch
+from so8t.data import Batch, Row, longest_of
 from so8t.logits import LogitsPlan, plan_logits
 from so8t.losses import Tap
 from so8t.memory.live_bytes import Phase
@@ -43,6 +43,11 @@ def shape_of(batch: Batch) -> BatchShape:
     return BatchShape(rows, length, is_padded=batch.attention_mask is not None)
 
 
+def largest_of(rows: Sequence[Row], number: int) -> BatchShape:
+    """The largest batch that so many of the rows can make."""
+    return BatchShape(number, longest_of(rows), is_padded=number > 1)
+
+
 @dataclass(frozen=True)
 class StepSpec:
     """The step to plan, as far as it is known before any weight is loaded."""
@@ -55,11 +60,13 @@ class StepSpec:
     rows: int  # of a step, on this rank
     probe: tuple[BatchShape, ...] = ()  # the micro-batches of training.save_logits_probe
     world_size: int = 1  # ranks of the job
+    evaluated: BatchShape | None = None  # the largest batch of validation; of a step not yet cut, all its rows
 
     def changed(self, config: Config, micro_batch: BatchShape) -> "StepSpec":
         """The same step by another config, with other micro-batches."""
         rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
-        return replace(self, config=config, micro_batch=micro_batch, rows=rows)
+        evaluated = self.evaluated and micro_batch
+        return replace(self, config=config, micro_batch=micro_batch, rows=rows, evaluated=evaluated)
 
     @cached_property
     def logits(self) -> LogitsPlan:

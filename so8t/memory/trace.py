@@ -112,7 +112,7 @@ def _run_step(spec: StepSpec, model: Model, live: LiveBytes, mark: Mark) -> "_Ta
             del _
     model.zero_grad(set_to_none=True)
     mark("update")
-    scored = [fake_batch(shape) for shape in spec.probe] + ([batch] if spec.config.data.eval_data else [])
+    scored = [fake_batch(shape) for shape in (*spec.probe, spec.evaluated) if shape is not None]
     for _ in score(model, scored, autocast):
         pass
     if scored:

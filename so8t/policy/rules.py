@@ -14,7 +14,7 @@ What breaks a rule is told by file, line and rule, never by content.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class PolicyReport:
     rows_used: int  # of those read, however many rows of tokens they become
     counts: dict[str, int]  # rows dropped by each rule; a rule that is off is not in it
     dropped: list[dict[str, str | int]]  # {"file", "line", "rule"}: the first rule that the row breaks
+    files: list[str] = field(default_factory=list)  # that were read; older versions did not write it
 
     def summary(self) -> str:
         """One clause for the `data:` line."""
@@ -136,7 +137,9 @@ class PolicyReport:
         """Write policy.json; only the main rank does."""
         if is_main:
             with atomic_write(output_dir / REPORT_FILE) as file:
-                file.write(json.dumps(asdict(self), ensure_ascii=False, indent=1).encode() + b"\n")
+                text = json.dumps(asdict(self), ensure_ascii=False, indent=1)
+                # a half character of a file's name is escaped as JSON does it
+                file.write(text.encode(errors="backslashreplace") + b"\n")
 
 
 def read_report(folder: Path) -> PolicyReport | None:
@@ -151,12 +154,12 @@ def read_report(folder: Path) -> PolicyReport | None:
 
 
 def make_report(
-    config: PolicyConfig, rows_read: int, rows_used: int, dropped: Sequence[tuple[str, str]]
+    config: PolicyConfig, rows_read: int, rows_used: int, dropped: Sequence[tuple[str, str]], files: Sequence[str]
 ) -> PolicyReport:
-    """dropped: "file:line" and rule of every row that broke one."""
+    """dropped: "file:line" and rule of every row that broke one; files: all that were read."""
     counts = {rule: sum(broken == rule for _, broken in dropped) for rule in RULES if vars(config)[rule]}
     listed: list[dict[str, str | int]] = []
     for place, rule in dropped:
         file, _, line = place.rpartition(":")
         listed.append({"file": file, "line": int(line), "rule": rule})
-    return PolicyReport(config.mode, rows_read, rows_used, counts, listed)
+    return PolicyReport(config.mode, rows_read, rows_used, counts, listed, list(files))

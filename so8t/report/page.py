@@ -10,13 +10,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from so8t.analyze import Analysis, analyze, to_text
+from so8t.analyze import Analysis, NoLogits, analyze, to_text
 from so8t.checkpoint import checkpoint_folders
 from so8t.config import CONFIG_FILE, Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
 from so8t.logits import read_logits
 from so8t.metrics import RUN_FILE, read_metrics
-from so8t.policy import read_report
+from so8t.policy import PolicyReport, read_report
 from so8t.pretrained import load_tokenizer
 from so8t.report.charts import Chart, overlaid, prediction_charts, training_charts
 from so8t.report.tokens import token_map
@@ -32,6 +32,7 @@ class Run:
     metrics: list[dict[str, Any]]
     about: dict[str, Any]  # run.json; empty if an older version trained
     analysis: Analysis
+    policy: PolicyReport | None
 
     @property
     def name(self) -> str:
@@ -67,10 +68,10 @@ def write_report(folder: Path, other: Path | None = None) -> Path:
     html = environment.get_template("page.html").render(
         nonce=secrets.token_urlsafe(),
         name=f"{run.name} and {compared.name}" if compared else run.name,
-        runs=[(one.name, _subtitle(one.config), _about(one), _tiles(one)) for one in (run, compared) if one],
+        runs=[(one.name, _subtitle(one), _about(one), _tiles(one)) for one in (run, compared) if one],
         other_name=compared.name if compared else "",
         config=to_toml(run.config),
-        policy=read_report(folder),
+        policy=run.policy,
         memory=_read_json(folder / "memory.json"),
         training=training,
         predictions=predictions,
@@ -84,7 +85,7 @@ def write_report(folder: Path, other: Path | None = None) -> Path:
     path = folder / (f"report_beside_{compared.name}.html" if compared else "report.html")
     try:
         with atomic_write(path) as file:
-            file.write(html.encode())
+            file.write(html.encode(errors="backslashreplace"))  # of a half character in a name
     except OSError as error:
         raise InputError(
             f"cannot write into {folder} ({error.strerror}); the page goes into the run's own folder"
@@ -99,15 +100,11 @@ def _read_run(folder: Path) -> Run:
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     if not metrics:
         raise InputError(f"{folder} has no step in its metrics.jsonl; wait for the first one")
-    logits = folder / config.training.save_logits_dir
-    has_files = logits.is_dir() and any(path.suffix == ".pt" for path in logits.iterdir())
-    return Run(
-        folder,
-        config,
-        metrics,
-        about=_read_json(folder / RUN_FILE),
-        analysis=analyze(folder) if has_files else Analysis([], [], []),
-    )
+    try:
+        analysis = analyze(folder)
+    except NoLogits:  # none were saved, or all their files are torn
+        analysis = Analysis([], [], [])
+    return Run(folder, config, metrics, _read_json(folder / RUN_FILE), analysis, read_report(folder))
 
 
 def _charts(run: Run) -> tuple[list[Chart], list[Chart]]:
@@ -115,15 +112,16 @@ def _charts(run: Run) -> tuple[list[Chart], list[Chart]]:
     return training_charts(run.metrics, run.config.pet), predictions
 
 
-def _subtitle(config: Config) -> str:
+def _subtitle(run: Run) -> str:
     """What was trained, and on what."""
+    config, trained_on = run.config, run.policy.files if run.policy is not None else []
     bits, training = config.quantization.bits, config.training
     words = (
         config.model.base_model + (" from scratch" if config.model.from_scratch else ""),
         f"{bits}-bit weights" if bits else f"{config.model.dtype} weights",
         f"LoRA of rank {config.qlora.r}" if config.qlora.enabled else "every weight trained",
         "SO(8) gates" if config.so8t.enabled else "",
-        f"on {', '.join(config.data.train_data)}",
+        f"on {', '.join(trained_on or config.data.train_data)}",
         f"{training.per_device_train_batch_size} rows × {training.gradient_accumulation_steps} a step",
     )
     return " · ".join(filter(None, words))

@@ -182,7 +182,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         serve(options.model, options.host, options.port, options.audit, options.allowed_host)
         return 0
 
-    try:
-        return cli.run("so8t.serve", command, sqlite3.Error)
-    except KeyboardInterrupt:  # uvicorn raises the signal again when all is answered
-        return 130
+    return cli.run("so8t.serve", command, sqlite3.Error)  # 130 for Ctrl-C, which uvicorn raises again at its end

@@ -124,7 +124,7 @@ class Generator:
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([ending]),
         )
-        ending.finish([row for row in range(len(prompts)) if not ending.is_done[row]], output)
+        ending.finish([row for row in range(len(prompts)) if not ending.is_done[row]], output, [False] * len(prompts))
 
     def decode(self, tokens: Tensor) -> str:
         before, end, _ = self._tokenizer.decode(tokens, skip_special_tokens=True).partition(END)
@@ -175,16 +175,17 @@ class _Ending(StoppingCriteria):
             is_over = num_tokens >= self._limits[row] or now >= question.deadline or question.gone.is_set()
             if not self.is_done[row] and (ended[row] or is_over):
                 done.append(row)
-        self.finish(done, input_ids)
+        self.finish(done, input_ids, ended)
         return torch.tensor(self.is_done, device=input_ids.device)
 
-    def finish(self, rows: Sequence[int], input_ids: Tensor) -> None:
+    def finish(self, rows: Sequence[int], input_ids: Tensor, ended: Sequence[bool]) -> None:
         if not rows:
             return
         for row in rows:
             self.is_done[row] = True
         tokens = input_ids[:, self._width :]
-        self._written([Written(row, self._generator.decode(tokens[row]), tokens.shape[1]) for row in rows])
+        texts = {row: self._generator.decode(tokens[row]) for row in rows}
+        self._written([Written(row, text, tokens.shape[1], ended[row]) for row, text in texts.items()])
 
 
 def load_generator(path: Path) -> Generator:

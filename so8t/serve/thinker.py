@@ -72,6 +72,8 @@ class Written(NamedTuple):
     """Which of the questions."""
     text: str
     num_tokens: int
+    ended: bool
+    """Whether the model stopped by itself."""
 
 
 class Busy(Exception):
@@ -174,7 +176,7 @@ class Thinker:
             self.generate(
                 [asked.question for asked in batch],
                 [asked.prompt for asked in batch],
-                lambda finished: self._finish([(batch[row], text, count) for row, text, count in finished]),
+                lambda finished: self._finish([(batch[one.row], one) for one in finished]),
             )
         except Exception as error:
             left = [asked for asked in batch if not asked.answer.done()]
@@ -187,28 +189,33 @@ class Thinker:
 
     def _fail(self, asked: _Asked, error: Exception) -> None:
         logger.error("request %s: generation failed with %s", asked.request_id, where(error))
-        self._finish([(asked, "", 0)])
+        self._finish([(asked, Written(0, "", 0, ended=True))])
 
-    def _finish(self, finished: Sequence[tuple[_Asked, str, int]]) -> None:
+    def _finish(self, finished: Sequence[tuple[_Asked, Written]]) -> None:
         """Release what was written, write the audit rows; then there are answers."""
-        answers = [self._release(asked, text, num_tokens) for asked, text, num_tokens in finished]
+        answers = [self._release(asked, written) for asked, written in finished]
         try:
             written = self.audit.append([answer.row for answer in answers])
         except AuditError as error:
-            for asked, _, _ in finished:
+            for asked, _ in finished:
                 asked.answer.set_exception(error)
             return
-        for (asked, _, _), answer, (number, row_hash) in zip(finished, answers, written, strict=True):
+        for (asked, _), answer, (number, row_hash) in zip(finished, answers, written, strict=True):
             row = answer.row
             logger.info(
                 "request %s: %s, %d tokens in %d ms, audit row %d %s",
-                *(row.request_id, row.safety_label, row.num_tokens, row.duration_ms, number, row_hash),
+                row.request_id,
+                row.safety_label,
+                row.num_tokens,
+                row.duration_ms,
+                number,
+                row_hash,
             )
             asked.answer.set_result(answer)
 
-    def _release(self, asked: _Asked, text: str, num_tokens: int) -> Answer:
+    def _release(self, asked: _Asked, written: Written) -> Answer:
         question, hashed = asked.question, self.audit.keyed_hash
-        final, safety_label, thinking = release(text, question.text)
+        final, safety_label, thinking = release(written.text, question.text)
         answer = final if final == REFUSAL else _cut(final, question.stop)
         row = AuditRow(
             request_id=asked.request_id,
@@ -218,11 +225,10 @@ class Thinker:
             answer_hash=hashed("answer_hash", answer),
             safety_label=safety_label,
             model_hash=self.generate.model_hash,
-            num_tokens=num_tokens,
+            num_tokens=written.num_tokens,
             duration_ms=round(1000 * (time.monotonic() - asked.started)),
         )
-        ended = num_tokens == 0 or text.endswith("</final>")
-        return Answer(answer, row, len(asked.prompt), ended)
+        return Answer(answer, row, len(asked.prompt), written.ended)
 
 
 def _cut(final: str, stop: Sequence[str]) -> str:

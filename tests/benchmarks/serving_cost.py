@@ -38,7 +38,7 @@ class Instant:
         return [1]
 
     def __call__(self, questions: Any, prompts: Any, written: Any) -> None:
-        written([Written(row, ANSWER, 40) for row in range(len(questions))])
+        written([Written(row, ANSWER, 40, ended=True) for row in range(len(questions))])
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 import json
+import os
 import random
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -37,6 +39,7 @@ from so8t.data import (
 from so8t.data.store import Writer
 from so8t.data.tokens import Tokens
 from so8t.losses import NO_TARGET
+from so8t.policy import read_report
 from so8t.thinking import SECTIONS, final_only, has_tags
 
 THINKING = {
@@ -774,3 +777,20 @@ def test_every_answer_of_the_sample_decodes_to_its_final(sample: Dataset) -> Non
         (answer,) = answers(row)
         assert final_only(answer.removesuffix("<|end|>")) == line["final"]
         assert {name for name, _ in named_sections(row)} == {"prompt", "task", "safety", "policy", "final", "answer"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
+def test_a_file_whose_name_is_no_utf8_is_read_like_any_other(tmp_path: Path) -> None:
+    name = write(tmp_path / os.fsdecode("行".encode("shift_jis") + b".jsonl"), [PLAIN, {"instruction": "a"}])
+    config = settings_of(on_bad_row="skip")
+    built, kept = (load_dataset("data.train_data", [name], TOKENIZER, config, tmp_path / "run") for _ in range(2))
+    assert len(kept.rows) == 1
+    assert built.bad_rows == kept.bad_rows
+    assert kept.bad_rows[0].startswith(f"{name}:2: ")
+    kept.policy.write(tmp_path, is_main=True)
+    assert read_report(tmp_path) == kept.policy
+
+
+def test_tags_in_text_that_nobody_wrote_as_an_answer_are_text() -> None:
+    [(name, text)] = named_sections(encode({"text": "".join(PARTS)}))
+    assert (name, text.startswith("<think-task>")) == ("answer", True)

@@ -304,6 +304,8 @@ def call_of(arguments: Any) -> dict[str, Any]:
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "\"from\" is 'narrator'"),
         ({"instruction": "a", "output": "b", "history": "c"}, '"history" is not a list of pairs'),
         ({"messages": CHAT, "tools": "weather"}, '"tools" is not a list of objects'),
+        ({"messages": CHAT, "tools": [{"type": "function", "function": "weather"}]}, '"tools" is not an object'),
+        ({"messages": [{"role": "user\ud83d", "content": "a"}, *CHAT]}, 'field "role" holds half of a surrogate pair'),
         (answer_of(content=None, tool_calls=[{"id": "1"}]), "no function with a name"),
         (answer_of(content=math.nan), 'message 2 of "messages": the field "content" is nan, which is no text'),
         ({"prompt": "a", "completion": math.inf}, 'the field "completion" is inf'),

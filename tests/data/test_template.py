@@ -278,8 +278,23 @@ def test_a_dated_template_is_told_the_first_day_of_the_run(tmp_path: Path) -> No
     meta = tmp_path / "run" / "x" / "rows.json"
     meta.write_text(re.sub(r'"day": "[^"]*"', '"day": "2001-02-03"', meta.read_text("utf-8")), "utf-8")
     assert first_tokens(tmp_path / "run") == "2001-02-03"
+    kept = meta.read_text("utf-8")
+    meta.write_text(kept.replace('"key": "', '"key": "another'), "utf-8")  # made anew, on a later day
+    assert first_tokens(tmp_path / "run") == "2001-02-03"
+    for damaged in ("20010203x", "", "soon"):
+        meta.write_text(kept.replace("2001-02-03", damaged), "utf-8")
+        assert first_tokens(tmp_path / "run") == date.today().isoformat()
     with pytest.raises(InputError, match="today's date in a format that it computes"):
         ChatTemplate(make_tokenizer("{{ strftime_now(f) }}" + CHATML), date.today())
+
+
+@pytest.mark.parametrize("listed", ["2.5", '"</s>"', '[1, "2"]', "{}", "true"])
+def test_a_generation_config_whose_stops_are_no_tokens_is_named(tmp_path: Path, listed: str) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {listed}}}', "utf-8")
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.name_or_path = str(tmp_path)
+    with pytest.raises(InputError, match=r"generation_config\.json.* (is no token|eos_token_id)"):
+        stop_token_ids(tokenizer)
 
 
 def test_stops_are_those_of_tokenizer_generation_config_and_template() -> None:

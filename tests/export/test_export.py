@@ -504,3 +504,11 @@ def test_card_does_not_claim_a_check_that_nobody_made(tmp_path: Path) -> None:
     policy = PolicyReport("exclude", rows_read=6, rows_used=6, counts={"email": 0}, dropped=[])
     card = model_card("out", config, 1, [], policy, None, [])
     assert statement + "The rule `nsfw` was off: nothing in so8t checked that. The data policy" in card
+
+
+def test_card_names_the_files_that_were_read_and_not_what_the_config_calls_them(tmp_path: Path) -> None:
+    config = write_config(Path("org/model"), tmp_path, "data.train_data=[]", "data.sources=[{path='*.jsonl'}]")
+    files = [str(tmp_path / "0.jsonl"), *(f"rows/{number}.jsonl" for number in range(1, 30))]
+    policy = PolicyReport("exclude", 6, 6, {}, [], files)
+    named = "`0.jsonl`, " + ", ".join(f"`rows/{number}.jsonl`" for number in range(1, 20))
+    assert f"Trained on {named}, 10 more; validated" in model_card("out", config, 1, [], policy, None, [])

@@ -187,6 +187,7 @@ def test_metrics_hold_totals_and_what_is_new(tmp_path: Path) -> None:
 
 def test_plan_names_sizes_that_bound_what_is_written(tmp_path: Path) -> None:
     every: list[dict[str, Any]] = [{}, {"form": "topk"}, {"positions": "labels"}, {"dtype": "bf16"}]
+    every.append({"form": "stats", "positions": "labels"})
     for index, keys in enumerate(every):
         output_dir = tmp_path / str(index)
         line = make_plan(max_tokens=2400, **keys).describe(100, output_dir)

@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from model_cases import LAYERS, LONGROPE, SIZES
 from transformers import Phi3Config
 
 import train
 from so8t.config import Config, TrainingConfig, load_config
-from so8t.memory import BatchShape, StepSpec
+from so8t.data import Row, cut, split
+from so8t.memory import BatchShape, StepSpec, largest_of
 from so8t.memory.cache import OF_TRAINING, cache_folder, traced
-from so8t.memory.choice import Choice, choose, cost, with_tokens
+from so8t.memory.choice import Choice, by_rows, choose, cost, with_tokens
 from so8t.memory.step import Trace
 from so8t.memory.trace import trace_step
 
@@ -26,6 +30,11 @@ def spec_of(**training: Any) -> StepSpec:
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": "auto"}
     config = replace(config, training=replace(config.training, **sizes | training))  # type: ignore[arg-type]
     return StepSpec(config, MODEL, "cuda", train.forward, BatchShape(2, LONGEST, is_padded=True), ROWS)
+
+
+def row_of(length: int) -> Row:
+    tokens = torch.zeros(length, dtype=torch.int32)
+    return Row(tokens, tokens.bool(), tokens.to(torch.uint8), sample_id=0, was_cut=False)
 
 
 def peak(spec: StepSpec, rows: int, layers: int) -> int:
@@ -49,6 +58,38 @@ def test_auto_takes_the_whole_step_at_once_where_it_fits_and_less_with_less_memo
     for (rows, layers), least in zip(found, (1, 3, 5), strict=True):
         # the peak of more rows is estimated, so by the stated formula hardly slower than what just fits
         assert cost(rows * LONGEST, layers / LAYERS) <= 1.1 * cost(least * LONGEST, 0)
+
+
+def test_one_recomputed_layer_is_not_taken_for_all_of_them() -> None:
+    for layers in (1, 2):
+        chosen_spec = choose(spec_of(gradient_checkpointing=layers, micro_batch_tokens=LONGEST), 1000).spec
+        assert (chosen_spec.mlp_tile, chosen_spec.offload) == (0, False)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=12),
+    tokens=st.integers(0, 500),
+    rows=st.integers(1, 4),
+)
+def test_validation_is_planned_as_it_is_cut(lengths: list[int], tokens: int, rows: int) -> None:
+    every = [row_of(length) for length in lengths]
+    spec = replace(spec_of(), rows=rows, micro_batch=BatchShape(1, 8, False), evaluated=largest_of(every, len(every)))
+    planned = (with_tokens(spec, tokens) if tokens else by_rows(spec)).evaluated
+    assert planned is not None
+    largest = max(batch.input_ids.numel() for batch in (cut(every, tokens) if tokens else split(every, 1)))
+    assert largest - planned.rows < planned.tokens <= max(largest, tokens, max(lengths))  # less than one token a row
+
+
+def test_a_long_row_of_validation_is_in_the_plan() -> None:
+    rows = BatchShape(5, 100 * LONGEST, is_padded=True)
+    assert "evaluation" not in choose(spec_of(), 0).trace.peaks
+    with_rows = choose(replace(spec_of(), evaluated=rows), 0)
+    assert with_rows.spec.evaluated == BatchShape(1, 100 * LONGEST, is_padded=False)
+    assert with_rows.trace.peaks["evaluation"] > 10 * with_rows.trace.peaks["update"]
+    by_hand = choose(replace(spec_of(micro_batch_tokens=0), evaluated=rows), 0)
+    assert by_hand.spec.evaluated == BatchShape(2, 100 * LONGEST, is_padded=True)
+    assert by_hand.trace.peaks["evaluation"] > 1.5 * with_rows.trace.peaks["evaluation"]
+    assert by_hand.spec.changed(by_hand.spec.config, BatchShape(1, 8, False)).evaluated == BatchShape(1, 8, False)
 
 
 def test_with_checkpointing_set_only_the_tokens_are_chosen() -> None:

@@ -318,7 +318,9 @@ def test_a_rank_of_several_adds_up_its_gradients_end_to_end(capsys: pytest.Captu
 def test_what_is_no_memory_of_a_gpu_is_refused(capsys: pytest.CaptureFixture[str], size: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["config.toml", f"--gpu-memory-gib={size}"])
-    assert "--gpu-memory-gib: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--gpu-memory-gib: " in told
+    assert "_gib value" not in told  # the name of a function
 
 
 def test_a_row_beyond_the_models_positions_is_refused_at_once(

@@ -286,21 +286,28 @@ def test_what_is_not_trained_on_is_not_searched() -> None:
 def test_the_report_counts_by_rule_lists_by_line_and_names_what_is_off() -> None:
     config = PolicyConfig(phone=False, mac_address=False)
     dropped = [("a.jsonl:3", "email"), ("C:/b:c.jsonl:12", "nsfw"), ("a.jsonl:9", "email")]
-    report = make_report(config, rows_read=20, rows_used=16, dropped=dropped)
+    report = make_report(config, rows_read=20, rows_used=16, dropped=dropped, files=[])
     assert report.counts == dict.fromkeys(set(RULES) - {"phone", "mac_address"}, 0) | {"email": 2, "nsfw": 1}
     assert report.dropped[1] == {"file": "C:/b:c.jsonl", "line": 12, "rule": "nsfw"}
     assert report.summary() == "data.policy left out 3 rows (nsfw 1, email 2), with phone, mac_address switched off"
-    assert make_report(PolicyConfig(), 1, 1, []).summary() == "data.policy left out 0 rows"
+    assert make_report(PolicyConfig(), 1, 1, [], []).summary() == "data.policy left out 0 rows"
 
 
 def test_the_report_is_written_by_the_main_rank_only(tmp_path: Path) -> None:
-    report = make_report(PolicyConfig(mode="error"), 2, 2, [])
+    report = make_report(PolicyConfig(mode="error"), 2, 2, [], ["a.jsonl"])
     report.write(tmp_path, is_main=False)
     assert list(tmp_path.iterdir()) == []
     report.write(tmp_path, is_main=True)
     written = json.loads((tmp_path / "policy.json").read_text(encoding="utf-8"))
     counts = dict.fromkeys(RULES, 0)
-    assert written == {"mode": "error", "rows_read": 2, "rows_used": 2, "counts": counts, "dropped": []}
+    assert written == {
+        "mode": "error",
+        "rows_read": 2,
+        "rows_used": 2,
+        "counts": counts,
+        "dropped": [],
+        "files": ["a.jsonl"],
+    }
 
 
 def test_every_rule_has_a_switch_that_is_on_by_default() -> None:

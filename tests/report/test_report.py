@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from logits_cases import make_case, save_one
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import train
-from so8t.config import PetConfig
+from so8t.config import InputError, PetConfig
 from so8t.logits import read_logits
 from so8t.losses import NO_TARGET
 from so8t.metrics import read_metrics
@@ -51,6 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     assert train.main(["config.toml", *(f"training.{key}={value}" for key, value in keys.items())]) == 0
     policy = {"mode": "exclude", "rows_read": 9, "rows_used": 7, "counts": {"<i>rule</i>": 2}, "dropped": []}
+    policy["files"] = ["rows <b>1</b>.jsonl"]
     weights = {"name": "base weights", "where": "device", "predicted_bytes": 2**20, "measured_bytes": 3 * 2**19}
     moments = [{"name": "peak", "predicted_bytes": None, "measured_bytes": None}]
     peak = {"peak": {"predicted_bytes": 2**24, "measured_bytes": 2**25}}
@@ -332,6 +334,7 @@ def test_what_is_no_finished_run_is_one_sentence(
 
 def test_the_page_says_what_the_run_was(run: Path, page: str) -> None:
     about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert "on rows &lt;b&gt;1&lt;/b&gt;.jsonl" in page  # the files that policy.json names
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert facts["state"] == "finished: 6 of 6 steps"
     assert (facts["seed"], facts["torch"], facts["data"]) == ("42", torch.__version__, about["data"])
@@ -354,6 +357,25 @@ def test_the_page_tells_of_a_run_that_stopped_and_of_files_that_are_damaged_or_o
     assert "Damaged after they were written: the saved logits of step 4." in page
     steps = [save["step"] for row in data_of(page, "token-map")["rows"] for save in row["saves"]]
     assert steps.count(4) == len(PROBE)
+
+
+def test_a_run_whose_logits_are_all_torn_has_a_page_without_them(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "logits").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "finished: 6 of 6 steps" in page
+    assert 'id="token-map"' not in page
+
+
+def test_logits_of_two_models_in_one_folder_are_told(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "logits").glob("probe_step_4_*"):
+        contents = torch.load(path)
+        larger = {"vocab_size": contents["vocab_size"] + 1, "logits": F.pad(contents["logits"], (0, 1))}
+        torch.save(contents | larger, path)
+    with pytest.raises(InputError, match="keep the files of one run in one folder"):
+        write_report(tmp_path)
 
 
 def test_a_caption_counts_instead_of_rounding_up(run: Path, page: str) -> None:

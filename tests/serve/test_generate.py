@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, EosTokenCriteria, StoppingCriteriaList
 
 import train
 from so8t.checkpoint import checkpoint_folders
@@ -36,7 +36,7 @@ def write_all(generator: Generator, questions: Sequence[Question]) -> list[tuple
     """What the model writes to questions that are asked together, and its number of tokens."""
     found: dict[int, tuple[str, int]] = {}
     prompts = [generator.encode(question.messages) for question in questions]
-    generator(questions, prompts, lambda written: found.update({row: (text, count) for row, text, count in written}))
+    generator(questions, prompts, lambda all: found.update({one.row: (one.text, one.num_tokens) for one in all}))
     return [found[row] for row in range(len(questions))]
 
 
@@ -53,6 +53,23 @@ def test_a_run_says_what_it_learned_and_stops_at_the_end_of_the_final(generator:
     text, num_tokens = write(generator, QUERY)
     assert text == render(*PARTS)
     assert num_tokens == len(tokenizer(text)["input_ids"])
+
+
+def test_an_answer_that_ran_into_its_limit_has_not_ended(generator: Generator) -> None:
+    found: list[Written] = []
+    questions = [asked(QUERY), asked(QUERY, max_new_tokens=3)]
+    generator(questions, [generator.encode(question.messages) for question in questions], found.extend)
+    assert {one.row: one.ended for one in found} == {0: True, 1: False}
+
+
+def test_an_answer_that_the_model_ended_before_its_final_has_ended(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    found: list[Written] = []
+    third = tokenizer(render(*PARTS))["input_ids"][2]
+    monkeypatch.setattr(generator, "is_at_end", StoppingCriteriaList([EosTokenCriteria(third)]))
+    generator([asked(QUERY)], [generator.encode(user(QUERY))], found.extend)
+    assert [(one.num_tokens, one.ended) for one in found] == [(3, True)]
 
 
 def test_sampling_from_the_likeliest_token_alone_is_greedy(generator: Generator) -> None:

@@ -78,7 +78,7 @@ class Stub:
                 text = self.texts.pop() if len(self.texts) > 1 else self.texts[0]
                 if isinstance(text, Exception):
                     raise text
-                done.append(Written(row, text, len(text)))
+                done.append(Written(row, text, len(text), text.endswith("</final>")))
         finally:
             written(done)
 
