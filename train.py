@@ -47,7 +47,7 @@ from so8t.losses import Tap, ce_sum, pet_sum
 from so8t.memory import MemoryLedger, OutOfMemory, StepSpec, device_memory, largest_of, plan_memory, shape_of
 from so8t.metrics import Metrics, write_run_file
 from so8t.model import Model, causal_lm, describe, head, hidden_states, load_model, trainable_parameters
-from so8t.optim import make_amp, make_optimizer, set_learning_rate
+from so8t.optim import make_amp, make_optimizer, set_learning_rate, unpaged
 from so8t.packing import pack_rows
 from so8t.pretrained import check_length, load_model_config, load_tokenizer, rope_bound
 from so8t.schedule import lr_at, pet_weight_at
@@ -92,6 +92,8 @@ def train(config: Config, process: parallel.Process) -> int:
     """Run the whole job, in the order of this function. Returns the exit code."""
     training, device, seed = config.training, process.device, config.training.seed
     if device.type == "cpu" and (sentence := unused_gpu(torch.version.cuda)):
+        cli.say(sentence)
+    if sentence := unpaged(training.optim, device):
         cli.say(sentence)
     rows_per_batch = training.per_device_train_batch_size
     sharded = config.parallel.shard_base and process.world_size > 1

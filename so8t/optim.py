@@ -37,18 +37,23 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     if config.optim == "adamw_8bit":
         optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=config.learning_rate)
     else:
-        if trainable[0].device.type == "cpu":
-            cli.say(
-                "optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU has nowhere to page them to"
-            )
-            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-        elif lends_host_memory():
-            cli.say(
-                "optim: paged_adamw_8bit pages nothing on Windows and WSL, whose driver cannot move managed memory on "
-                "demand: its states need room on the GPU like those of adamw_8bit"
-            )
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # unpaged() tells it
         optimizer = bitsandbytes.optim.PagedAdamW8bit(groups, lr=config.learning_rate)
     return optimizer
+
+
+def unpaged(optim: str, device: torch.device) -> str:
+    """One sentence if the optimizer pages nothing although its name says so, else ""."""
+    if optim != "paged_adamw_8bit":
+        return ""
+    if device.type == "cpu":
+        return "optim: paged_adamw_8bit keeps its states in ordinary memory here: a CPU has nowhere to page them to"
+    if lends_host_memory():
+        return (
+            "optim: paged_adamw_8bit pages nothing on Windows and WSL, whose driver cannot move managed memory on "
+            "demand: its states need room on the GPU like those of adamw_8bit"
+        )
+    return ""
 
 
 def make_amp(config: TrainingConfig, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:

@@ -1,6 +1,7 @@
 """The changes that the documentation shows, followed to the letter."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from model_cases import HIDDEN, NO_AUTOCAST, load, make_batch, make_rows
 from run_cases import copy_rows, run_processes
 
 import train
-from so8t.config import Config, load_config
+from so8t.config import Config, InputError, load_config
 from so8t.data import Batch, collate
 from so8t.logits import read_logits
 from so8t.memory import BatchShape
@@ -92,6 +93,21 @@ def test_another_loss_term_does_not_depend_on_padding_or_on_how_a_step_is_cut(
     assert term(together) == pytest.approx(sum(term(collate([row])) for row in rows), rel=0.01)
 
 
+@pytest.mark.parametrize("needs_values", ["hidden[batch.targets != -100].square().mean()", "hidden.sum().item()"])
+def test_a_term_that_the_memory_plan_cannot_trace_is_named_by_its_line(
+    config: Config, tmp_path: Path, needs_values: str
+) -> None:
+    text = Path("train.py").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^ *loss = ce \+ .*\n", text, re.MULTILINE)
+    text = text.replace(line, line + f"        loss = loss + {needs_values}\n")
+    number = text[: text.index(needs_values)].count("\n") + 1
+    module = types.ModuleType("train_with_a_term_of_values")
+    path = Path("train.py").absolute()
+    exec(compile(text, path, "exec"), module.__dict__)
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}:{number}: the memory plan .* multiply by a mask"):
+        trace_step(replace(step_spec(config, BatchShape(1, 64, is_padded=False)), forward=module.forward), 0)
+
+
 def train_in(clone: Path, arguments: list[str]) -> None:
     """For a process of its own: the job of a copy of the repository. torch, which takes seconds, may stay imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("so8t", "train")]:
@@ -139,5 +155,8 @@ def test_the_three_changes_train_together_in_a_copy_of_the_repository(tmp_path: 
     [record] = read_logits(clone / "run" / "logits")
     assert torch.equal(record.input_ids, saved["input_ids"])
     assert record.contents["verified"]
+    ledger = json.loads((clone / "run" / "memory.json").read_text(encoding="utf-8"))["rows"]
+    (states,) = (row for row in ledger if row["name"] == "optimizer states, 8-bit")
+    assert states["predicted_bytes"] == states["measured_bytes"]  # the plan lets the same function make the optimizer
     state = torch.load(clone / "run" / "checkpoints" / "step_000002" / "training_state.pt")["optimizer"]["state"]
     assert not any("state2" in tensors for tensors in state.values())  # Lion has one moment, AdamW two

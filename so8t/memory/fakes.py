@@ -5,7 +5,7 @@ without CUDA). Where it would behave differently on a GPU, a private name of a l
 a comment at each says what breaks when that library moves it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import cached_property
@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from so8t.config import ModelSpec
+from so8t.config import ModelSpec, TrainingConfig
 from so8t.data import Batch
 from so8t.memory.live_bytes import LiveBytes
 from so8t.memory.step import BatchShape
-from so8t.model import Model, adapt, apply_checkpointing, build_on_meta
+from so8t.model import Model, adapt, apply_checkpointing, build_on_meta, trainable_parameters
+from so8t.optim import make_optimizer
 from so8t.packing import pack_rows
 
 CUDA_BLOCK_BYTES = 512  # CUDA's allocator rounds up to it
-BLOCKWISE_FROM = 4096  # bitsandbytes keeps the states of smaller tensors in 32 bits
-STATE_BLOCK = 256  # values of an 8-bit state that share one float32 scale
 
 
 class FakeBatch(Batch):
@@ -98,17 +97,21 @@ def fake_model(
         yield model, LiveBytes(1 if device_type == "cpu" else CUDA_BLOCK_BYTES, fake=True)
 
 
-def optimizer_states(trainable: Sequence[nn.Parameter], optim: str) -> list[dict[str, Tensor]]:
-    """As bitsandbytes and torch would make them in their first step."""
-    states = []
+def optimizer_states(model: Model, training: TrainingConfig) -> list[dict[str, Any]]:
+    """What the loop's optimizer keeps after its first step."""
+    trainable = trainable_parameters(model)
     for parameter in trainable:
-        if optim == "adamw" or parameter.numel() < BLOCKWISE_FROM:
-            states.append({name: torch.empty_like(parameter) for name in ("state1", "state2")})
-            continue
-        blocks = -(-parameter.numel() // STATE_BLOCK)
-        state = {name: torch.empty_like(parameter, dtype=torch.uint8) for name in ("state1", "state2")}
-        states.append(state | {name: torch.empty(blocks) for name in ("absmax1", "absmax2")})
-    return states
+        parameter.grad = torch.empty_like(parameter)
+    # its 256 values are found by a loop over their bits.
+    # Breaks with bitsandbytes: AttributeError here, or DataDependentOutputException in the step.
+    with mock.patch("bitsandbytes.functional.create_dynamic_map", return_value=torch.empty(256)):
+        optimizer = make_optimizer(model, training)
+        # bitsandbytes' arithmetic, before which it makes the states; torch's optimizers have no such method.
+        # Breaks with bitsandbytes: a RuntimeError about devices where another accelerator is.
+        vars(optimizer)["update_step"] = lambda *_: None
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return list(optimizer.state.values())
 
 
 class _LeaveTheDevice(saved_tensors_hooks):

@@ -5,15 +5,19 @@ The loop's own `forward`, the model's code, bitsandbytes and peft run under torc
 counted only where it is known, see live_bytes.py.
 """
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.utils import clip_grad_norm_
 
 from so8t import parallel
+from so8t.config import InputError
 from so8t.evaluate import score
 from so8t.gates import SO8Gate
 from so8t.logits import LogitsPlan, score_rows
@@ -40,11 +44,28 @@ KINDS = (
     "optimizer states, 32-bit",
 )
 
+STEP_FOLDERS = (Path(__file__).parents[1], Path(__file__).parents[2])  # of the code that a step runs, train.py among it
+
 Mark = Callable[[str], None]
 
 
 def trace_step(spec: StepSpec, checkpointed_layers: int) -> Trace:
-    """The phases of a step whose optimizer has its states already and whose gradients add up over micro-batches."""
+    """The phases of a step whose optimizer has its states already and whose gradients add up over micro-batches.
+
+    Raises InputError if a line of the step needs values, which fake tensors lack.
+    """
+    try:
+        return _trace_step(spec, checkpointed_layers)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame for frame in frames if Path(frame.filename).parent in STEP_FOLDERS][-1]
+        raise InputError(
+            f"{line.filename}:{line.lineno}: the memory plan traces a step by shapes alone, and `{line.line}` needs "
+            "values; multiply by a mask instead of indexing with it, and take no .item() or `if` of a tensor"
+        ) from error
+
+
+def _trace_step(spec: StepSpec, checkpointed_layers: int) -> Trace:
     with fake_model(
         spec.config.model_spec,
         spec.model_config,
@@ -61,7 +82,7 @@ def trace_step(spec: StepSpec, checkpointed_layers: int) -> Trace:
 
         live.hold(all_tensors(held_tensors(model, [])))
         mark("load")
-        states = optimizer_states(trainable_parameters(model), spec.config.training.optim)
+        states = optimizer_states(model, spec.config.training)
         live.hold(all_tensors(held_tensors(model, states)))
         with live:
             tap = _run_step(spec, model, live, mark)

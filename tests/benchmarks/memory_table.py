@@ -10,6 +10,7 @@ callback that holds on to the logits while it saves them.
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import shared
@@ -44,7 +45,7 @@ def trainer_peak(config: Config, shape: BatchShape) -> int:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.dtype == torch.bfloat16:
                     setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
-        states = optimizer_states(trainable_parameters(model), "adamw_8bit")
+        states = optimizer_states(model, replace(config.training, optim="adamw_8bit"))
         live.hold(all_tensors(held_tensors(model, states)))
         batch = fake_batch(shape)
         with live:
