@@ -62,7 +62,10 @@ class NonFiniteStep(Exception):
 
     def __init__(self, step: int, loss: float, grad_norm: float, rows: Sequence[str]) -> None:
         where = f"the CE of rows {', '.join(rows)}" if rows else "PET or the backward pass"
-        super().__init__(f"step {step} is not finite: loss {loss}, grad_norm {grad_norm}, first seen in {where}")
+        super().__init__(
+            f"step {step} is not finite: loss {loss}, grad_norm {grad_norm}, first seen in {where}; "
+            "a lower training.learning_rate may keep it finite"
+        )
 
 
 def forward(

@@ -487,10 +487,9 @@ def _convert(annotation: Any, value: Any) -> Any:
         value = _convert(arguments[0], value)
         fits = arguments[1].holds(value)
     elif origin is tuple:
-        if isinstance(value, str):
-            value = [value] if value else []
-        fits = isinstance(value, list)
-        value = tuple(_convert(arguments[0], item) for item in value) if fits else ()
+        if not isinstance(value, list):
+            value = [] if value == "" else [value]
+        return tuple(_convert(arguments[0], item) for item in value)
     elif origin is Literal:
         fits = value in arguments
     elif origin is dict:
@@ -544,7 +543,7 @@ def _describe(annotation: Any) -> str:
     if origin is Annotated:
         return f"{_describe(arguments[0])} {arguments[1].words}"
     if origin is tuple:
-        return f"a list (each item {_describe(arguments[0])})"
+        return f"{_describe(arguments[0])}, or a list of such"
     if origin is Literal:
         return " or ".join(map(_toml, arguments))
     if origin is dict:
@@ -565,8 +564,17 @@ def _nearest(name: str) -> str:
     keys = {known: known.rpartition(".")[2] for known in KEYS}
     near = get_close_matches(key.lower(), keys.values(), 1, 0.7)
     homes = [known for known, its_key in keys.items() if its_key in near]
+    if not homes and len(key) > 1:  # such as epochs, batch_size, lr
+        homes = [known for known, its_key in keys.items() if key.lower() in (its_key, *_parts(its_key))]
     homes = [known for known in homes if known.startswith(f"{table}.")] or homes
     return f"did you mean {' or '.join(homes)}?" if homes else "config.toml lists every key"
+
+
+def _parts(name: str) -> Iterator[str]:
+    """The ends of a name at its underscores, and its initials: train_epochs, epochs and nte of num_train_epochs."""
+    words = name.split("_")
+    yield from ("_".join(words[start:]) for start in range(1, len(words)))
+    yield "".join(word[0] for word in words)
 
 
 def _toml(value: object) -> str:
@@ -574,7 +582,7 @@ def _toml(value: object) -> str:
     match value:
         case bool():
             return str(value).lower()
-        case int() if abs(value) >= 2**64:  # Python writes 4,300 decimal digits at most
+        case int() if abs(value) >= 10**60:  # Python writes 4,300 decimal digits at most
             return hex(value)
         case str():
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -133,8 +133,8 @@ def test_a_whole_number_is_fine_where_a_float_is_asked_for(load: Load) -> None:
             "text in quotes that is not empty, up to 255 bytes a name and 4000 in all, not 3",
         ),
         ("training.output_dir", "1979-05-27", "not 1979-05-27"),
-        ("so8t.layer_indices", "[4, true]", "(each item a whole number from 0 to 2**31 - 1), not [4, true]"),
-        ("so8t.layer_indices", "4", "a list"),
+        ("so8t.layer_indices", "[4, true]", "a whole number from 0 to 2**31 - 1, or a list of such, not [4, true]"),
+        ("so8t.layer_indices", '"4"', "a list of such"),
         ("qlora.target_modules", '["o_proj", 3]', 'not ["o_proj", 3]'),
     ],
 )
@@ -260,6 +260,10 @@ def test_the_edges_of_the_ranges_are_inside(load: Load) -> None:
         ("model.enabled", "so8t.enabled or qlora.enabled or pet.enabled"),
         ("data.policy.e_mail", "data.policy.email"),  # in a table inside of a table
         ("data.mode", "data.policy.mode"),
+        ("training.lr", "training.learning_rate"),  # the names that other tools give them
+        ("training.epochs", "training.num_train_epochs"),
+        ("training.batch_size", "training.per_device_train_batch_size"),
+        ("qlora.alpha", "qlora.lora_alpha"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_known_one(load: Load, name: str, near: str) -> None:

@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,12 +92,15 @@ def _expand(key: str, pattern: str) -> list[str]:
         if Path(name).is_dir():
             raise InputError(f"{key}: {name} is a folder; name the files in it, as {name.rstrip('/')}/*.jsonl does")
         if not Path(name).is_file():
-            advice = ""
             if _HUB_ID.fullmatch(name) and not Path(name).suffix:
                 advice = (
                     f"; a dataset of the hub has to be on the disk: hf download {name} --repo-type dataset "
                     f"--local-dir {name.partition('/')[2]}, and name the files in that folder"
                 )
+            else:
+                there = [path.name for path in Path(name).parent.glob("*")]
+                near = get_close_matches(Path(name).name, there, n=1)
+                advice = f"; did you mean {Path(name).with_name(near[0])}?" if near else ""
             raise InputError(f"{key}: there is no file {name}{advice}")
         try:
             Path(name).open("rb").close()

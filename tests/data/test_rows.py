@@ -409,6 +409,14 @@ def test_a_missing_file_is_an_error_that_names_the_key(tmp_path: Path, pattern: 
         load(name, key="data.eval_data", on_bad_row="skip")
 
 
+def test_a_misspelled_file_is_answered_with_the_nearest_one(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", [PLAIN])
+    with pytest.raises(
+        InputError, match=rf"there is no file .*; did you mean {re.escape(str(tmp_path / 'rows.jsonl'))}"
+    ):
+        load(tmp_path / "row.jsonl")
+
+
 def test_globs_are_read_in_the_order_of_names_and_lists_in_their_own(tmp_path: Path) -> None:
     for name in "bahgfcde":
         (tmp_path / name).mkdir()
