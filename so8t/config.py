@@ -283,9 +283,11 @@ class Config:
 
     def __post_init__(self) -> None:
         scratch, adapters, full = self.model.from_scratch, self.qlora.enabled, not self.qlora.enabled
-        bf16, fp16, layers, pet = self.training.bf16, self.training.fp16, self.so8t.layer_indices, self.pet
+        bf16, fp16 = self.training.bf16, self.training.fp16
+        layers, pet = self.so8t.layer_indices, self.pet
         four_bit, eight_bit = self.quantization.load_in_4bit, self.quantization.load_in_8bit
-        bits, quantized = "quantization.load_in_4bit and load_in_8bit", four_bit or eight_bit
+        quantized = four_bit or eight_bit
+        bits = "quantization.load_in_4bit and load_in_8bit"
         phases = pet.exploration_ratio + pet.transition_ratio + pet.stabilization_ratio
         contradictions = [
             (bf16 and fp16, "training.bf16 and fp16 exclude each other; set one to false"),

@@ -1,4 +1,4 @@
-"""How everything is written to disk: under a temporary name in the same folder, then fsync, then rename.
+"""How files are written: under a temporary name in the same folder, then fsync, then rename; lines are appended.
 
 Windows cannot rename, replace or delete a file that a process, this one included, has open or mapped. Virus scanners
 and indexers close theirs in a moment, so such calls are tried again for PATIENCE seconds before their error is raised.

@@ -20,7 +20,7 @@ from so8t.config import InputError, TrainingConfig
 from so8t.files import append_line, atomic_write
 from so8t.text import size_of, wrapped
 
-RUN_FILE = "run.json"
+METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 
 
 def write_run_file(output_dir: Path, device: torch.device, total_steps: int, data_fingerprint: str) -> None:
@@ -62,11 +62,11 @@ class Metrics:
         total_steps: int,
         is_main: bool,
     ) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS_FILE
         self._logging_steps = config.logging_steps
         self._is_main = is_main
         if is_main and self._path.exists():
-            kept = [record for record in read_metrics(self._path) if record["step"] < first_step]
+            kept = [record for record in read_metrics(folder) if record["step"] < first_step]
             with atomic_write(self._path) as file:
                 file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
         self._first: dict[str, float] = {}  # records of this process's first and last step
@@ -128,12 +128,15 @@ class Metrics:
                 print(f"step {step} of {self._total_steps}: {shown}", file=sys.stderr, flush=True)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One dict a step: "step" and numbers, None where one was inf or NaN.
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Of a run, one dict a step: "step" and numbers, None where one was inf or NaN; [] if it left none.
 
     What is no step, such as a line that a full disk or a power cut left half-written, is skipped.
     """
-    records = []
+    records: list[dict[str, Any]] = []
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return records
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, RecursionError):
             record = json.loads(line)

@@ -16,7 +16,7 @@ from so8t.data import Batch, derive_seed, stop_token_ids
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates, state_without_gates
 from so8t.losses import Head
 from so8t.packing import places_of, takes_packed_rows
-from so8t.pretrained import load_model_config, not_a_model
+from so8t.pretrained import load_model_config, not_a_model, stops_in
 from so8t.quiet import hide_bars
 
 if TYPE_CHECKING:
@@ -293,6 +293,5 @@ def save_model(model: Model, tokenizer: Any, folder: Path) -> None:
 def set_stops(model: PreTrainedModel, tokenizer: Any) -> None:
     """Let `generate` stop at whatever ends an answer in the chat template, as in training."""
     if tokenizer.chat_template:
-        known = model.generation_config.eos_token_id
-        stops = [*stop_token_ids(tokenizer), *(known if isinstance(known, list) else [] if known is None else [known])]
+        stops = [*stop_token_ids(tokenizer), *stops_in(model.generation_config)]
         model.generation_config.eos_token_id = list(dict.fromkeys(stops))

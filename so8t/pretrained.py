@@ -57,6 +57,12 @@ def check_length(what: str, tokens: int, config: ModelConfig, model_config: Any)
         raise InputError(f"{found}; write data.max_seq_length = {positions} or less")
 
 
+def stops_in(generation_config: Any) -> list[Any]:
+    """The tokens at which it lets `generate` stop; it may name none, one or several."""
+    listed = generation_config.eos_token_id
+    return listed if isinstance(listed, list) else [] if listed is None else [listed]
+
+
 def rope_bound(model_config: Any) -> int | None:
     """Where one row of a forward pass is longer, LongRoPE turns all of them by its long factors; None = no such rows.
 

@@ -57,8 +57,8 @@ from typing import Literal, NamedTuple
 
 from so8t.text import HALF_CHARACTER, Fold
 
-PARTS = ("task", "safety", "policy", "final")
 TAG_NAMES = {"task": "think-task", "safety": "think-safety", "policy": "think-policy", "final": "final"}
+PARTS = tuple(TAG_NAMES)
 
 # what a token belongs to; its index is the uint8 code in `sections`. Tags belong to their part; "answer" is
 # an assistant's token in no part: white space between parts, the end-of-turn marker, a plain answer

@@ -19,7 +19,7 @@ def copy_rows(path: Path, start: int, end: int) -> None:
 def series(run: Path, *names: str) -> list[tuple[Any, ...]]:
     """These metrics of every step; by default all that a run determines."""
     names = names or ("step", "epoch", "loss", "ce", "pet", "pet_weight", "lr", "grad_norm", "num_targets")
-    return [tuple(record[name] for name in names) for record in read_metrics(run / "metrics.jsonl")]
+    return [tuple(record[name] for name in names) for record in read_metrics(run)]
 
 
 def run_processes(function: Callable[..., object], calls: Sequence[tuple[Any, ...]]) -> list[int | None]:

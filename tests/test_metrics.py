@@ -31,7 +31,7 @@ def record(folder: Path, steps: range, first_step: int = 1, **keys: Any) -> Metr
 
 def test_every_step_is_one_line_with_its_speed(tmp_path: Path) -> None:
     record(tmp_path, range(1, 4))
-    records = read_metrics(tmp_path / "metrics.jsonl")
+    records = read_metrics(tmp_path)
     assert [(line["step"], line["loss"], line["tokens_per_sec"]) for line in records] == [
         (1, 4.0, 200.0),
         (2, 5.0, 200.0),
@@ -42,7 +42,7 @@ def test_every_step_is_one_line_with_its_speed(tmp_path: Path) -> None:
 def test_resumed_run_replaces_the_lines_of_the_steps_it_repeats(tmp_path: Path) -> None:
     record(tmp_path, range(1, 6))
     record(tmp_path, range(3, 5), first_step=3)
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_half_a_line_left_by_a_power_cut_costs_that_line_only(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_half_a_line_left_by_a_power_cut_costs_that_line_only(tmp_path: Path) ->
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-10])
     record(tmp_path, range(3, 5), first_step=3)
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
@@ -190,9 +190,9 @@ def test_a_line_that_is_no_step_is_skipped(tmp_path: Path) -> None:
     ]
     foreign += [f'{{"step": 1, "loss": {value}}}' for value in ('"x"', "[]", "{}", "NaN", "1e999", "1" * 400)]
     path.write_text("\n".join([*foreign, '{"step": 1, "loss": null}', ""]), encoding="utf-8")
-    assert read_metrics(path) == [{"step": 1, "loss": None}]
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None}]
     record(tmp_path, range(2, 3), first_step=2)
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_the_run_file_says_when_on_what_and_with_what_data_it_started(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_ranks_that_share_the_base_train_as_if_each_held_it(run: Run, bits: int)
     quantized = [f"quantization.load_in_{bits}bit=true"] if bits else []
     whole, shared = run(*quantized), run(*quantized, "parallel.shard_base=true")
     assert_same_training(shared, whole, atol=1e-6)
-    metrics = [read_metrics(folder / "metrics.jsonl") for folder in (whole, shared)]
+    metrics = [read_metrics(folder) for folder in (whole, shared)]
     losses = [[record["eval_loss"] for record in records if "eval_loss" in record] for records in metrics]
     assert len(losses[0]) == STEPS // 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -158,7 +158,7 @@ def test_job_leaves_exactly_these_files(run: Run, capsys: pytest.CaptureFixture[
     assert files == sorted(expected | {"config.toml", "memory.json", "metrics.jsonl", "policy.json", "run.json"})
     for name in {name.split("/")[0] for name in files} - {"logits"}:
         assert TAKEN.fullmatch(name), "another name that training.save_logits_dir must not have"
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     documented = {"step", "epoch", "loss", "ce", "pet", "pet_weight", "lr", "grad_norm", "num_targets", "seconds"}
     documented |= {"tokens_per_sec", "peak_memory_bytes", "logits_saved", "logits_dropped", "logits_failed"}
@@ -260,7 +260,7 @@ def test_what_only_watches_changes_no_bit_of_training(
 def test_validation_is_the_mean_over_all_tokens_and_logged_when_due(run: Run, tmp_path: Path) -> None:
     frozen = ("so8t.init_scale=0.0", "training.learning_rate=0.0", "qlora.lora_dropout=0.0", "training.max_steps=5")
     folder = run("run", *frozen, f"data.eval_data={tmp_path / 'rows.jsonl'}", "training.eval_steps=2")
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder)
     assert [record["step"] for record in records if "eval_loss" in record] == [2, 4, 5]
     epoch = records[:3]  # with a learning rate of 0, the steps of one epoch see the same rows under the same weights
     total = sum(record["ce"] * record["num_targets"] for record in epoch)
@@ -370,7 +370,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_to_the_bit(
     stopped: dict[signal.Signals, Stopped], unbroken: tuple[Path, Path], number: signal.Signals
 ) -> None:
     run, (expected, _) = stopped[number], unbroken
-    assert len(read_metrics(run.folder / "metrics.jsonl")) == STOPPED_AT < STEPS
+    assert len(read_metrics(run.folder)) == STOPPED_AT < STEPS
     if sys.platform == "win32":
         assert run.exit_code == number  # os.kill ends it at once
     elif number == signal.SIGKILL:
@@ -437,7 +437,7 @@ def test_step_that_is_not_finite_stops_before_the_weights_and_leaves_evidence(
     assert message.startswith("train.py: step 2 is not finite: ")
     assert "rows.jsonl:" in message
     assert checkpoint_of(folder).name == "step_000001"
-    assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [1]
+    assert [record["step"] for record in read_metrics(folder)] == [1]
     (evidence,) = read_logits(folder / "logits")
     assert evidence.step == 2
     assert not torch.tensor(evidence.loss).isfinite()
@@ -450,7 +450,7 @@ def test_float16_stops_when_no_scale_makes_a_step_finite(
     options = ("training.fp16=true", "training.learning_rate=1e18", "training.warmup_ratio=0.0", "training.optim=adamw")
     folder = run("run", *options, "training.max_steps=6", exit_code=1)
     assert "train.py: step 4 is not finite: " in capsys.readouterr().err
-    assert [record["loss"] for record in read_metrics(folder / "metrics.jsonl")][1:] == [None, None]
+    assert [record["loss"] for record in read_metrics(folder)][1:] == [None, None]
 
 
 # ---- what cannot be meant
@@ -532,7 +532,7 @@ def test_resuming_what_would_alter_the_result_is_refused(
 ) -> None:
     assert train.main([str(four_steps.with_suffix(".toml")), "training.max_steps=4", change]) == 2
     assert words in capsys.readouterr().err
-    assert len(read_metrics(four_steps / "metrics.jsonl")) == 4
+    assert len(read_metrics(four_steps)) == 4
 
 
 def test_resuming_with_other_rows_in_the_same_file_is_refused(

@@ -21,7 +21,6 @@ from torch import Tensor
 from so8t.analyze.scores import Bounds, float16_bounds
 from so8t.config import InputError
 from so8t.logits import ROWS_AT_ONCE, LogitsRecord
-from so8t.thinking import SECTIONS
 
 FLOAT32_SLACK = 1e-5  # by how much a sum of probabilities in float32 may be off, with logits up to about 100
 
@@ -70,9 +69,8 @@ Key = tuple[int, bytes]
 
 def row_keys(record: LogitsRecord) -> list[Key]:
     """A key that equal rows share: the sample_id and, as a data file may change, a hash of tokens and labels."""
-    lengths = (record.sections != SECTIONS.index("padding")).sum(dim=1).tolist()
     contents = torch.stack((record.input_ids, record.labels), dim=1)
-    rows = zip(record.sample_ids.tolist(), contents, lengths, strict=True)
+    rows = zip(record.sample_ids.tolist(), contents, record.lengths, strict=True)
     return [(sample_id, hashlib.sha256(row[:, :length].numpy().tobytes()).digest()) for sample_id, row, length in rows]
 
 

@@ -26,7 +26,6 @@ from so8t.analyze.scores import likeliest
 from so8t.config import InputError
 from so8t.files import atomic_folder, atomic_write
 from so8t.logits import LogitsRecord, read_file
-from so8t.thinking import SECTIONS
 
 KD_TOP_K = 64  # tokens a position, from files that hold them all
 KD_PADDING = -1e9  # axolotl's log-probability for a place without a teacher
@@ -129,7 +128,7 @@ def export_kd(paths: Sequence[Path], out: Path) -> str:
 
 def _kd_row(record: LogitsRecord, row: int) -> tuple[dict[str, Any], Tensor]:
     """One line, and how much of the teacher's mass it holds: [labels of the row]."""
-    length = int((record.sections[row] != SECTIONS.index("padding")).sum())
+    length = record.lengths[row]
     is_finite = ~record.at_targets("label_logprob").isnan()
     which = ((record.target_positions[:, 0] == row) & is_finite).nonzero().squeeze(1)
     ids, values = likeliest(record, which, KD_TOP_K if record.form == "full" else record.contents["vocab_size"])

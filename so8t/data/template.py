@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from so8t.config import DataConfig, InputError
 from so8t.data.messages import Conversation, Message
 from so8t.data.sources import BadRow
-from so8t.pretrained import not_a_model
+from so8t.pretrained import not_a_model, stops_in
 
 MANY_ANSWERS = 8  # in a longer plain chat not every prompt is rendered, or the work would grow with the square
 _REMEDY = "set data.chat_template_kwargs (such as {enable_thinking = false}) or data.chat_template"
@@ -137,16 +137,15 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
 def _known_stops(tokenizer: Any) -> list[int]:
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
-        listed = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id if tokenizer.name_or_path else []
+        every = stops_in(GenerationConfig.from_pretrained(tokenizer.name_or_path)) if tokenizer.name_or_path else []
     except (OSError, ValueError):  # no such file
-        listed = []
+        every = []
     except Exception as error:
         raise InputError(not_a_model(tokenizer.name_or_path, error, "generation_config.json")) from error
-    every = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if not all(type(token) is int for token in every):
         raise InputError(
-            f"model.base_model: the eos_token_id in generation_config.json of {tokenizer.name_or_path} is {listed}, "
-            "which is no token or list of tokens; correct it"
+            f"model.base_model: the eos_token_id in generation_config.json of {tokenizer.name_or_path} names "
+            f"{every}, which are no tokens; write their numbers"
         )
     return [*stops, *(token for token in every if token not in stops)]
 

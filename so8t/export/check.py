@@ -15,6 +15,7 @@ from so8t.data import Batch, load_dataset, split
 from so8t.evaluate import score
 from so8t.losses import NO_TARGET, Head
 from so8t.model import Model, causal_lm, head
+from so8t.pretrained import stops_in
 
 CHECK_ROWS = 16
 
@@ -53,9 +54,8 @@ def check_batches(config: DataConfig, tokenizer: Any) -> list[Batch]:
 
 def ends_in_stop(batch: Batch, model: PreTrainedModel) -> bool:
     """Say whether the last token that a row teaches is one at which the model's `generate` stops."""
-    eos: Any = model.generation_config.eos_token_id
     last = int(batch.targets[0][batch.targets[0] != NO_TARGET][-1])
-    return last in (eos if isinstance(eos, list) else [eos])
+    return last in stops_in(model.generation_config)
 
 
 def compute(model: Model, batches: Sequence[Batch]) -> Outputs:

@@ -31,6 +31,7 @@ from so8t.policy import read_report
 from so8t.pretrained import load_model_config, load_tokenizer
 
 REPORT_FILE = "so8t_export.json"
+SHARD_SIZE = "2GB"  # of a file of weights: small ones are written and loaded with less memory
 
 
 class ExportError(Exception):
@@ -73,7 +74,7 @@ class Report:
         return lines
 
 
-def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB") -> Report:
+def export(run: Path, out: Path, dtype: str = "bf16") -> Report:
     """Write the newest checkpoint of `run`, or the checkpoint that it is, as the model folder `out`.
 
     Raises InputError for what cannot be exported or written to, ExportError if the writing or the check fails.
@@ -81,8 +82,7 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
     checkpoint = newest_checkpoint(run)
     config = load_config(checkpoint / CONFIG_FILE)
     run_folder = checkpoint.parents[1]
-    policy, metrics_file = read_report(run_folder), run_folder / "metrics.jsonl"
-    metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
+    policy, metrics = read_report(run_folder), read_metrics(run_folder)
     if out.exists():
         raise InputError(f"{out} is there already; delete it or choose another folder")
     # the checkpoint's own files, so that a run exports from any working directory
@@ -96,7 +96,7 @@ def export(run: Path, out: Path, dtype: str = "bf16", max_shard_size: str = "2GB
     tokenizer = load_tokenizer(own, model_config.vocab_size)
     batches = check_batches(config.data, tokenizer)
     with atomic_folder(out) as folder:
-        report = write_and_check(config, checkpoint, tokenizer, batches, folder, dtype, max_shard_size)
+        report = write_and_check(config, checkpoint, tokenizer, batches, folder, dtype)
         gc.collect()  # Windows cannot rename a folder whose files are mapped
         cli.say("\n".join(report.sentences()))
         if not report.largest_difference <= report.tolerance:  # also refuses NaN
@@ -128,7 +128,6 @@ def write_and_check(
     batches: Sequence[Batch],
     folder: Path,
     dtype: str,
-    max_shard_size: str,
 ) -> Report:
     """Write the merged model into `folder`, load it from there, and compare it with the live one on `batches`."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -147,7 +146,7 @@ def write_and_check(
     merged = merge(model, DTYPES[dtype])
     try:
         set_stops(merged, tokenizer)
-        merged.save_pretrained(folder, state_dict=state_without_gates(merged), max_shard_size=max_shard_size)
+        merged.save_pretrained(folder, state_dict=state_without_gates(merged), max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
         if vocabulary := sentencepiece_file(config.model.base_model):
             shutil.copyfile(vocabulary, folder / vocabulary.name)

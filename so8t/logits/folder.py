@@ -13,6 +13,7 @@ from pathlib import Path
 
 from so8t.config import TrainingConfig
 from so8t.files import sweep_temporaries
+from so8t.text import GIB
 
 FILE_NAME = re.compile(
     r"(logits|probe)_step_(0|[1-9]\d*)_epoch_(0|[1-9]\d*)_(\d{8}_\d{6})(?:_rank(0|[1-9]\d*))?\.pt", re.ASCII
@@ -51,7 +52,7 @@ class LogitsFolder:
         self._ranks = ranks
         self._is_named = training.save_logits_ranks == "all"
         self._max_files = training.save_logits_max_files
-        self._max_bytes = training.save_logits_max_gib * 2**30
+        self._max_bytes = training.save_logits_max_gib * GIB
         self._kept_steps = training.save_logits_steps * training.save_logits_keep_every
 
     def file(self, kind: str, step: int, epoch: int, timestamp: str) -> LogitsFile:

@@ -55,6 +55,12 @@ class LogitsRecord:
         return tuple(part.path for part in self.parts) or (self.path,)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, without padding."""
+        lengths: list[int] = (self.sections != SECTIONS.index("padding")).sum(dim=1).tolist()
+        return lengths
+
+    @property
     def targets(self) -> Tensor:
         """[B, T] int64: the labels shifted once, so that they align with all that belongs to a position."""
         return shift(self.labels)
@@ -65,7 +71,7 @@ class LogitsRecord:
         return -self._on_grid(self.contents["label_logprob"])
 
     @property
-    def rank(self) -> Tensor:
+    def label_rank(self) -> Tensor:
         """[B, T] int32: number of tokens with a larger logit than the target; -1 where there is no target."""
         return self._on_grid(self.contents["label_rank"])
 

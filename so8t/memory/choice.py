@@ -48,7 +48,7 @@ def choose(spec: StepSpec, budget: int, resumed: Mapping[str, Any] | None = None
     if tokens == "auto" and not budget:
         tokens, reason = spec.micro_batch.tokens, f"auto: as {spec.micro_batch.rows} of the longest rows have"
     if tokens == "auto":
-        rows, tokens_of_row = _rows(spec, budget), spec.micro_batch.length
+        rows, tokens_of_row = _rows_that_fit(spec, budget), spec.micro_batch.length
         tokens, reason = rows * tokens_of_row, f"auto: the most tokens a second in {size_of(budget)}"
     spec = with_tokens(spec, tokens) if tokens else by_rows(spec)
     spec = _for_long_rows(spec, budget)
@@ -78,7 +78,7 @@ def _largest(rows: int, longest: int, tokens: int) -> BatchShape:
     return BatchShape(rows, length, is_padded=rows > 1)
 
 
-def _rows(spec: StepSpec, budget: int) -> int:
+def _rows_that_fit(spec: StepSpec, budget: int) -> int:
     """How many of the longest rows make the fastest micro-batch that fits, estimated from the traces of one of them.
 
     What a step adds to the tensors that rest grows with its tokens, but for the gradients and a chunk of logits.

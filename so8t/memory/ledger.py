@@ -52,7 +52,7 @@ class MemoryLedger:
         self._last_mark = "start of the run"
         self._reserved = 0
         self._process_at_start = peak_process_bytes()  # before the model: Python and the libraries
-        self._is_lent = False
+        self._has_warned = False
 
     def __enter__(self) -> "MemoryLedger":
         return self
@@ -148,9 +148,9 @@ class MemoryLedger:
     def _notice_host_memory(self) -> None:
         """Warn once that the driver lends host memory: steps take many times longer, and nothing else says why."""
         free = self._plan.free
-        if free is None or self._reserved <= free or not driver.lends_host_memory() or self._is_lent:
+        if free is None or self._reserved <= free or not driver.lends_host_memory() or self._has_warned:
             return
-        self._is_lent = True
+        self._has_warned = True
         log.warning(
             f"memory: {size_of(self._reserved)} are reserved, {size_of(free)} were free on the GPU at the start; the "
             "driver lends host memory for the rest, and steps take many times longer. Write "

@@ -66,7 +66,7 @@ class Plan:
         return self.choice.checkpointed_layers * of_layer if self.spec.offload else 0
 
     @property
-    def rows(self) -> dict[str, int]:
+    def ledger(self) -> dict[str, int]:
         """What a step holds, and what it adds for a time, by name; not all of it at once."""
         rows = ledger_rows(self.trace, self.spec.accumulates)
         return rows | {FLAT: rows["gradients"]} if self.spec.world_size > 1 else rows
@@ -74,7 +74,7 @@ class Plan:
     @property
     def sent_bytes(self) -> int:
         """That this rank sends a step, and receives: a ring passes all gradients around twice, less its own share."""
-        return 2 * self.rows["gradients"] * (self.spec.world_size - 1) // self.spec.world_size
+        return 2 * self.ledger["gradients"] * (self.spec.world_size - 1) // self.spec.world_size
 
     def table(self) -> str:
         trace, choice, lines = self.trace, self.choice, []
@@ -89,7 +89,7 @@ class Plan:
         lines.append(f"  {layers} ({choice.layers_reason})")
         if self.spec.mlp_tile:
             lines.append(f"  MLPs take {self.spec.mlp_tile} tokens at a time")
-        lines += [_line(name, size, WHY.get(name, "")) for name, size in self.rows.items()]
+        lines += [_line(name, size, WHY.get(name, "")) for name, size in self.ledger.items()]
         lines.append(_line("peak of all tensors", trace.peak, f"in the {peak_phase(trace)}"))
         if self.spec.device_type != "cpu":
             lines.append(_line("CUDA context", CONTEXT_BYTES, "assumed"))
@@ -119,7 +119,7 @@ class Plan:
             "num_layers": self.spec.num_layers,
             "rows": [
                 {"name": name, "where": "device", "predicted_bytes": size, "measured_bytes": None}
-                for name, size in self.rows.items()
+                for name, size in self.ledger.items()
             ],
             "moments": self.trace.peaks,
             "peak_bytes": self.trace.peak,

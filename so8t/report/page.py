@@ -97,7 +97,7 @@ def _read_run(folder: Path) -> Run:
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder} is no run, it has no {CONFIG_FILE}; write the training.output_dir of one")
     config = load_config(folder / CONFIG_FILE)
-    metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    metrics = read_metrics(folder)
     if not metrics:
         raise InputError(f"{folder} has no step in its metrics.jsonl; wait for the first one")
     try:

@@ -76,7 +76,7 @@ def _some_steps(folder: Path) -> list[LogitsRecord]:
 def _group_rows(records: Sequence[LogitsRecord], others: Sequence[LogitsRecord], tokenizer: Any) -> list[_Row]:
     """The rows of all files, each once however many steps saved it; the first rows of every file come first.
 
-    Of the others, which are the second run's, what they say about the same rows.
+    others: of the second run, which add what they say about the same rows.
     """
     rows: dict[tuple[str, tuple[int, bytes]], _Row] = {}
     for record in records:
@@ -86,7 +86,7 @@ def _group_rows(records: Sequence[LogitsRecord], others: Sequence[LogitsRecord],
                 continue  # a row without targets has nothing to colour
             row = rows.get((record.kind, key))
             if row is None:
-                length = int((record.sections[index] != SECTIONS.index("padding")).sum())
+                length = record.lengths[index]
                 row = rows[record.kind, key] = _Row(
                     kind=record.kind,
                     sample_id=key[0],

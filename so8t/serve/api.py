@@ -32,7 +32,7 @@ from so8t.thinking import SafetyLabel, is_blank
 MAX_BODY_BYTES = 64 * 1024
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 
-logger = logging.getLogger("so8t.serve")
+log = logging.getLogger("so8t.serve")
 
 
 def _not_blank(text: str) -> str:
@@ -148,7 +148,7 @@ def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)
         try:
             thinker.audit.check()
         except AuditError as error:
-            logger.error("not ready: %s", error)
+            log.error("not ready: %s", error)
             raise HTTPException(503, "the audit trail takes no rows, so there are no answers", RETRY_AFTER) from None
         return Health(status="ok", model_hash=thinker.generate.model_hash)
 
@@ -213,7 +213,7 @@ async def ask(thinker: Thinker, request: Request, shape: type[Asking]) -> tuple[
     except TimeoutError:
         raise HTTPException(503, "it took too long; try again later", RETRY_AFTER) from None
     except AuditError as error:
-        logger.error("no answer: %s", error)
+        log.error("no answer: %s", error)
         raise HTTPException(503, "the audit trail takes no rows, so there is no answer", RETRY_AFTER) from None
 
 

@@ -30,7 +30,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 TRIAL_QUESTION = "What is the capital of Australia?"
 TRIAL_SECONDS = 30.0
 
-logger = logging.getLogger("so8t.serve")
+log = logging.getLogger("so8t.serve")
 
 
 def bind(host: str, port: int, has_token: bool) -> socket.socket:
@@ -61,7 +61,7 @@ def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Seq
     handler = logging.StreamHandler()
     handler.setFormatter(QuietFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
-    logger.setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
     token = os.environ.get(TOKEN_VARIABLE, "").strip()  # the end of a line, which no header can carry
     with bind(host, port, has_token=bool(token)) as listener:
         audit = AuditTrail(audit_file)
@@ -71,8 +71,8 @@ def serve(path: Path, host: str, port: int, audit_file: Path, allowed_hosts: Seq
         try_out(generator)
         app = make_app(Thinker(generator, audit), token, hosts_that_may_be_named(host, bool(token), allowed_hosts))
         address = f"http://{in_url(host)}:{listener.getsockname()[1]}"
-        logger.info("serving %s, model hash %s, audit trail %s", generator.folder, generator.model_hash, audit_file)
-        logger.info("POST %s/think; the API is explained at %s/docs; Ctrl-C stops", address, address)
+        log.info("serving %s, model hash %s, audit trail %s", generator.folder, generator.model_hash, audit_file)
+        log.info("POST %s/think; the API is explained at %s/docs; Ctrl-C stops", address, address)
         config = uvicorn.Config(
             app,
             http=BoundedProtocol,
@@ -115,13 +115,14 @@ def try_out(generator: "Generator") -> None:
         raise InputError(f"{generator.folder} cannot answer: {where(error)}") from error
     num_tokens, seconds = found[0].num_tokens, time.monotonic() - started
     if release(found[0].text, TRIAL_QUESTION).answer == REFUSAL:
-        logger.warning(
+        log.warning(
             "the trial question got no answer that may leave (%d tokens in %.1f s); unless this model answers others "
             "in the four parts, every answer will be the fixed refusal",
-            *(num_tokens, seconds),
+            num_tokens,
+            seconds,
         )
     else:
-        logger.info("the trial question was answered, %d tokens in %.1f s", num_tokens, seconds)
+        log.info("the trial question was answered, %d tokens in %.1f s", num_tokens, seconds)
 
 
 def verify_audit(audit_file: Path) -> int:

@@ -34,7 +34,7 @@ from so8t.config import (
     load_config,
 )
 from so8t.model import causal_lm, load_model
-from so8t.pretrained import load_model_config, load_tokenizer, positions_of
+from so8t.pretrained import load_model_config, load_tokenizer, positions_of, stops_in
 from so8t.serve.thinker import Question, Written
 from so8t.thinking import neutralise
 
@@ -53,9 +53,8 @@ class Generator:
         self._markers = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
         # made once: it spells out the whole vocabulary, 0.2 s for one of 49152
         self.is_at_end = StoppingCriteriaList([StopStringCriteria(tokenizer, [END])])
-        end_of_turn: Any = model.generation_config.eos_token_id
-        if end_of_turn is not None:
-            self.is_at_end.append(EosTokenCriteria(end_of_turn))
+        if ends_of_turn := stops_in(model.generation_config):
+            self.is_at_end.append(EosTokenCriteria(ends_of_turn))
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends with the user's turn.

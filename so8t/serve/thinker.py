@@ -35,7 +35,7 @@ MOST_TOKENS = 16384
 LONGEST_TOGETHER = 4096
 DEFAULT_NEW_TOKENS = 512
 
-logger = logging.getLogger("so8t.serve")
+log = logging.getLogger("so8t.serve")
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,12 +183,12 @@ class Thinker:
             if len(batch) == 1 and left:
                 self._fail(left[0], error)
                 return
-            logger.error("%d requests together failed with %s; each is tried alone", len(batch), where(error))
+            log.error("%d requests together failed with %s; each is tried alone", len(batch), where(error))
             for asked in left:  # one bad request, or too little memory for all, should not cost the others theirs
                 self._answer([asked])
 
     def _fail(self, asked: _Asked, error: Exception) -> None:
-        logger.error("request %s: generation failed with %s", asked.request_id, where(error))
+        log.error("request %s: generation failed with %s", asked.request_id, where(error))
         self._finish([(asked, Written(0, "", 0, ended=True))])
 
     def _finish(self, finished: Sequence[tuple[_Asked, Written]]) -> None:
@@ -202,7 +202,7 @@ class Thinker:
             return
         for (asked, _), answer, (number, row_hash) in zip(finished, answers, written, strict=True):
             row = answer.row
-            logger.info(
+            log.info(
                 "request %s: %s, %d tokens in %d ms, audit row %d %s",
                 row.request_id,
                 row.safety_label,

@@ -62,7 +62,7 @@ def main() -> None:
             output_dir = folder / f"{budget:.0f}_{index}"
             changes = [f"training.output_dir={output_dir}", f"training.memory_budget_gib={budget / GIB}"]
             assert train.main([str(shared.SMOLLM2_JOB), *keys, *changes]) == 0
-            records = read_metrics(output_dir / "metrics.jsonl")
+            records = read_metrics(output_dir)
             seconds[budget].append(statistics.median(record["seconds"] for record in records[WARM_UP:]))
             losses.add(tuple(record["loss"] for record in records))
         for budget, times in seconds.items():

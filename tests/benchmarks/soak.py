@@ -170,9 +170,7 @@ def faults(alone: Path, other: Path, samples: list[Sample], torment: Torment) ->
     if after > GROWTH * before:
         yield f"resident memory grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB"
     yield from (f"torn: {sentence}" for sentence in torment.torn)
-    ours, theirs = (
-        [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(run / "metrics.jsonl")] for run in (alone, other)
-    )
+    ours, theirs = ([(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(run)] for run in (alone, other))
     if ours != theirs:
         steps = [one[0] for one, another in zip(ours, theirs, strict=False) if one != another]
         yield f"the losses of {len(steps)} steps differ, {len(ours)} and {len(theirs)} steps in all"
@@ -188,7 +186,7 @@ def faults(alone: Path, other: Path, samples: list[Sample], torment: Torment) ->
 
 def report(samples: list[Sample], torment: Torment, alone: Path) -> dict[str, object]:
     settled = [one for one in samples if one.step > SETTLED]
-    seconds = [record["seconds"] for record in read_metrics(alone / "metrics.jsonl")][SETTLED:]
+    seconds = [record["seconds"] for record in read_metrics(alone)][SETTLED:]
     quarter = max(1, len(seconds) // 4)
     return {
         "steps": len(seconds) + SETTLED,

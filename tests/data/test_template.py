@@ -293,7 +293,7 @@ def test_a_generation_config_whose_stops_are_no_tokens_is_named(tmp_path: Path, 
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {listed}}}', "utf-8")
     tokenizer = make_tokenizer(CHATML)
     tokenizer.name_or_path = str(tmp_path)
-    with pytest.raises(InputError, match=r"generation_config\.json.* (is no token|eos_token_id)"):
+    with pytest.raises(InputError, match=r"generation_config\.json.* (are no tokens|eos_token_id)"):
         stop_token_ids(tokenizer)
 
 

@@ -354,10 +354,17 @@ def test_a_quantized_base_is_bad_input(make_run: MakeRun, tmp_path: Path, bases:
     ],
 )
 def test_exported_folder_is_the_live_model_in_the_shape_of_its_base(
-    bases: dict[str, Path], make_run: MakeRun, tokenizer: Any, tmp_path: Path, base: str, overrides: tuple[str, ...]
+    bases: dict[str, Path],
+    make_run: MakeRun,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    overrides: tuple[str, ...],
 ) -> None:
     run, model = make_run(base, *overrides)
-    report = export(run, tmp_path / "out", "fp32", max_shard_size="20KB")
+    monkeypatch.setattr("so8t.export.merge.SHARD_SIZE", "20KB")  # so that there are several files
+    report = export(run, tmp_path / "out", "fp32")
     batch = some_batch(run, tokenizer)
     expected = logits_of(model.float(), batch)
     torch.testing.assert_close(plain_logits(tmp_path / "out", batch.input_ids), expected, rtol=1e-4, atol=1e-4)

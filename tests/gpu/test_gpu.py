@@ -47,7 +47,7 @@ ANY_ROWS = ("data.policy.provenance=false", 'data.policy.mode="exclude"')
 def run(config: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """Train to the end; returns the metrics of every step."""
     assert train.main([config, f"training.output_dir={folder}", *overrides]) == 0
-    return read_metrics(folder / "metrics.jsonl")
+    return read_metrics(folder)
 
 
 def speed(records: list[dict[str, Any]], skipped: int = 2) -> dict[str, float]:
@@ -165,7 +165,7 @@ def test_run_resumes_to_the_same_end_and_is_exported(tmp_path: Path, record: Any
     gates = [(end / "so8t_gates.safetensors").read_bytes() for end in ends]
     report = export(tmp_path / "whole", tmp_path / "exported", "fp32")
     record(same_bits=gates[0] == gates[1], difference=report.largest_difference, tolerance=report.tolerance)
-    losses = [read_metrics(tmp_path / name / "metrics.jsonl")[-1]["loss"] for name in ("whole", "resumed")]
+    losses = [read_metrics(tmp_path / name)[-1]["loss"] for name in ("whole", "resumed")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the GPU adds some sums up in any order
 
 

@@ -38,7 +38,7 @@ def test_files_of_a_step_are_read_as_one_record_of_all_rows(tmp_path: Path, form
     (joined,) = read_logits(tmp_path / "logits")
     parts = [read_files([path]) for path in joined.paths]
     assert [part.sample_ids.tolist() for part in parts] == [case.batch.sample_ids.tolist() for case in cases]
-    assert joined.labels.shape == joined.rank.shape == (5, 12)
+    assert joined.labels.shape == joined.label_rank.shape == (5, 12)
     assert joined.sample_ids.tolist() == [100, 101, 200, 201, 202]
     assert joined.verified
     assert joined.damaged() == []

@@ -113,7 +113,7 @@ def test_numbers_of_every_form_equal_the_textbook(tmp_path: Path, form: str) -> 
     top1_logprob = contents["topk_logprobs"][..., 0] if form == "topk" else contents["top1_logprob"]
     torch.testing.assert_close(top1_logprob.double(), best, rtol=1e-3, atol=1e-3 if form == "topk" else 1e-5)
     (record,) = saved_records(tmp_path)
-    assert torch.equal(record.rank == 0, has_target & (gold.squeeze(-1) == best))  # tied with the top is the top
+    assert torch.equal(record.label_rank == 0, has_target & (gold.squeeze(-1) == best))  # tied with the top is the top
 
 
 def test_numbers_do_not_depend_on_the_form(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_labels_only_holds_the_same_numbers_at_the_positions_with_a_target(tmp_p
         torch.testing.assert_close(part[name], whole[name][row, t], rtol=1e-5, atol=1e-5, check_dtype=True)
     (all_record,), (record,) = saved_records(tmp_path / "all"), saved_records(tmp_path / "labels")
     torch.testing.assert_close(record.nll, all_record.nll, equal_nan=True)
-    assert torch.equal(record.rank, all_record.rank)
+    assert torch.equal(record.label_rank, all_record.label_rank)
     with pytest.raises(KeyError, match=r"\(0, 0\) has no target"):
         record.logprobs((0, 0))
 

@@ -232,7 +232,7 @@ def test_of_many_saved_steps_the_slider_has_some_at_even_distances(tmp_path: Pat
 
 
 def test_a_long_curve_is_drawn_as_means(run: Path) -> None:
-    (record, *_) = read_metrics(run / "metrics.jsonl")
+    (record, *_) = read_metrics(run)
     many = [record | {"step": step, "loss": step % 2} for step in range(1, 20 * MAX_POINTS + 1)]
     loss = training_charts(many, PetConfig())[0].series[0]
     assert [value for _, value in loss.points] == [0.5] * MAX_POINTS
@@ -263,14 +263,14 @@ def test_the_page_tells_policy_memory_and_configuration(page: str) -> None:
 
 
 def test_the_curves_say_what_the_metrics_say(run: Path, page: str) -> None:
-    records = read_metrics(run / "metrics.jsonl")
+    records = read_metrics(run)
     assert f"from {records[0]['loss']:.4g} to {records[-1]['loss']:.4g}; loss" in page
     for phase in ("exploration", "transition", "stabilization"):
         assert phase in page
 
 
 def test_losses_that_were_not_finite_leave_a_gap(run: Path) -> None:
-    records = [record | {"loss": None, "pet": None} for record in read_metrics(run / "metrics.jsonl")]
+    records = [record | {"loss": None, "pet": None} for record in read_metrics(run)]
     loss = training_charts(records, PetConfig())[0]
     assert loss.numbers == "from not finite to not finite"
     assert [value for _, value in loss.series[0].points] == [None] * len(records)
@@ -278,7 +278,7 @@ def test_losses_that_were_not_finite_leave_a_gap(run: Path) -> None:
 
 def test_a_validation_loss_that_was_not_finite_is_told(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "config.toml", tmp_path)
-    first, *others = read_metrics(run / "metrics.jsonl")
+    first, *others = read_metrics(run)
     records = [first | {"eval_loss": 2.5}, *others, others[-1] | {"eval_loss": None}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
@@ -601,7 +601,7 @@ def test_rows_are_ordered_by_their_nll_and_found_by_their_text(opened: Page, pro
 
 
 def test_a_curve_tells_its_values_and_has_a_logarithmic_scale(opened: Page, run: Path) -> None:
-    losses = {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl")}
+    losses = {record["step"]: record["loss"] for record in read_metrics(run)}
     opened.run("document.querySelector('.plot svg').focus()")
     for step in (1, 2, 3):
         opened.press("\ue014")
