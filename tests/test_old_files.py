@@ -37,10 +37,10 @@ def test_saved_logits_open(old: Path) -> None:
 
 
 def test_run_resumes_from_its_checkpoint_and_repeats_its_losses(old: Path, caplog: pytest.LogCaptureFixture) -> None:
-    before = read_metrics(old / "run" / "metrics.jsonl")
+    before = read_metrics(old / "run")
     assert train.main(["job.toml"]) == 0
     assert "training.memory_snapshot_step is no longer a key and is ignored" in caplog.text
-    after = read_metrics(old / "run" / "metrics.jsonl")
+    after = read_metrics(old / "run")
     assert [record["step"] for record in after] == [1, 2, 3, 4]
     for record, expected in zip(after, before, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
