@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with SO(8) gates, PET and LoRA, in one loop that hides nothing.
+"""Fine-tune a causal language model with SO(8) gates, PET and LoRA, in one explicit loop.
 
     python train.py config.toml
     python train.py config.toml training.learning_rate=1e-4 training.output_dir=runs/slow
@@ -32,13 +32,13 @@ from so8t.config import Config, load_config
 from so8t.data import (
     Batch,
     TrainingBatches,
-    count,
     cut,
     derive_seed,
     fixed_rows,
     load_dataset,
     longest_of,
     split,
+    step_counts,
     with_idle,
 )
 from so8t.evaluate import Probe, Validation, keep_evidence
@@ -117,7 +117,7 @@ def train(config: Config, process: parallel.Process) -> int:
         longest = longest_of(rows)
         check_length(f"{key}: its longest row of {longest} tokens", longest, config.model, model_config)
     apart = rope_bound(model_config)  # rows longer than this and rows that are not share no micro-batch
-    probe_batches = split(probe_rows, rows_per_batch, apart, one_length=True) if process.is_main or sharded else []
+    probe_batches = split(probe_rows, rows_per_batch, apart, one_length=True)
     fingerprint = dataset.fingerprint
     state = load_training_state(checkpoint, fingerprint)
     micro_batches_per_step = training.gradient_accumulation_steps * process.world_size
@@ -139,7 +139,7 @@ def train(config: Config, process: parallel.Process) -> int:
         rows=-(-data.rows_per_step // process.world_size),
         probe=tuple(map(shape_of, probe_batches)),
         world_size=process.world_size,
-        evaluated=largest_of(eval_rows, len(eval_rows)) if eval_rows else None,
+        evaluated=largest_of(eval_rows, len(eval_rows)) if eval_rows and training.eval_steps else None,
     )
     free, capacity = map(parallel.all_min, device_memory(device))  # so that all ranks plan alike
     plan = plan_memory(step_spec, free, capacity, state)
@@ -184,7 +184,7 @@ def train(config: Config, process: parallel.Process) -> int:
         signals = stack.enter_context(StopSignals())
         metrics = stack.enter_context(closing(Metrics(training, output_dir, first_step, total_steps, process.is_main)))
         logits_saver = stack.enter_context(closing(LogitsSaver(plan.spec.logits, output_dir, process.rank)))
-        probe = Probe(probe_batches, autocast, logits_saver)
+        probe = Probe(probe_batches if process.is_main or sharded else [], autocast, logits_saver)
         validation = Validation(eval_batches, training.eval_steps, total_steps, autocast)
         memory.start(model, optimizer, first_step, total_steps)
 
@@ -195,7 +195,7 @@ def train(config: Config, process: parallel.Process) -> int:
 
             # count the whole step first, over micro-batches and ranks, so that every target token weighs the same
             micro_batches = data.micro_batches(step, tokens, process.rank, process.world_size, packed)
-            num_targets, num_pet_terms, num_tokens = parallel.all_sum(count(micro_batches)).clamp_min(1).tolist()
+            num_targets, num_pet_terms, num_tokens = parallel.all_sum(step_counts(micro_batches)).clamp_min(1).tolist()
             if sharded:  # every pass gathers layers from all ranks
                 micro_batches = with_idle(micro_batches, parallel.all_max(len(micro_batches)))
 
@@ -220,7 +220,7 @@ def train(config: Config, process: parallel.Process) -> int:
             skipped = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped + 1
             if skipped > (MOST_SKIPPED if scaler.is_enabled() else 0):
                 sample_ids = keep_evidence(model, micro_batches, autocast, logits_saver, step, epoch)
-                raise NonFiniteStep(step, loss, grad_norm, [dataset.places[sample_id] for sample_id in sample_ids])
+                raise NonFiniteStep(step, loss, grad_norm, [dataset.locations[sample_id] for sample_id in sample_ids])
             scaler.step(optimizer)  # in float16 it skips a step whose gradient is not finite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)

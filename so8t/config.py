@@ -227,7 +227,7 @@ class TrainingConfig:
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
     logging_steps: Positive = _free(1)  # steps between the lines of a log, or new figures in the progress bar
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _free("none")
-    eval_steps: Count = _free(100)  # steps between validations; 0 = never
+    eval_steps: Count = _free(100)  # steps between validations and checks of the gates; 0 = never
     save_steps: Count = _free(100)  # steps between checkpoints; 0 = only at the end
     save_total_limit: Count = _free(2)  # checkpoints kept; 0 = all
     seed: Annotated[int, _from(0, 2**63 - 1, "2**63 - 1")] = 42
@@ -241,7 +241,7 @@ class TrainingConfig:
     save_logits_positions: Literal["all", "labels"] = _free("all")  # "labels" = only where a target counts
     save_logits_dtype: Literal["model", "bf16", "fp16", "fp32"] = _free("model")
     save_logits_max_wait: Amount = _free(1.0)  # seconds to wait for a free buffer before a file is dropped
-    save_logits_probe: tuple[Location, ...] = _free(())  # JSONL of fixed rows scored beside every saved batch; "" = off
+    save_logits_probe: tuple[Location, ...] = _free(())  # fixed rows scored beside every saved batch; "" = off
     save_logits_max_gib: Amount = _free(0.0)  # GiB of files kept; 0 = no limit by bytes
     save_logits_keep_every: Count = _free(0)  # every n-th file is kept for ever; 0 = none
     save_logits_ranks: Literal["main", "all"] = _free("main")  # whose micro-batches, where torchrun started several
@@ -417,8 +417,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:
-        place = re.search(r"at line (\d+)", str(error))
-        line = text.split("\n")[int(place[1]) - 1] if place else text  # an unterminated string names no line
+        found = re.search(r"at line (\d+)", str(error))
+        line = text.split("\n")[int(found[1]) - 1] if found else text  # an unterminated string names no line
         remedy = BACKSLASHES if "\\" in line else "text needs quotes, true and false do not"
         raise InputError(f"{path} is not TOML: {error}; {remedy}") from error
     yield from _read_table(path, document, "")
@@ -567,12 +567,13 @@ def _nearest(name: str) -> str:
     near = get_close_matches(key.lower(), keys.values(), 1, 0.7)
     homes = [known for known, its_key in keys.items() if its_key in near]
     if not homes and len(key) > 1:  # such as epochs, batch_size, lr
-        homes = [known for known, its_key in keys.items() if key.lower() in (its_key, *_parts(its_key))]
+        alike = [known for known, its_key in keys.items() if key.lower() in _other_names(its_key)]
+        homes = [known for known in alike if "_" in key or known.startswith(f"{table}.")]
     homes = [known for known in homes if known.startswith(f"{table}.")] or homes
     return f"did you mean {' or '.join(homes)}?" if homes else "config.toml lists every key"
 
 
-def _parts(name: str) -> Iterator[str]:
+def _other_names(name: str) -> Iterator[str]:
     """The ends of a name at its underscores, and its initials: train_epochs, epochs and nte of num_train_epochs."""
     words = name.split("_")
     yield from ("_".join(words[start:]) for start in range(1, len(words)))

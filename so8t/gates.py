@@ -131,6 +131,11 @@ def attach_gates(model: nn.Module, layer_indices: Sequence[int], init_scale: flo
     return gates
 
 
+def gates_by_projection(model: nn.Module) -> dict[nn.Module, SO8Gate]:
+    """The gates attached to `model`, by the `o_proj` whose input each rotates."""
+    return {_attentions(model)[layer].get_submodule("o_proj"): gate for layer, gate in gates_of(model).items()}
+
+
 def gates_of(model: nn.Module) -> dict[int, SO8Gate]:
     """The gates attached to `model`, by layer."""
     gates = {index: getattr(attention, "so8_gate", None) for index, attention in enumerate(_attentions(model))}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NO_TARGET = -100  # Hugging Face's value for a position that carries no loss
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as settings call those of floats
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their names in the config
 CHUNK_BYTES = 2**26  # of logits and their gradient alive at once
 
 
@@ -156,7 +156,7 @@ def _chunk(
     if show is not None:
         show(logits)
     slope, label_logits = head.slope(logits), logits.gather(1, labels)
-    maximum = logits.amax(dim=-1, keepdim=True)  # max() would look for its place too, which takes six times as long
+    maximum = logits.amax(dim=-1, keepdim=True)  # max() would look for its index too, which takes six times as long
     softmax = torch.softmax(logits, dim=-1, out=logits)  # in place: logits are not needed again
     log_normalizer = maximum - softmax.amax(dim=-1, keepdim=True).log()
     ce = (log_normalizer - label_logits).sum()

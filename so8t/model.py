@@ -15,7 +15,7 @@ from so8t.config import InputError, ModelConfig, ModelSpec, QuantizationConfig
 from so8t.data import Batch, derive_seed, stop_token_ids
 from so8t.gates import attach_gates, gates_of, load_gates, save_gates, state_without_gates
 from so8t.losses import Head
-from so8t.packing import places_of, takes_packed_rows
+from so8t.packing import flat_indices, takes_packed_rows
 from so8t.pretrained import load_model_config, not_a_model, stops_in
 from so8t.quiet import hide_bars
 
@@ -44,8 +44,8 @@ def load_model(
     checkpointed_layers, offload, mlp_tile: see `apply_checkpointing`.
     """
     torch.manual_seed(derive_seed(seed, "initial weights"))
-    place = torch.device("cpu") if on_host else device
-    model = _load_base(spec.model, spec.quantization, place, None if spec.qlora.enabled else checkpoint)
+    weights_device = torch.device("cpu") if on_host else device
+    model = _load_base(spec.model, spec.quantization, weights_device, None if spec.qlora.enabled else checkpoint)
     if spec.quantization.bits:
         from so8t.quantization import check_layers
 
@@ -102,10 +102,11 @@ def tile_mlp(layer: nn.Module, tokens: int) -> None:
     """Let the layer's MLP take so many tokens at a time, forward and backward, so that its wide tensors are narrow.
 
     Each tile is computed once more in the backward pass, as in section 3.1 of Arctic Long Sequence Training
-    (https://arxiv.org/abs/2506.13996). Raises InputError, if need be when the layer is called, where that cannot be.
+    (https://arxiv.org/abs/2506.13996). Raises InputError if the MLP cannot be cut, in some
+    cases only when the layer is called.
     """
     cannot = InputError(
-        f"training.mlp_tile_tokens: {type(layer).__name__} has no MLP that makes a tensor of a tensor alone; write 0"
+        f"training.mlp_tile_tokens: {type(layer).__name__} has no MLP that maps one tensor to one; write 0"
     )
     mlp = getattr(layer, "mlp", None)
     if mlp is None:
@@ -233,15 +234,15 @@ def hidden_states(model: Model, batch: Batch) -> Tensor:
 def _packed_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
     """The layers see the rows end to end, without padding; what reads the result sees them padded, with zeros."""
     lengths, shape = batch.lengths, batch.input_ids.shape
-    places, positions = places_of(lengths, shape[1])
+    indices, positions = flat_indices(lengths, shape[1])
     packed: Tensor = base.base_model(
-        input_ids=batch.input_ids.flatten()[places][None].to(base.device, non_blocking=True),
+        input_ids=batch.input_ids.flatten()[indices][None].to(base.device, non_blocking=True),
         position_ids=positions[None].to(base.device, non_blocking=True),
         use_cache=False,
         row_lengths=lengths,
     ).last_hidden_state[0]
     padded = packed.new_zeros(shape.numel(), packed.shape[1])
-    return padded.index_copy_(0, places.to(base.device, non_blocking=True), packed).view(*shape, -1)
+    return padded.index_copy_(0, indices.to(base.device, non_blocking=True), packed).view(*shape, -1)
 
 
 def head(model: Model) -> Head:

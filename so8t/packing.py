@@ -68,11 +68,11 @@ def takes_packed_rows(model: PreTrainedModel) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == ROW_BY_ROW)
 
 
-def places_of(lengths: list[int], longest: int) -> tuple[Tensor, Tensor]:
-    """For every token of the packed row: its place in the padded rows, laid flat, and its position. Both [tokens]."""
+def flat_indices(lengths: list[int], longest: int) -> tuple[Tensor, Tensor]:
+    """For every token of the packed row: its index in the padded rows, laid flat, and its position. Both [tokens]."""
     positions = [torch.arange(length) for length in lengths]
-    places = [row * longest + position for row, position in enumerate(positions)]
-    return torch.cat(places), torch.cat(positions)
+    indices = [row * longest + position for row, position in enumerate(positions)]
+    return torch.cat(indices), torch.cat(positions)
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ def start() -> Process:
 
 
 def backend(device: torch.device) -> str:
-    """What sums numbers on the CPU and what sums tensors of `device`: left alone, torch takes the latter only."""
+    """The backends for tensors on the CPU and on `device`; by default torch sets up the second only."""
     if device.type == "cpu":
         return "cpu:gloo"
     best = dist.get_default_backend_for_device(device)
@@ -58,7 +58,7 @@ def backend(device: torch.device) -> str:
 
 
 def stop() -> None:
-    """Leave the others, at the end of the job; after an error it might wait for one that is gone."""
+    """End the communication between ranks with the job. Not called after an error: it could wait for a dead rank."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -76,7 +76,7 @@ def rope_bound(model_config: Any) -> int | None:
 def not_a_model(source: str | Path, error: Exception, read: str = "config.json") -> str:
     """Names what cannot be loaded: the checkpoint's folder or model.base_model, and which of its files.
 
-    read: what of it was being read.
+    read: the part that was being read.
     """
     reason = " ".join(str(error).split())
     if not isinstance(error, (OSError, ValueError, ImportError, SafetensorError)):

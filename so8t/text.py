@@ -2,10 +2,11 @@
 
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 MIB, GIB = 2**20, 2**30
 COLUMNS = 100  # of everything that a run prints
+MOST_NAMES = 20  # of files that a glob found, in a page or card
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which UTF-8 cannot write
 
 
@@ -37,3 +38,9 @@ def wrapped(text: str) -> str:
         else line
         for line in text.splitlines()
     )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first MOST_NAMES of them, and how many more there are."""
+    more = [f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
+    return ", ".join([*names[:MOST_NAMES], *more])

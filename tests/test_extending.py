@@ -11,7 +11,9 @@ import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from memory_cases import step_spec
@@ -19,12 +21,13 @@ from model_cases import HIDDEN, NO_AUTOCAST, load, make_batch, make_rows
 from run_cases import copy_rows, run_processes
 
 import train
-from so8t.config import Config, InputError, load_config
+from so8t.config import Config, InputError, TrainingConfig, load_config
 from so8t.data import Batch, collate
 from so8t.logits import read_logits
 from so8t.memory import BatchShape
 from so8t.memory.step import SAVING
 from so8t.memory.trace import trace_step
+from so8t.model import Model, trainable_parameters
 
 
 def snippet(title: str) -> str:
@@ -102,10 +105,35 @@ def test_a_term_that_the_memory_plan_cannot_trace_is_named_by_its_line(
     text = text.replace(line, line + f"        loss = loss + {needs_values}\n")
     number = text[: text.index(needs_values)].count("\n") + 1
     module = types.ModuleType("train_with_a_term_of_values")
-    path = Path("train.py").absolute()
+    (tmp_path / "link").symlink_to(Path.cwd(), target_is_directory=True)  # so that the script's path is another
+    path = tmp_path / "link" / "train.py"
     exec(compile(text, path, "exec"), module.__dict__)
     with pytest.raises(InputError, match=rf"^{re.escape(str(path))}:{number}: the memory plan .* multiply by a mask"):
         trace_step(replace(step_spec(config, BatchShape(1, 64, is_padded=False)), forward=module.forward), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        (torch.optim.AdamW, 2),
+        (torch.optim.SGD, 0),
+        (torch.optim.Adafactor, 0),
+        (torch.optim.NAdam, 2),
+        (torch.optim.RMSprop, 1),
+        (torch.optim.Adagrad, 1),
+        (bitsandbytes.optim.Lion, 1),
+    ],
+)
+def test_any_optimizer_is_counted_by_the_memory_plan(
+    config: Config, monkeypatch: pytest.MonkeyPatch, kind: Any, numbers: int
+) -> None:
+    def make(model: Model, training: TrainingConfig) -> Any:
+        return kind(trainable_parameters(model), lr=0.1)
+
+    monkeypatch.setattr("so8t.memory.fakes.make_optimizer", make)
+    held = trace_step(step_spec(config, BatchShape(1, 64, is_padded=False)), 0).held
+    states, trained = held.get("optimizer states, 32-bit", 0), held["LoRA"] + held["gates"]
+    assert states == pytest.approx(numbers * trained, abs=0.1 * trained)
 
 
 def train_in(clone: Path, arguments: list[str]) -> None:

@@ -349,7 +349,7 @@ def test_pet_is_zero_on_a_line() -> None:
 
 
 @pytest.mark.parametrize("length", [3, 4, 9])
-def test_pet_of_a_parabola_is_the_square_of_its_bend_for_every_triple_whatever_the_width(length: int) -> None:
+def test_pet_of_a_parabola_is_the_square_of_its_bend_for_every_window_of_three_whatever_the_width(length: int) -> None:
     assert pet_sum(parabola(length, 1.5), None).item() == pytest.approx((length - 2) * 9)
     assert pet_sum(parabola(length, 1.5)[..., :1], None).item() == pytest.approx((length - 2) * 9)
 
@@ -440,13 +440,13 @@ def test_pet_of_bfloat16_is_computed_in_float32(huber_delta: float, autocast: bo
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([0, 12]))
-def test_a_batch_counts_the_triples_that_pet_uses(lengths: list[int], padded_to: int) -> None:
+def test_a_batch_counts_the_windows_that_pet_uses(lengths: list[int], padded_to: int) -> None:
     rows = []
     for length in lengths:
         marks = torch.zeros(length, dtype=torch.uint8)
         rows.append(Row(torch.ones(length, dtype=torch.int32), marks.bool(), marks, 0, False))
     batch = collate(rows, padded_to)
     every_bend_is_one = parabola(batch.input_ids.shape[1], 0.5).expand(len(rows), -1, -1)
-    _, num_triples, num_tokens = batch.counts
-    assert pet_sum(every_bend_is_one, batch.attention_mask).item() == pytest.approx(num_triples)
+    _, num_windows, num_tokens = batch.counts
+    assert pet_sum(every_bend_is_one, batch.attention_mask).item() == pytest.approx(num_windows)
     assert num_tokens == sum(lengths)

@@ -142,9 +142,7 @@ def test_states_of_tensors_from_4096_elements_on_are_bytes_and_smaller_ones_are_
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_paged_states_on_a_cpu_are_announced_in_one_line_and_nothing_else_is(
-    optim: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_optimizer_warns_of_nothing_and_prints_nothing(optim: str, capfd: pytest.CaptureFixture[str]) -> None:
     model = Net()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -153,9 +151,17 @@ def test_paged_states_on_a_cpu_are_announced_in_one_line_and_nothing_else_is(
         train(model, optimizer, range(1, 4))
     assert not torch.equal(model.square.weight, before["square.weight"])
     assert capfd.readouterr() == ("", "")
-    keeps_here = "optim: paged_adamw_8bit keeps its states in ordinary memory here"
-    assert unpaged(optim, torch.device("cpu")).startswith(keeps_here if optim == "paged_adamw_8bit" else "")
-    assert bool(unpaged(optim, torch.device("cpu"))) == (optim == "paged_adamw_8bit")
+
+
+def test_an_optimizer_that_pages_nothing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    paged = "paged_adamw_8bit"
+    monkeypatch.setattr("so8t.optim.lends_host_memory", lambda: False)
+    assert "a CPU has nowhere to page them to" in unpaged(paged, cpu)
+    assert [unpaged(paged, cuda), unpaged("adamw_8bit", cpu), unpaged("adamw", cuda)] == ["", "", ""]
+    monkeypatch.setattr("so8t.optim.lends_host_memory", lambda: True)
+    assert "pages nothing on Windows and WSL" in unpaged(paged, cuda)
+    assert unpaged("adamw_8bit", cuda) == ""
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)

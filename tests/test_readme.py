@@ -38,7 +38,7 @@ def commands() -> Iterator[tuple[Path, str]]:
 
 
 def test_readme_is_short() -> None:
-    assert 7000 < README.stat().st_size < 9.5 * 1024
+    assert 7000 < README.stat().st_size <= 9 * 1024
 
 
 def test_loop_in_readme_is_that_of_train_py() -> None:

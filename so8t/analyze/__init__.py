@@ -12,6 +12,7 @@ __all__ = [
     "StepScores",
     "analyze",
     "likeliest",
+    "logits_folder",
     "rows_of",
     "to_text",
 ]
@@ -19,7 +20,7 @@ __all__ = [
 if TYPE_CHECKING:
     from so8t.analyze.changes import Comparison, rows_of
     from so8t.analyze.dynamics import SampleDynamics
-    from so8t.analyze.run import Analysis, NoLogits, analyze
+    from so8t.analyze.run import Analysis, NoLogits, analyze, logits_folder
     from so8t.analyze.scores import StepScores, likeliest
     from so8t.analyze.tables import to_text
 else:

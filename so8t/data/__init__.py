@@ -12,7 +12,6 @@ __all__ = [
     "Row",
     "TrainingBatches",
     "collate",
-    "count",
     "cut",
     "derive_seed",
     "fixed_rows",
@@ -20,6 +19,7 @@ __all__ = [
     "longest_of",
     "read_conversation",
     "split",
+    "step_counts",
     "stop_token_ids",
     "with_idle",
 ]
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
         Batch,
         TrainingBatches,
         collate,
-        count,
         cut,
         derive_seed,
         split,
+        step_counts,
         with_idle,
     )
     from so8t.data.dataset import Dataset, fixed_rows, load_dataset

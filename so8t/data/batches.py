@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """What a step adds up before it begins: targets, triples of neighbouring real tokens (PET's), real tokens."""
+        """What a step adds up before it begins: targets, PET's windows of three real tokens, real tokens."""
         lengths = self.lengths
         return self.num_targets, sum(max(length - 2, 0) for length in lengths), sum(lengths)
 
@@ -139,8 +139,8 @@ def share_out(rows: Sequence[Row], number: int) -> list[list[Row]]:
     return parts
 
 
-def count(batches: Sequence[Batch]) -> Tensor:
-    """[3] what a step adds up before it begins, over its micro-batches: targets, triples, real tokens."""
+def step_counts(batches: Sequence[Batch]) -> Tensor:
+    """[3] what a step adds up before it begins, over its micro-batches: targets, windows of three, real tokens."""
     return torch.tensor([batch.counts for batch in batches], dtype=torch.int64).reshape(-1, 3).sum(dim=0)
 
 
@@ -170,7 +170,7 @@ class TrainingBatches:
 
     @cached_property
     def _epoch_rows(self) -> Any:
-        """The place in `rows` of everything that an epoch shows."""
+        """The index in `rows` of everything that an epoch shows."""
         times = self.rows.times_an_epoch if isinstance(self.rows, Rows) else [row.times_an_epoch for row in self.rows]
         return np.repeat(np.arange(len(self.rows)), times)
 
@@ -197,7 +197,7 @@ class TrainingBatches:
         """
         order = _epoch_order(len(self._epoch_rows), self.seed, self.epoch(step))
         start = (step - 1) % self.steps_per_epoch * self.rows_per_step
-        rows = [self.rows[int(place)] for place in self._epoch_rows[order[start : start + self.rows_per_step]]]
+        rows = [self.rows[int(index)] for index in self._epoch_rows[order[start : start + self.rows_per_step]]]
         if not max_tokens:
             return split(rows, self.rows_per_micro_batch, self.apart)[rank::world_size]
         batches = cut(share_out(rows, world_size)[rank], max_tokens, packed, self.apart)

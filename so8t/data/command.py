@@ -48,28 +48,28 @@ def pieces_of(row: "Row", tokenizer: Any, stops: Sequence[int]) -> Iterator[tupl
     """(kind, text) of neighbouring tokens, from the first to the last; a kind is a name of SECTIONS, or "stop"."""
     ids, labels = row.input_ids.tolist(), row.is_answer.tolist()
     kinds = [SECTIONS[code] for code in row.sections.tolist()]
-    for place, token in enumerate(ids):
-        is_last = place + 1 == len(ids) or not labels[place + 1]
-        if labels[place] and (is_last or kinds[place] == "answer") and token in stops:
-            kinds[place] = "stop"
+    for index, token in enumerate(ids):
+        is_last = index + 1 == len(ids) or not labels[index + 1]
+        if labels[index] and (is_last or kinds[index] == "answer") and token in stops:
+            kinds[index] = "stop"
     for kind, run in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
         yield kind, tokenizer.decode([token for _, token in run], skip_special_tokens=False)
 
 
-def heading(number: int, row: "Row", place: str) -> str:
+def heading(number: int, row: "Row", location: str) -> str:
     cut = ", the start of its prompt is cut" if row.was_cut else ""
-    return f"row {number}, {place}: {len(row.input_ids)} tokens, {int(row.is_answer.sum())} of them learned{cut}"
+    return f"row {number}, {location}: {len(row.input_ids)} tokens, {int(row.is_answer.sum())} of them learned{cut}"
 
 
 def terminal_lines(
     dataset: "Dataset", num_rows: int, tokenizer: Any, stops: Sequence[int], has_colour: bool
 ) -> Iterator[str]:
     for number, row in enumerate(dataset.rows[:num_rows], start=1):
-        yield heading(number, row, dataset.places[row.sample_id])
+        yield heading(number, row, dataset.locations[row.sample_id])
         yield "".join(_shown(kind, text, has_colour) for kind, text in pieces_of(row, tokenizer, stops))
         yield ""
-    for reason, count, place in dataset.left_out():
-        yield f"left out: {count} x {reason}; the first is {place}"
+    for reason, count, location in dataset.left_out():
+        yield f"left out: {count} x {reason}; the first is {location}"
     yield dataset.summary()
 
 
@@ -92,10 +92,12 @@ def page(dataset: "Dataset", num_rows: int, tokenizer: Any, stops: Sequence[int]
             + f'<span class="{kind}">{html.escape(text)}</span>'
             for kind, text in pieces_of(row, tokenizer, stops)
         )
-        rows.append(f"<h2>{html.escape(heading(number, row, dataset.places[row.sample_id]))}</h2>\n<pre>{spans}</pre>")
+        rows.append(
+            f"<h2>{html.escape(heading(number, row, dataset.locations[row.sample_id]))}</h2>\n<pre>{spans}</pre>"
+        )
     table = "".join(
-        f"<tr><td>{count}<td>{html.escape(reason)}<td>{html.escape(place)}"
-        for reason, count, place in dataset.left_out()
+        f"<tr><td>{count}<td>{html.escape(reason)}<td>{html.escape(location)}"
+        for reason, count, location in dataset.left_out()
     )
     return (
         f'<!doctype html><meta charset="utf-8"><title>Rows</title><style>{_STYLE}</style>\n<h1>Rows</h1>\n'

@@ -21,13 +21,13 @@ from so8t import cli, parallel
 from so8t.config import DataConfig, InputError
 from so8t.data.messages import Conversation, read_conversation
 from so8t.data.sources import BadRow, File, count_lines, find_files, read_file
-from so8t.data.store import META_FILE, Places, Row, Rows, Writer, is_kept, longest_of, map_arrays, read_meta
+from so8t.data.store import META_FILE, Locations, Row, Rows, Writer, is_kept, longest_of, map_arrays, read_meta
 from so8t.data.template import ChatTemplate, configure_template
 from so8t.data.tokens import Encoder, Pending, Tokens, TooLong
 from so8t.files import atomic_folder
 from so8t.policy import RULES, PolicyReport, broken_rule, make_report
 
-FORMAT_VERSION = 3  # of the stored arrays and of how rows become tokens
+FORMAT_VERSION = 4  # of the stored arrays and of how rows become tokens
 CHUNK_ROWS = 1000  # read, rendered and tokenized together
 
 
@@ -36,7 +36,7 @@ class Dataset:
     """The usable rows of some files, and what was left out of them."""
 
     rows: Rows
-    places: Places
+    locations: Locations
     bad_rows: list[str]  # one sentence each, beginning with file:line
     long_rows: list[str]  # the same, of those that do not fit data.max_seq_length
     policy: PolicyReport
@@ -58,7 +58,7 @@ class Dataset:
         reasons = [_without_details(sentence) for sentence in self.bad_rows + self.long_rows]
         reasons += [(f"{one['file']}:{one['line']}", f"data.policy.{one['rule']}") for one in self.policy.dropped]
         numbers = Counter(reason for _, reason in reasons)
-        first = {reason: place for place, reason in reversed(reasons)}
+        first = {reason: location for location, reason in reversed(reasons)}
         return [(reason, number, first[reason]) for reason, number in numbers.most_common()]
 
     def summary(self) -> str:
@@ -80,8 +80,8 @@ class Dataset:
 
 def _without_details(sentence: str) -> tuple[str, str]:
     """file:line, and the reason less what differs from row to row."""
-    place, reason = re.match(r"(.*?:\d+): (.*)", sentence, re.DOTALL).groups()  # type: ignore[union-attr]
-    return place, re.sub(r"\b\d+\b", "N", re.sub(r" \(.*?\)", "", reason))
+    location, reason = re.match(r"(.*?:\d+): (.*)", sentence, re.DOTALL).groups()  # type: ignore[union-attr]
+    return location, re.sub(r"\b\d+\b", "N", re.sub(r" \(.*?\)", "", reason))
 
 
 def _most_frequent(sentences: Sequence[str]) -> str:
@@ -182,7 +182,7 @@ def _key(files: Sequence[File], tokenizer: Any, template: ChatTemplate, config: 
 def _dataset(meta: dict[str, Any], arrays: dict[str, Any]) -> Dataset:
     return Dataset(
         Rows(arrays),
-        Places(meta["names"], arrays["files"], arrays["lines"]),
+        Locations(meta["names"], arrays["files"], arrays["lines"]),
         meta["bad_rows"],
         meta["long_rows"],
         PolicyReport(**meta["policy"]),
@@ -220,7 +220,7 @@ class _Admitted(NamedTuple):
     """A row that the policy lets through."""
 
     sample_id: int
-    place: str  # file:line
+    location: str  # file:line
     times_an_epoch: int
     conversation: Conversation
 
@@ -245,7 +245,7 @@ class _Building:
             line, inherited = 0, file.fields
             for line, found in read_file(key, file.path):
                 self.lines_read = lines_before + line
-                sample_id, place = self._num_samples, f"{file.path}:{line}"
+                sample_id, location = self._num_samples, f"{file.path}:{line}"
                 self._num_samples += 1
                 self._writer.add_sample(number, line)
                 try:
@@ -254,25 +254,25 @@ class _Building:
                     fields = inherited | {name: value for name, value in found.items() if value is not None}
                     conversation = read_conversation(fields)
                 except BadRow as error:
-                    self._bad.append((sample_id, f"{place}: {error}"))
+                    self._bad.append((sample_id, f"{location}: {error}"))
                     continue
                 rule = broken_rule(fields, conversation.messages, policy)
                 if rule is not None:
-                    self._dropped.append((place, rule))
+                    self._dropped.append((location, rule))
                     continue
                 if self._config.train_on_answers == "last":
                     last = conversation.trained[-1]
                     is_trained = [turn == last for turn in range(len(conversation.messages))]
                     conversation = replace(conversation, is_trained=is_trained)
                 trust = policy.trusted_weight if fields.get("source") in policy.trusted_sources else 1
-                yield _Admitted(sample_id, place, file.origin.weight * trust, conversation)
+                yield _Admitted(sample_id, location, file.origin.weight * trust, conversation)
             lines_before += line
 
     def add(self, chunk: Sequence[_Admitted], results: Sequence[list[Tokens] | BadRow]) -> None:
         for row, result in zip(chunk, results, strict=True):
             if isinstance(result, BadRow):
                 kind = self._long if isinstance(result, TooLong) else self._bad
-                kind.append((row.sample_id, f"{row.place}: {result}"))
+                kind.append((row.sample_id, f"{row.location}: {result}"))
                 continue
             self._num_conversations += 1
             for tokens in result:
@@ -293,8 +293,8 @@ class _Building:
             raise InputError(f'{first}; correct it, or set data.policy.mode = "exclude"')
 
     def _first_dropped(self) -> str:
-        place, rule = self._dropped[0]
-        return f"{place}: breaks data.policy.{rule}, {RULES[rule]}"
+        location, rule = self._dropped[0]
+        return f"{location}: breaks data.policy.{rule}, {RULES[rule]}"
 
     def close(self, key: str) -> dict[str, Any]:
         self._writer.flush()

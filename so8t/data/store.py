@@ -39,7 +39,7 @@ class Row:
     input_ids: Tensor  # int32
     is_answer: Tensor  # bool: a token that the assistant wrote, so a label
     sections: Tensor  # uint8 codes of thinking.SECTIONS
-    sample_id: int  # its place among all rows of the files, counted from 0, bad ones included
+    sample_id: int  # its index among all rows of the files, counted from 0, bad ones included
     was_cut: bool  # the start of its prompt was dropped to fit max_seq_length
     times_an_epoch: int = 1  # how often training sees it
 
@@ -67,11 +67,11 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: slice) -> list[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]  # which counts from the end, and raises IndexError
-        part = slice(int(self._offsets[place]), int(self._offsets[place + 1]))
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = range(len(self))[index]  # which counts from the end, and raises IndexError
+        part = slice(int(self._offsets[row]), int(self._offsets[row + 1]))
         ids, sections = (torch.from_numpy(np.array(self._arrays[name][part])) for name in PER_TOKEN)
-        own = int(self._arrays["sample_ids"][place]), bool(self.was_cut[place]), int(self.times_an_epoch[place])
+        own = int(self._arrays["sample_ids"][row]), bool(self.was_cut[row]), int(self.times_an_epoch[row])
         return Row(ids, sections > PROMPT, sections, *own)
 
 
@@ -81,7 +81,7 @@ def longest_of(rows: Sequence[Row]) -> int:
     return int(np.max(lengths, initial=0))
 
 
-class Places:
+class Locations:
     """ "file:line" of every row of the files, unusable ones included, so that a sample_id is an index."""
 
     def __init__(self, names: Sequence[str], files: Any, lines: Any) -> None:
@@ -121,7 +121,7 @@ class Writer:
         self.num_answer_tokens += int(is_answer.sum())
 
     def flush(self) -> None:
-        """Put what was collected where it stays."""
+        """Write the collected rows to their files."""
         for name, pieces in self._pieces.items():
             if pieces:
                 array = np.concatenate(pieces) if name in PER_TOKEN else np.array(pieces, dtype=TYPES[name])
@@ -148,7 +148,7 @@ class Writer:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What META_FILE says of the arrays beside it; nothing where there is none."""
+    """What META_FILE says of the arrays beside it; {} if there is none."""
     try:
         meta = json.loads((folder / META_FILE).read_bytes())
     except (OSError, ValueError):

@@ -65,7 +65,7 @@ class _Shape:
     turns: tuple[int, ...]  # whose content follows each piece but the last
     pieces: tuple[str, ...]
     strips: tuple[tuple[str | None, str | None], ...]  # what is stripped from each content, left and right; None = all
-    answers: tuple[tuple[int, int, int], ...]  # place in `turns`, characters from prompt to content, from there to end
+    answers: tuple[tuple[int, int, int], ...]  # index in `turns`, characters from prompt to content, from there to end
     opened: str  # the tag of a thought with which a prompt ends; an answer that begins with it is laid out by itself
     closing: str  # what the template writes behind the last content; the last piece has a stop that it may lack
 
@@ -87,11 +87,11 @@ class _Shape:
         text = "".join(filled)
         if rendered != text + self.closing:
             return None
-        if self.opened and any(contents[place].lstrip().startswith(self.opened) for place, _, _ in self.answers):
+        if self.opened and any(contents[index].lstrip().startswith(self.opened) for index, _, _ in self.answers):
             return None
         answers = []
-        for place, before, after in self.answers:
-            content, start = contents[place], starts[place]
+        for index, before, after in self.answers:
+            content, start = contents[index], starts[index]
             blank, stop = len(content) - len(content.lstrip()), start + len(content)
             answers.append(Answer(start - before, start + blank, stop, stop + after))
         return Text(text + self.pieces[-1], tuple(answers))
@@ -287,7 +287,7 @@ class ChatTemplate:
         jobs = [conversations[i].messages[: shape.num_messages] for i, shapes in by_shape for shape in shapes]
         try:
             rendered = iter(self._render_all(jobs, None) if jobs else [])
-        except BadRow:  # one of them is refused; which, its own turn will tell
+        except BadRow:  # one of them is refused: each is laid out alone below, which says why
             by_shape, rendered = [], iter([])
         for index, shapes in by_shape:
             texts = [shape.fill(conversations[index].messages, next(rendered)) for shape in shapes]
@@ -320,7 +320,7 @@ class ChatTemplate:
             try:
                 texts = self._texts(Conversation(marked, conversation.is_trained))
                 self._shapes[key] = [self._shape(text, marked) for text in texts]
-            except BadRow:  # the row itself will say why
+            except BadRow:  # laid out by itself, the row is refused with its reason
                 self._shapes[key] = None
         return self._shapes[key]
 
@@ -342,8 +342,8 @@ class ChatTemplate:
             raise BadRow(_REWRITES)
         answers = []
         for answer in text.answers:
-            place = next(place for place, span in enumerate(spans) if span[0] < answer.stop <= span[1])
-            answers.append((place, spans[place][0] - answer.prompt_end, answer.end - spans[place][1]))
+            index = next(index for index, span in enumerate(spans) if span[0] < answer.stop <= span[1])
+            answers.append((index, spans[index][0] - answer.prompt_end, answer.end - spans[index][1]))
         opened = _OPENED.search(text.text[: text.answers[-1].prompt_end])
         tag = opened[1] if opened else ""
         return _Shape(tuple(turns), (*pieces, text.text[end:]), tuple(strips), tuple(answers), tag, rendered[end:])
@@ -384,9 +384,9 @@ class ChatTemplate:
             return list(trained)
         roles = [message["role"] for message in conversation.messages]
         kept, seen = [], set()
-        for place, turn in enumerate(trained):
+        for index, turn in enumerate(trained):
             around = tuple(roles[max(turn - 2, 0) : turn + 2])
-            if place & (place - 1) == 0 or place >= len(trained) - 2 or around not in seen:
+            if index & (index - 1) == 0 or index >= len(trained) - 2 or around not in seen:
                 kept.append(turn)
             seen.add(around)
         return kept
@@ -460,13 +460,13 @@ class ChatTemplate:
 
 def _all_like(checked: dict[int, Answer], whole: str, trained: Iterable[int]) -> Iterator[Answer]:
     """Every answer; in a chat of marks those that were not checked stand like the one checked before them."""
-    places = {int(match[1]): match.span() for match in _MARKS.finditer(whole)}
+    spans = {int(match[1]): match.span() for match in _MARKS.finditer(whole)}
     for turn in trained:
         if turn in checked:
             like, like_turn = checked[turn], turn
             yield like
         else:
-            (start, stop), (like_start, like_stop) = places[turn], places[like_turn]
+            (start, stop), (like_start, like_stop) = spans[turn], spans[like_turn]
             before, pad, after = like.prompt_end - like_start, like.stop - like_stop, like.end - like_stop
             yield Answer(start + before, start, stop + pad, stop + after)
 

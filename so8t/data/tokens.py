@@ -114,36 +114,36 @@ class Encoder:
     # ---- what stands before an answer
 
     def _tail(self, text: Text, encoding: Any, ids: Sequence[int], answer: Answer) -> tuple[int, str]:
-        """The end of the prompt from its last added token on, at which every tokenizer cuts; and that token's place."""
-        place = self._token_at(encoding, answer.prompt_end - 1)
-        while place > 0 and ids[place] not in self._added:
-            place -= 1
-        start = encoding.token_to_chars(place)[0] if place > 0 else 0
-        return place, text.text[start : answer.prompt_end]
+        """The end of the prompt from its last added token on, at which every tokenizer cuts; and that token's index."""
+        index = self._token_at(encoding, answer.prompt_end - 1)
+        while index > 0 and ids[index] not in self._added:
+            index -= 1
+        start = encoding.token_to_chars(index)[0] if index > 0 else 0
+        return index, text.text[start : answer.prompt_end]
 
     def _learn_tails(self, pieces: Sequence[Piece]) -> None:
         unknown = list({tail for piece in pieces for _, tail in piece.tails if tail not in self._tails})
         self._tails |= {tail: encoded.ids for tail, encoded in zip(unknown, self._encode(unknown), strict=True)}
 
-    def _start(self, ids: Sequence[int], place: int, tail: str) -> int | None:
-        """The place of an answer's first token; None if the tokens before it are not those of the prompt alone."""
+    def _start(self, ids: Sequence[int], index: int, tail: str) -> int | None:
+        """The index of an answer's first token; None if the tokens before it are not those of the prompt alone."""
         expected = self._tails[tail]
-        end = place + len(expected)
-        return end if ids[place:end] == expected else None
+        end = index + len(expected)
+        return end if ids[index:end] == expected else None
 
     @staticmethod
     def _token_at(encoding: Any, character: int) -> int:
-        """The place of the token that a character is in, or of the last one before it where none has it."""
-        place = encoding.char_to_token(character)
-        return max(Encoder._last_at(encoding, character), 0) if place is None else int(place)
+        """The index of the token that a character is in, or of the last one before it where none has it."""
+        index = encoding.char_to_token(character)
+        return max(Encoder._last_at(encoding, character), 0) if index is None else int(index)
 
     @staticmethod
     def _last_at(encoding: Any, character: int) -> int:
-        """The place of the last token that begins at or before a character; quick where that is near the end."""
-        place = len(encoding) - 1
-        while place > 0 and encoding.token_to_chars(place)[0] > character:
-            place -= 1
-        return place
+        """The index of the last token that begins at or before a character; quick where that is near the end."""
+        index = len(encoding) - 1
+        while index > 0 and encoding.token_to_chars(index)[0] > character:
+            index -= 1
+        return index
 
     # ---- labels
 

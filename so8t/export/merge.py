@@ -23,7 +23,7 @@ from so8t.data import Batch
 from so8t.export.check import TOLERANCES, check_batches, check_key, compare, compute, ends_in_stop
 from so8t.export.model_card import model_card
 from so8t.files import atomic_folder
-from so8t.gates import SO8Gate, bake, gates_of, largest_angle, state_without_gates
+from so8t.gates import bake, gates_by_projection, gates_of, largest_angle, state_without_gates
 from so8t.losses import DTYPES
 from so8t.metrics import read_metrics
 from so8t.model import Model, load_model, set_stops
@@ -143,16 +143,8 @@ def write_and_check(
     live = compute(model, batches)
     angles: list[Tensor] = [gate.angles for gate in gates_of(model).values()]
     gates_largest_angle = largest_angle(torch.cat(angles)).item() if angles else None
-    merged = merge(model, DTYPES[dtype])
-    try:
-        set_stops(merged, tokenizer)
-        merged.save_pretrained(folder, state_dict=state_without_gates(merged), max_shard_size=SHARD_SIZE)
-        tokenizer.save_pretrained(folder)
-        if vocabulary := sentencepiece_file(config.model.base_model):
-            shutil.copyfile(vocabulary, folder / vocabulary.name)
-    except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise an error of their own
-        raise ExportError(f"the model could not be written ({error})") from error
-    del model, merged
+    write(merge(model, DTYPES[dtype]), tokenizer, sentencepiece_file(config.model.base_model), folder)
+    del model
     gc.collect()
     written = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
     if not all(ends_in_stop(batch, written) for batch in batches):
@@ -178,17 +170,25 @@ def write_and_check(
     )
 
 
+def write(merged: PreTrainedModel, tokenizer: Any, vocabulary: Path | None, folder: Path) -> None:
+    """Write the model and what belongs to it into `folder`. Raises ExportError if that fails."""
+    try:
+        set_stops(merged, tokenizer)
+        merged.save_pretrained(folder, state_dict=state_without_gates(merged), max_shard_size=SHARD_SIZE)
+        tokenizer.save_pretrained(folder)
+        if vocabulary is not None:
+            shutil.copyfile(vocabulary, folder / vocabulary.name)
+    except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise an error of their own
+        raise ExportError(f"the model could not be written ({error})") from error
+
+
 @torch.no_grad()
 def merge(model: Model, dtype: torch.dtype) -> PreTrainedModel:
     """Turn `model` into its base in `dtype`, with LoRA and gates in the weights: (W + s B A) R in float32, cast once.
 
     In place and a matrix at a time, so that no second model is needed. The gates stay, at the identity.
     """
-    gates = {
-        attention.get_submodule("o_proj"): gate
-        for attention in model.modules()
-        if isinstance(gate := getattr(attention, "so8_gate", None), SO8Gate)
-    }
+    gates = gates_by_projection(model)
     for module in list(model.modules()):
         if isinstance(module, ParamWrapper):  # LoRA on one parameter of a layer's fused experts
             experts = module.get_param()

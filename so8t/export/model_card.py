@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from so8t.config import Config
-from so8t.policy import PolicyReport
+from so8t.policy import PolicyReport, files_read
+from so8t.text import shortened
 
 CARD = """\
 ---
@@ -41,7 +42,6 @@ NSFW data served safety judgement and refusal only, never generation. {policy}
 
 {check}
 """
-MOST_FILES = 20  # named, of those that a glob found
 NO_POLICY = "This run left no policy.json: nothing in so8t checked its rows for that."
 
 
@@ -60,7 +60,6 @@ def model_card(
     without gates; check: the sentences of the export's report.
     """
     base_model = config.model.base_model
-    trained_on = policy.files if policy is not None else []
     bits = config.quantization.bits
     training = "LoRA" if config.qlora.enabled else "every weight trained"
     methods = [f"{training} on {bits}-bit weights" if bits else training]
@@ -74,7 +73,7 @@ def model_card(
         base_model="" if Path(base_model).exists() else f"base_model: {base_model}\n",  # the hub knows no local folder
         base=f"{'Random weights shaped like' if config.model.from_scratch else 'The model'} {_files([base_model])}",
         method=", ".join(methods),
-        train_data=_files(trained_on or config.data.train_data),
+        train_data=_files(files_read(policy) or config.data.train_data),
         eval_data=_files(config.data.eval_data) or "no rows",
         policy=NO_POLICY if policy is None else _policy(policy),
         metrics=_metrics(metrics),
@@ -87,9 +86,7 @@ def model_card(
 
 def _files(paths: Sequence[str]) -> str:
     """Their names; with folders only if relative, because absolute ones reveal something about the machine."""
-    names = [f"`{Path(path).name if Path(path).is_absolute() else path}`" for path in paths]
-    more = [f"{len(names) - MOST_FILES} more"] if len(names) > MOST_FILES else []
-    return ", ".join(names[:MOST_FILES] + more)
+    return shortened([f"`{Path(path).name if Path(path).is_absolute() else path}`" for path in paths])
 
 
 def _policy(policy: PolicyReport) -> str:

@@ -4,7 +4,8 @@ It keeps the newest `save_logits_max_files` files, at most `save_logits_max_gib`
 `save_logits_keep_every`-th for ever. Files of the same or a later step than the one just saved were left by a run that
 was cut off: they are deleted too, so that a resumed run leaves the same files as an unbroken one. The probe's files
 follow the same rule and are counted apart. Where every rank saves (save_logits_ranks = "all"), each keeps to the rule
-with its own files, one for a step that gave it rows; those of a rank that is no more fall to one that is.
+with its own files, one for a step that gave it rows; those of ranks that the job no longer has are counted by one that
+it has.
 """
 
 import re

@@ -14,7 +14,7 @@ from so8t.text import GIB, size_of
 BUFFERS = 2  # of each kind of file: one is filled while the other is written
 FILE_OVERHEAD = 2**14  # bytes of a file beside what it stores for its tokens, rounded up
 TOKEN_BYTES = 8 + 4 + 1  # labels, input_ids and sections
-PLACE_BYTES = 4 + 4  # of a position, where only those with a target are stored
+POSITION_BYTES = 4 + 4  # of a position, where only those with a target are stored
 SMALLER = 'write training.save_logits_form = "topk" or training.save_logits_positions = "labels"'
 
 
@@ -27,7 +27,7 @@ class LogitsPlan:
     computed_in: torch.dtype  # in which the head multiplies
     max_tokens: int  # of a micro-batch, padding included
     probe_tokens: int = 0  # of all rows of the probe together
-    ranks: int = 1  # that save, each a file; the probe is the first one's
+    ranks: int = 1  # that write a file each; the probe is written by the first
 
     @property
     def layout(self) -> Layout:
@@ -44,8 +44,8 @@ class LogitsPlan:
         return self.training.save_logits and step % self.training.save_logits_steps == 0
 
     def file_bytes(self, tokens: int) -> int:
-        places = PLACE_BYTES if self.training.save_logits_positions == "labels" else 0
-        return tokens * (position_bytes(self.layout) + TOKEN_BYTES + places) + FILE_OVERHEAD
+        positions = POSITION_BYTES if self.training.save_logits_positions == "labels" else 0
+        return tokens * (position_bytes(self.layout) + TOKEN_BYTES + positions) + FILE_OVERHEAD
 
     def describe(self, total_steps: int, output_dir: Path) -> str:
         """One line: bytes a file, files kept, bytes in all, free space. Raises InputError if they cannot fit."""

@@ -54,7 +54,7 @@ class LogitsRecord:
         """The files of the record."""
         return tuple(part.path for part in self.parts) or (self.path,)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each row, without padding."""
         lengths: list[int] = (self.sections != SECTIONS.index("padding")).sum(dim=1).tolist()

@@ -217,10 +217,10 @@ def _score_part(logits: Tensor, targets: Tensor, results: dict[str, Tensor]) -> 
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """`logits.max(dim=-1, keepdim=True)` of [rows, V], in a quarter of its time on a CPU.
 
-    Finding the place of the largest is slow, finding its value is not: so first the block that holds it is found.
+    Finding the index of the largest is slow, finding its value is not: so first the block that holds it is found.
     """
     blocks = logits.unflatten(1, (-1, math.gcd(logits.shape[1], BLOCK)))
     block = blocks.amax(dim=-1).argmax(dim=-1, keepdim=True)  # of several largest ones the first, as in max
     width = blocks.shape[-1]
-    maximum, place = blocks.gather(1, block[..., None].expand(-1, -1, width)).squeeze(1).max(dim=-1, keepdim=True)
-    return maximum, block * width + place
+    maximum, index = blocks.gather(1, block[..., None].expand(-1, -1, width)).squeeze(1).max(dim=-1, keepdim=True)
+    return maximum, block * width + index

@@ -158,7 +158,7 @@ class Writer:
             self._counters.file_dropped(f"{left} files were not written within {timeout:g} s of the end and are lost")
 
     def _run(self) -> None:
-        torch.get_num_threads()  # a thread's first question gives it the number that any thread set last
+        torch.get_num_threads()  # the first call sets this thread's number to the one that any thread set last
         torch.set_num_threads(1)  # for this thread only: beside a second team of threads the loop's own does not spin
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):

@@ -64,7 +64,7 @@ def _key(spec: StepSpec, checkpointed_layers: int) -> str:
 
 @cache
 def _code() -> str:
-    """A hash of this package and of train.py beside it, which holds `forward` and which a user may have edited."""
+    """A hash of this package, of train.py beside it, which holds `forward`, and of what a user may have put there."""
     folder = Path(__file__).parents[1]
-    files = [*sorted(folder.rglob("*.py")), folder.parent / "train.py"]
+    files = [*sorted(folder.rglob("*.py")), *sorted(folder.parent.glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -64,10 +64,10 @@ def with_tokens(spec: StepSpec, tokens: int) -> StepSpec:
 
 
 def by_rows(spec: StepSpec) -> StepSpec:
-    """The step whose validation has as many rows in a batch as a micro-batch."""
+    """The step, with its validation cut into batches of per_device_train_batch_size rows."""
     if spec.evaluated is None:
         return spec
-    rows = min(spec.micro_batch.rows, spec.evaluated.rows)
+    rows = min(spec.config.training.per_device_train_batch_size, spec.evaluated.rows)
     return replace(spec, evaluated=BatchShape(rows, spec.evaluated.length, is_padded=rows > 1))
 
 
@@ -104,7 +104,7 @@ def _rows_that_fit(spec: StepSpec, budget: int) -> int:
         if peak(rows, recomputed) <= budget
     ]
     rows = min(fitting)[1] if fitting else 1
-    while rows > 1 and traced(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1]).peak > budget:
+    while rows > 1 and _training_peak(traced(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1])) > budget:
         rows -= 1
     return rows
 
@@ -113,7 +113,12 @@ def _growing(trace: Trace, accumulates: bool) -> tuple[int, int]:
     """Bytes of a peak that grow with the tokens, and bytes that do not."""
     rows = ledger_rows(trace, accumulates)
     fixed = sum(trace.held.values()) + (rows["gradients"] if accumulates else 0) + rows[LOSS]
-    return trace.peak - fixed, fixed
+    return _training_peak(trace) - fixed, fixed
+
+
+def _training_peak(trace: Trace) -> int:
+    """The peak without validation and probe, whose batches have their own size."""
+    return max(size for phase, size in trace.peaks.items() if phase != "evaluation")
 
 
 def _for_long_rows(spec: StepSpec, budget: int) -> StepSpec:

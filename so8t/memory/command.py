@@ -19,6 +19,7 @@ from so8t.config import load_config
 
 SLOW_SECONDS = 2
 LARGEST_GIB = 100_000
+MANY_ROWS = 2**31  # of validation, as they are not looked at: as many as a batch takes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +57,8 @@ def _plan(options: argparse.Namespace) -> int:
     rows = config.training.per_device_train_batch_size
     shape = BatchShape(rows, longest_row, is_padded=rows > 1)
     step_rows = rows * config.training.gradient_accumulation_steps
-    evaluated = BatchShape(step_rows, longest_row, is_padded=True) if config.data.eval_data else None
+    is_evaluated = config.data.eval_data and config.training.eval_steps
+    evaluated = BatchShape(MANY_ROWS, longest_row, is_padded=True) if is_evaluated else None
     spec = StepSpec(config, model_config, device_type, _forward, shape, step_rows, (), options.nproc, evaluated)
     free = None if capacity is None else capacity - CONTEXT_BYTES
     with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):

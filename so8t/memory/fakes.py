@@ -102,9 +102,12 @@ def optimizer_states(model: Model, training: TrainingConfig) -> list[dict[str, A
     trainable = trainable_parameters(model)
     for parameter in trainable:
         parameter.grad = torch.empty_like(parameter)
-    # its 256 values are found by a loop over their bits.
+    # the 256 values of its 8-bit numbers are found by a loop over bits.
     # Breaks with bitsandbytes: AttributeError here, or DataDependentOutputException in the step.
-    with mock.patch("bitsandbytes.functional.create_dynamic_map", return_value=torch.empty(256)):
+    table = mock.patch("bitsandbytes.functional.create_dynamic_map", side_effect=lambda *_, **__: torch.empty(256))
+    # Adafactor and others ask how large something is, which decides no shape
+    number = mock.patch.object(Tensor, "item", return_value=1.0)
+    with table, number:
         optimizer = make_optimizer(model, training)
         # bitsandbytes' arithmetic, before which it makes the states; torch's optimizers have no such method.
         # Breaks with bitsandbytes: a RuntimeError about devices where another accelerator is.
@@ -115,7 +118,7 @@ def optimizer_states(model: Model, training: TrainingConfig) -> list[dict[str, A
 
 
 class _LeaveTheDevice(saved_tensors_hooks):
-    """In the stead of torch's save_on_cpu: of a saved tensor only its shape stays."""
+    """Replaces torch's save_on_cpu: only the shape of a saved tensor is kept."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(

@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def offloaded_bytes(self) -> int:
-        """Of the recomputed layers' inputs, which wait in host memory, if they do."""
+        """Bytes of layer inputs that wait in host memory."""
         hidden_size: int = self.spec.model_config.get_text_config().hidden_size
         of_layer = self.spec.micro_batch.tokens * hidden_size * getattr(torch, self.spec.config.model.dtype).itemsize
         return self.choice.checkpointed_layers * of_layer if self.spec.offload else 0
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def sent_bytes(self) -> int:
-        """That this rank sends a step, and receives: a ring passes all gradients around twice, less its own share."""
+        """Bytes that this rank sends in a step, and receives: a ring passes all gradients around twice."""
         return 2 * self.ledger["gradients"] * (self.spec.world_size - 1) // self.spec.world_size
 
     def table(self) -> str:
@@ -154,7 +154,7 @@ class Plan:
 
         At most as long as the model has positions; 0 if not even the first step fits.
         """
-        spec = replace(self.spec, probe=())
+        spec = replace(self.spec, probe=(), evaluated=None)
 
         @cache
         def peak(length: int) -> int:
@@ -168,7 +168,7 @@ class Plan:
             while peak(positions) <= limit:
                 positions *= 2
         lengths: list[int] = [*range(LENGTH_BLOCK, positions, LENGTH_BLOCK), positions]
-        fits, too_long = 0, len(lengths) - 1  # places in `lengths`
+        fits, too_long = 0, len(lengths) - 1  # indices of `lengths`
         if (above := peak(positions)) <= limit:
             return positions
         if (below := peak(lengths[0])) > limit:

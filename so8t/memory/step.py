@@ -64,8 +64,13 @@ class StepSpec:
 
     def changed(self, config: Config, micro_batch: BatchShape) -> "StepSpec":
         """The same step by another config, with other micro-batches."""
-        rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
-        evaluated = self.evaluated and micro_batch
+        rows = min(config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps, self.rows)
+        evaluated = self.evaluated
+        if evaluated is not None and micro_batch != self.micro_batch:
+            is_shorter = micro_batch.length < self.micro_batch.length  # as all rows are then
+            length = min(evaluated.length, micro_batch.length) if is_shorter else evaluated.length
+            number = min(evaluated.rows, micro_batch.rows)
+            evaluated = BatchShape(number, length, is_padded=number > 1)
         return replace(self, config=config, micro_batch=micro_batch, rows=rows, evaluated=evaluated)
 
     @cached_property

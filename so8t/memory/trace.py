@@ -44,7 +44,7 @@ KINDS = (
     "optimizer states, 32-bit",
 )
 
-STEP_FOLDERS = (Path(__file__).parents[1], Path(__file__).parents[2])  # of the code that a step runs, train.py among it
+STEP_FOLDERS = Path(__file__).resolve().parents[1:3]  # of the code that a step runs, train.py among it
 
 Mark = Callable[[str], None]
 
@@ -58,7 +58,8 @@ def trace_step(spec: StepSpec, checkpointed_layers: int) -> Trace:
         return _trace_step(spec, checkpointed_layers)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        line = [frame for frame in frames if Path(frame.filename).parent in STEP_FOLDERS][-1]
+        own = [frame for frame in frames if Path(frame.filename).resolve().parent in STEP_FOLDERS]
+        line = (own or frames)[-1]
         raise InputError(
             f"{line.filename}:{line.lineno}: the memory plan traces a step by shapes alone, and `{line.line}` needs "
             "values; multiply by a mask instead of indexing with it, and take no .item() or `if` of a tensor"

@@ -142,6 +142,11 @@ class PolicyReport:
                 file.write(text.encode(errors="backslashreplace") + b"\n")
 
 
+def files_read(report: PolicyReport | None) -> list[str]:
+    """The files that a run was trained on; [] if it left no report, or an older version did."""
+    return [] if report is None else report.files
+
+
 def read_report(folder: Path) -> PolicyReport | None:
     """What policy.json in a run's folder says; None if there is none. Raises InputError if it is no such file."""
     path = folder / REPORT_FILE
@@ -159,7 +164,7 @@ def make_report(
     """dropped: "file:line" and rule of every row that broke one; files: all that were read."""
     counts = {rule: sum(broken == rule for _, broken in dropped) for rule in RULES if vars(config)[rule]}
     listed: list[dict[str, str | int]] = []
-    for place, rule in dropped:
-        file, _, line = place.rpartition(":")
+    for location, rule in dropped:
+        file, _, line = location.rpartition(":")
         listed.append({"file": file, "line": int(line), "rule": rule})
     return PolicyReport(config.mode, rows_read, rows_used, counts, listed, list(files))

@@ -10,17 +10,17 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from so8t.analyze import Analysis, NoLogits, analyze, to_text
+from so8t.analyze import Analysis, NoLogits, analyze, logits_folder, to_text
 from so8t.checkpoint import checkpoint_folders
 from so8t.config import CONFIG_FILE, Config, InputError, load_config, to_toml
 from so8t.files import atomic_write
 from so8t.logits import read_logits
 from so8t.metrics import RUN_FILE, read_metrics
-from so8t.policy import PolicyReport, read_report
+from so8t.policy import PolicyReport, files_read, read_report
 from so8t.pretrained import load_tokenizer
 from so8t.report.charts import Chart, overlaid, prediction_charts, training_charts
 from so8t.report.tokens import token_map
-from so8t.text import size_of
+from so8t.text import shortened, size_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Run:
 
     @property
     def logits(self) -> Path | None:
-        folder = self.folder / self.config.training.save_logits_dir
-        return folder if self.analysis.steps else None
+        return logits_folder(self.folder) if self.analysis.steps else None
 
 
 def write_report(folder: Path, other: Path | None = None) -> Path:
@@ -114,14 +113,14 @@ def _charts(run: Run) -> tuple[list[Chart], list[Chart]]:
 
 def _subtitle(run: Run) -> str:
     """What was trained, and on what."""
-    config, trained_on = run.config, run.policy.files if run.policy is not None else []
+    config = run.config
     bits, training = config.quantization.bits, config.training
     words = (
         config.model.base_model + (" from scratch" if config.model.from_scratch else ""),
         f"{bits}-bit weights" if bits else f"{config.model.dtype} weights",
         f"LoRA of rank {config.qlora.r}" if config.qlora.enabled else "every weight trained",
         "SO(8) gates" if config.so8t.enabled else "",
-        f"on {', '.join(trained_on or config.data.train_data)}",
+        f"on {shortened(files_read(run.policy) or config.data.train_data)}",
         f"{training.per_device_train_batch_size} rows × {training.gradient_accumulation_steps} a step",
     )
     return " · ".join(filter(None, words))

@@ -168,7 +168,7 @@ def make_app(thinker: Thinker, token: str, allowed_hosts: Sequence[str] = ("*",)
 
 
 def bearer_of(token: str) -> Callable[..., Awaitable[None]]:
-    """What lets a request through only with this token; "" lets all through."""
+    """The dependency that refuses requests without this token; "" refuses none."""
 
     async def authorise(request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:
         given = request.headers.getlist("authorization")

@@ -169,7 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--verify-audit", type=Path, metavar="FILE", help="check an audit trail; exit 1 if it is not whole"
     )
     parser.add_argument(
-        "--match-thinking", nargs=2, type=Path, metavar=("FILE", "TEXT_FILE"), help="whose thinking is it"
+        "--match-thinking",
+        nargs=2,
+        type=Path,
+        metavar=("FILE", "TEXT_FILE"),
+        help="find the rows whose thinking this is",
     )
     options = parser.parse_args(arguments)
 

@@ -77,7 +77,7 @@ class Written(NamedTuple):
 
 
 class Busy(Exception):
-    """There was no time or place to answer."""
+    """The queue is full, or the time was over before the model could begin."""
 
 
 @dataclass(eq=False)
@@ -101,17 +101,17 @@ class Thinker:
         self.request_seconds = request_seconds
         self.audit = audit
         self.generate = generate
-        self._places = threading.BoundedSemaphore(QUEUE_LENGTH)
-        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()  # None = there will be no more
+        self._slots = threading.BoundedSemaphore(QUEUE_LENGTH)
+        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()  # None = the last one has been asked
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
     async def ask(self, question: Question) -> Answer:
         """Wait for the answer. Raises Busy, InputError if the model cannot take the question, AuditError."""
-        if not self._places.acquire(blocking=False):
+        if not self._slots.acquire(blocking=False):
             raise Busy("too many requests are waiting")
         asked = _Asked(question)
-        asked.answer.add_done_callback(lambda _: self._places.release())  # also runs when the answer is cancelled
+        asked.answer.add_done_callback(lambda _: self._slots.release())  # also runs when the answer is cancelled
         self._queue.put(asked)
         try:
             return await asyncio.wrap_future(asked.answer)

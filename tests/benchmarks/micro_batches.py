@@ -17,7 +17,7 @@ import torch
 
 import train
 from so8t.config import ModelConfig, ModelSpec, QloraConfig, QuantizationConfig, So8tConfig
-from so8t.data import Batch, Row, collate, count, cut, split
+from so8t.data import Batch, Row, collate, cut, split, step_counts
 from so8t.model import causal_lm, load_model
 from so8t.packing import ROW_BY_ROW, pack_rows
 
@@ -59,7 +59,7 @@ def main() -> None:
 
     def seconds(batches: list[Batch]) -> float:
         """Of one step."""
-        num_targets, num_pet_terms, _ = count(batches).tolist()
+        num_targets, num_pet_terms, _ = step_counts(batches).tolist()
         started = time.perf_counter()
         for batch in batches:
             share, _ = train.forward(model, batch, autocast, num_targets, num_pet_terms, 0.05, 0.0, None)

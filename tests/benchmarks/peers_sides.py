@@ -116,17 +116,17 @@ def run_so8t(folder: Path, pace: Pace) -> None:
                 pace.waits.append(values.get("logits_wait_ms", 0.0) / 1000)
             pace.after_step()
 
-    def count(micro_batches: Sequence[Batch]) -> Tensor:
+    def counted(micro_batches: Sequence[Batch]) -> Tensor:
         if not (folder / "micro_batches.pt").exists():
             torch.save(list(micro_batches), folder / "micro_batches.pt")
-        return real_count(micro_batches)
+        return real_step_counts(micro_batches)
 
-    real_count = data.count
+    real_step_counts = data.step_counts
     with (
         patch.object(LogitsPlan, "is_due", lambda plan, step: pace.saves),
         patch("train.LogitsSaver", PacedSaver),
         patch("train.Metrics", PacedMetrics),
-        patch("train.count", count),
+        patch("train.step_counts", counted),
     ):
         sys.exit(train.main([str(folder / "config.toml")]))
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import ROPE_BOUND, gradients, load, make_rows, randomize_lora
 
-from so8t.data import Batch, Row, TrainingBatches, count, cut, split
+from so8t.data import Batch, Row, TrainingBatches, cut, split, step_counts
 from so8t.model import causal_lm
 from so8t.packing import pack_rows
 from so8t.pretrained import rope_bound
@@ -47,7 +47,7 @@ def test_no_row_is_lost_doubled_or_mixed_by_any_cut(
     ranks = [data.micro_batches(step, max_tokens, rank, world_size, packed) for rank in range(world_size)]
     every = [batch for batches in ranks for batch in batches]
     assert contents(every) == contents(by_rows)
-    assert count(every).tolist() == count(by_rows).tolist()
+    assert step_counts(every).tolist() == step_counts(by_rows).tolist()
     for batch in every:
         assert tokens_with_padding(batch) <= max_tokens or len(batch.sample_ids) == 1
 
@@ -55,7 +55,7 @@ def test_no_row_is_lost_doubled_or_mixed_by_any_cut(
 @given(lengths=lengths, world_size=st.integers(1, 4))
 def test_ranks_get_about_as_many_tokens_each(lengths: list[int], world_size: int) -> None:
     data = TrainingBatches(rows_of(lengths), len(lengths), 1, seed=5)
-    tokens = [int(count(data.micro_batches(1, 100, rank, world_size))[2]) for rank in range(world_size)]
+    tokens = [int(step_counts(data.micro_batches(1, 100, rank, world_size))[2]) for rank in range(world_size)]
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
@@ -76,7 +76,7 @@ def test_of_lengths_like_those_of_chats_hardly_any_token_is_padding() -> None:
         return [batch for step in range(1, 9) for batch in data.micro_batches(step, max_tokens, packed=packed)]
 
     def padding(batches: list[Batch]) -> float:
-        return 1 - int(count(batches)[2]) / sum(map(tokens_with_padding, batches))
+        return 1 - int(step_counts(batches)[2]) / sum(map(tokens_with_padding, batches))
 
     assert padding(batches(0)) > 0.4
     assert padding(batches(2048)) < 0.07

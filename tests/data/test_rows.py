@@ -29,12 +29,12 @@ from so8t.data import (
     Row,
     TrainingBatches,
     collate,
-    count,
     derive_seed,
     fixed_rows,
     load_dataset,
     read_conversation,
     split,
+    step_counts,
 )
 from so8t.data.store import Writer
 from so8t.data.tokens import Tokens
@@ -485,7 +485,7 @@ def test_tokens_in_the_runs_folder_are_mapped_again_until_anything_changes(tmp_p
     for dataset in (first, second):
         assert dataset.summary() == plain.summary()
         assert dataset.fingerprint == plain.fingerprint
-        assert [dataset.places[sample_id] for sample_id in range(3)] == [f"{name}:{line}" for line in (1, 2, 3)]
+        assert [dataset.locations[sample_id] for sample_id in range(3)] == [f"{name}:{line}" for line in (1, 2, 3)]
         for row, expected in zip(dataset.rows, plain.rows, strict=True):
             assert all(torch.equal(getattr(row, key), getattr(expected, key)) for key in ("input_ids", "sections"))
         assert [row.sample_id for row in dataset.rows[-1:]] == [2]
@@ -557,7 +557,7 @@ def test_rows_that_break_the_policy_are_left_out_and_reported_by_line(tmp_path: 
     name = write(tmp_path / "rows.jsonl", [b"{", *FILE_OF_FOUR])
     dataset = load(name, policy=PolicyConfig(), on_bad_row="skip")
     assert [row.sample_id for row in dataset.rows] == [1, 4]
-    assert dataset.places[4] == f"{name}:5"
+    assert dataset.locations[4] == f"{name}:5"
     assert (dataset.policy.rows_read, dataset.policy.rows_used) == (5, 2)
     assert dataset.policy.dropped == [
         {"file": name, "line": 3, "rule": "email"},
@@ -663,13 +663,13 @@ def test_there_is_no_mask_where_nothing_is_padded() -> None:
 
 
 def test_a_step_adds_up_the_counts_of_its_micro_batches_and_of_none_counts_zero() -> None:
-    # rows of one or two tokens have no triples, and take none from others
+    # rows of one or two tokens have no windows of three, and take none from others
     assert collate([make_row(1), make_row(2), make_row(5)]).counts == (2, 3, 8)
     batches = [collate([make_row(3), make_row(5, 2)]), collate([make_row(4)])]
-    assert count(batches).tolist() == [3 + 1, 4 + 2, 8 + 4]
+    assert step_counts(batches).tolist() == [3 + 1, 4 + 2, 8 + 4]
     # a rank may be left without rows in the last step of an epoch
-    assert count([]).tolist() == [0, 0, 0]
-    assert count([]).dtype == count(batches).dtype == torch.int64
+    assert step_counts([]).tolist() == [0, 0, 0]
+    assert step_counts([]).dtype == step_counts(batches).dtype == torch.int64
 
 
 def test_fixed_batches_keep_the_order_and_pad_all_to_the_longest_row(tmp_path: Path) -> None:
@@ -715,7 +715,7 @@ def test_a_step_holds_the_same_rows_however_it_is_split(num_rows: int, rows_per_
     assert len(whole) == 1
     assert {len(batch.sample_ids) for batch in singly} == {1}
     assert ids_of(whole) == ids_of(singly) == ids_of(pairs)
-    assert count(whole).tolist() == count(singly).tolist() == count(pairs).tolist()
+    assert step_counts(whole).tolist() == step_counts(singly).tolist() == step_counts(pairs).tolist()
 
 
 @pytest.mark.parametrize("max_tokens", [0, 12])

@@ -59,7 +59,7 @@ def test_every_kind_of_file_is_read_and_its_rows_are_named_by_line(
     path.write_bytes(gzip.compress(write(ROWS)) if is_packed else write(ROWS))
     dataset = load(path)
     assert texts(dataset) == ["one", "猫", "three"]
-    assert [dataset.places[row.sample_id] for row in dataset.rows] == [f"{path}:{line}" for line in places]
+    assert [dataset.locations[row.sample_id] for row in dataset.rows] == [f"{path}:{line}" for line in places]
 
 
 def test_parquet_is_read_by_pyarrow_and_its_rows_are_named_by_number(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_run_resumes_to_the_same_end_and_is_exported(tmp_path: Path, record: Any
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the GPU adds some sums up in any order
 
 
-def test_full_card_is_told_with_the_knobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_card_is_told_with_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.cuda.set_per_process_memory_fraction(64 * MIB / torch.cuda.mem_get_info()[1])
     arguments = ["config.toml", f"training.output_dir={tmp_path / 'run'}", *DEMO]
     assert train.main([*arguments, "training.per_device_train_batch_size=64"]) == 1

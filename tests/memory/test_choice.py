@@ -1,5 +1,6 @@
 """What the plan decides by itself: tokens of a micro-batch, layers to recompute, and that a trace is made once."""
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import train
 from so8t.config import Config, TrainingConfig, load_config
 from so8t.data import Row, cut, split
 from so8t.memory import BatchShape, StepSpec, largest_of
-from so8t.memory.cache import OF_TRAINING, cache_folder, traced
+from so8t.memory.cache import OF_TRAINING, _code, cache_folder, traced
 from so8t.memory.choice import Choice, by_rows, choose, cost, with_tokens
 from so8t.memory.step import Trace
 from so8t.memory.trace import trace_step
@@ -69,15 +70,17 @@ def test_one_recomputed_layer_is_not_taken_for_all_of_them() -> None:
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=1, max_size=12),
     tokens=st.integers(0, 500),
-    rows=st.integers(1, 4),
+    rows_per_batch=st.integers(1, 4),
 )
-def test_validation_is_planned_as_it_is_cut(lengths: list[int], tokens: int, rows: int) -> None:
+def test_validation_is_planned_as_it_is_cut(lengths: list[int], tokens: int, rows_per_batch: int) -> None:
     every = [row_of(length) for length in lengths]
-    spec = replace(spec_of(), rows=rows, micro_batch=BatchShape(1, 8, False), evaluated=largest_of(every, len(every)))
+    spec = spec_of(per_device_train_batch_size=rows_per_batch)
+    spec = replace(spec, micro_batch=BatchShape(1, 8, False), evaluated=largest_of(every, len(every)))
     planned = (with_tokens(spec, tokens) if tokens else by_rows(spec)).evaluated
     assert planned is not None
-    largest = max(batch.input_ids.numel() for batch in (cut(every, tokens) if tokens else split(every, 1)))
-    assert largest - planned.rows < planned.tokens <= max(largest, tokens, max(lengths))  # less than one token a row
+    largest = max(batch.input_ids.numel() for batch in (cut(every, tokens) if tokens else split(every, rows_per_batch)))
+    assert largest - planned.rows < planned.tokens  # less than one token a row
+    assert planned.tokens <= (max(tokens, max(lengths)) if tokens else rows_per_batch * max(lengths))
 
 
 def test_a_long_row_of_validation_is_in_the_plan() -> None:
@@ -89,7 +92,20 @@ def test_a_long_row_of_validation_is_in_the_plan() -> None:
     by_hand = choose(replace(spec_of(micro_batch_tokens=0), evaluated=rows), 0)
     assert by_hand.spec.evaluated == BatchShape(2, 100 * LONGEST, is_padded=True)
     assert by_hand.trace.peaks["evaluation"] > 1.5 * with_rows.trace.peaks["evaluation"]
-    assert by_hand.spec.changed(by_hand.spec.config, BatchShape(1, 8, False)).evaluated == BatchShape(1, 8, False)
+    spec = by_hand.spec
+    assert spec.changed(spec.config, spec.micro_batch).evaluated == spec.evaluated  # what changes no rows saves none
+    assert spec.changed(spec.config, BatchShape(1, 8, False)).evaluated == BatchShape(1, 8, False)
+    assert spec.changed(spec.config, BatchShape(1, LONGEST, False)).evaluated == BatchShape(1, 100 * LONGEST, False)
+
+
+def test_a_long_row_of_validation_does_not_make_micro_batches_smaller() -> None:
+    budget = peak(spec_of(), 5, 0) + 1000
+    rows = chosen(spec_of(), budget)[0]
+    longest = 1
+    while traced(replace(spec_of(), evaluated=BatchShape(1, longest, False)), 0).peak < budget:
+        longest *= 2
+    choice = choose(replace(spec_of(), evaluated=BatchShape(1, longest, False)), budget)
+    assert choice.micro_batch_tokens == rows * LONGEST
 
 
 def test_with_checkpointing_set_only_the_tokens_are_chosen() -> None:
@@ -179,6 +195,18 @@ def test_a_trace_is_made_once_for_a_step_and_anew_for_another(
     for other, layers in others:
         assert traced(other, layers) != first
     assert len(made) == 1 + len(others)
+
+
+def test_a_trace_is_made_anew_when_the_code_beside_train_py_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree("so8t/memory", tmp_path / "so8t" / "memory", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("so8t.memory.cache.__file__", str(tmp_path / "so8t" / "memory" / "cache.py"))
+    hashes = []
+    for text in ("1", "1", "2"):
+        (tmp_path / "my_loss.py").write_text(text, encoding="utf-8")
+        hashes.append(_code.__wrapped__())
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_trace_reads_no_key_of_training_beside_those_that_tell_traces_apart() -> None:

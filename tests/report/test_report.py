@@ -368,6 +368,14 @@ def test_a_run_whose_logits_are_all_torn_has_a_page_without_them(run: Path, tmp_
     assert 'id="token-map"' not in page
 
 
+def test_a_run_whose_logits_lie_beside_its_config_has_a_page_with_them(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "logits").iterdir():
+        path.rename(tmp_path / path.name)
+    (tmp_path / "logits").rmdir()
+    assert data_of(write_report(tmp_path).read_text(encoding="utf-8"), "token-map")["rows"]
+
+
 def test_logits_of_two_models_in_one_folder_are_told(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "logits").glob("probe_step_4_*"):
