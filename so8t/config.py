@@ -292,9 +292,9 @@ class Config:
         contradictions = [
             (bf16 and fp16, "training.bf16 and fp16 exclude each other; set one to false"),
             (four_bit and eight_bit, f"{bits} exclude each other; set one to false"),
-            (scratch and quantized, f"model.from_scratch has no weights to quantise; set {bits} to false"),
+            (scratch and quantized, f"model.from_scratch has no weights to quantize; set {bits} to false"),
             (scratch and adapters, "model.from_scratch has no weights to adapt; set qlora.enabled to false"),
-            (full and quantized, "quantised weights cannot be trained; set qlora.enabled to true"),
+            (full and quantized, "quantized weights cannot be trained; set qlora.enabled to true"),
             (
                 full and self.model.dtype != "float32",
                 "without qlora.enabled small updates are lost in 16-bit weights; "

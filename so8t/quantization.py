@@ -1,6 +1,6 @@
 """Weights in 4 or 8 bits: what bitsandbytes makes of linear layers, and what of that must be watched.
 
-Imported only where a base is quantised, because bitsandbytes takes a second to come in.
+Imported only where a base is quantized, because bitsandbytes takes a second to come in.
 """
 
 import bitsandbytes
@@ -90,7 +90,7 @@ def dequantized_rows(weight: bitsandbytes.nn.Params4bit, rows: int) -> Tensor:
 
 
 def constants(model: nn.Module) -> list[Tensor]:
-    """The scales and tables beside quantised weights."""
+    """The scales and tables beside quantized weights."""
     tensors: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):

@@ -282,8 +282,8 @@ def _in_16_bits(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _quantise_int8(weight: Any, device: Any) -> Any:
     """Int8Params._quantize, which gives a host's tensor the device's data: torch allows that for CUDA, not for us."""
-    quantised, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.data.to(device, torch.float16))
-    return type(weight)(quantised, requires_grad=False, has_fp16_weights=False, CB=quantised, SCB=scales)
+    quantized, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.data.to(device, torch.float16))
+    return type(weight)(quantized, requires_grad=False, has_fp16_weights=False, CB=quantized, SCB=scales)
 
 
 def _operator(name: str, operators: Any = aten) -> Any:
@@ -294,7 +294,7 @@ def _operator(name: str, operators: Any = aten) -> Any:
 def install() -> list[torch.library.Library]:
     """Register the device for the rest of the process, before its first backward pass; keep the result alive."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_module, hook=_Hook())
-    every, kernels, quantised = (torch.library.Library(name, "IMPL") for name in ("_", "aten", "bitsandbytes"))
+    every, kernels, quantized = (torch.library.Library(name, "IMPL") for name in ("_", "aten", "bitsandbytes"))
     every.fallback(_compute, "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name in _ON_METADATA:  # they look at no number, so the CPU's kernels do
@@ -304,7 +304,7 @@ def install() -> list[torch.library.Library]:
     for name in torch._C._dispatch_get_all_op_names():  # else they are compiled for a device that nobody knows
         if name.startswith("bitsandbytes::"):
             operator = _operator(name.removeprefix("bitsandbytes::"), torch.ops.bitsandbytes)
-            quantised.impl(name, functools.partial(_compute, operator), "PrivateUse1")
+            quantized.impl(name, functools.partial(_compute, operator), "PrivateUse1")
     kernels.impl("empty.memory_format", _empty, "PrivateUse1")
     kernels.impl("empty_strided", _empty_strided, "PrivateUse1")
     kernels.impl("_copy_from", _copy_from, "PrivateUse1")
@@ -322,7 +322,7 @@ def install() -> list[torch.library.Library]:
     Stream.default = Stream.current = Stream(NAME)
     torch.Stream = Stream  # type: ignore[misc, assignment]
     torch.empty = _empty_pinned  # type: ignore[assignment]
-    return [every, kernels, quantised]
+    return [every, kernels, quantized]
 
 
 def run(module: str, arguments: list[str], device: str) -> dict[str, Any]:

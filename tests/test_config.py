@@ -399,7 +399,7 @@ def test_an_override_that_cannot_be_read_is_quoted(load: Load, override: str, wo
         (["quantization.load_in_4bit=true", "quantization.load_in_8bit=true"], "exclude each other"),
         (["model.from_scratch=true"], "model.from_scratch has no weights to adapt; set qlora.enabled to false"),
         (["model.from_scratch=true", "quantization.load_in_4bit=true"], "model.from_scratch has no weights to quant"),
-        (["qlora.enabled=false", "quantization.load_in_8bit=true"], "quantised weights cannot be trained; set qlora."),
+        (["qlora.enabled=false", "quantization.load_in_8bit=true"], "quantized weights cannot be trained; set qlora."),
         (["qlora.enabled=false"], 'set model.dtype to "float32"'),
         (["qlora.target_modules=[]"], "qlora.target_modules is empty"),
         (["so8t.layer_indices=[1, 1]"], "so8t.layer_indices names a layer twice"),

@@ -106,7 +106,7 @@ def optimizer_states(model: Model, training: TrainingConfig) -> list[dict[str, A
     # Breaks with bitsandbytes: AttributeError here, or DataDependentOutputException in the step.
     table = mock.patch("bitsandbytes.functional.create_dynamic_map", side_effect=lambda *_, **__: torch.empty(256))
     # Adafactor and others ask how large something is, which decides no shape
-    number = mock.patch.object(Tensor, "item", return_value=1.0)
+    number = mock.patch.object(Tensor, "item", return_value=0.5)
     with table, number:
         optimizer = make_optimizer(model, training)
         # bitsandbytes' arithmetic, before which it makes the states; torch's optimizers have no such method.

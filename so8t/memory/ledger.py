@@ -126,7 +126,7 @@ class MemoryLedger:
         on_host = _side_by_side({"logits buffers": buffers}, {"logits buffers": logits_buffers}) if buffers else []
         record = {
             "rows": [row | {"where": "device"} for row in rows] + [row | {"where": "host"} for row in on_host],
-            "moments": phases,
+            "moments": phases,  # as older runs call them, whose files the report reads too
             "peak": peak,
             "micro_batch": vars(shape),
             "checkpointed_layers": plan.choice.checkpointed_layers,

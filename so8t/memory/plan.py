@@ -121,12 +121,12 @@ class Plan:
                 {"name": name, "where": "device", "predicted_bytes": size, "measured_bytes": None}
                 for name, size in self.ledger.items()
             ],
-            "moments": self.trace.peaks,
+            "phases": self.trace.peaks,
             "peak_bytes": self.trace.peak,
-            "peak_moment": peak_phase(self.trace),
+            "peak_phase": peak_phase(self.trace),
             "assumed_bytes": {"CUDA context": CONTEXT_BYTES, "fragmentation": self.fragmentation},
             "capacity_bytes": self.capacity,
-            "room_bytes": self.headroom,
+            "headroom_bytes": self.headroom,
             "sent_bytes": self.sent_bytes,
         }
 
@@ -173,7 +173,7 @@ class Plan:
             return positions
         if (below := peak(lengths[0])) > limit:
             return 0
-        while too_long - fits > 1:  # a peak grows nearly linearly, so a straight line between both finds it soon
+        while too_long - fits > 1:  # a peak grows nearly linearly: a straight line takes 5 traces of seconds, halving 9
             share = (limit - below) / (above - below)
             length = lengths[fits] + share * (lengths[too_long] - lengths[fits])
             middle = min(max(bisect_right(lengths, length) - 1, fits + 1), too_long - 1)

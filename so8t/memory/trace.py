@@ -29,10 +29,10 @@ from so8t.model import Model, causal_lm, checkpointable_layers, num_parameters, 
 from so8t.optim import make_autocast
 from so8t.sharding import GATHERED, frozen, held_here
 
-QUANTISED = (torch.uint8, torch.int8)
+QUANTIZED = (torch.uint8, torch.int8)
 KINDS = (
-    "quantised weights",
-    "quantisation constants",
+    "quantized weights",
+    "quantization constants",
     "embeddings and head",
     "other weights",
     "trained weights",
@@ -99,7 +99,7 @@ def _shared_out(trace: Trace, layers: Sequence[nn.Module], shares: int) -> Trace
     held, gathered = dict(trace.held), 0
     for layer in layers:
         for tensor in frozen(layer):
-            kind = "quantised weights" if tensor.dtype in QUANTISED else "other weights"
+            kind = "quantized weights" if tensor.dtype in QUANTIZED else "other weights"
             held[kind] -= tensor.nbytes - tensor.nbytes // shares
         gathered = max(gathered, GATHERED * sum(tensor.nbytes for tensor in frozen(layer)))
     gone = sum(trace.held.values()) - sum(held.values()) - gathered
@@ -184,17 +184,17 @@ def held_tensors(model: nn.Module, states: Iterable[Mapping[str, Any]]) -> dict[
             kind = "gates"
         elif parameter.requires_grad:
             kind = "LoRA" if "lora_" in name else "trained weights"
-        elif parameter.dtype in QUANTISED:
-            kind = "quantised weights"
+        elif parameter.dtype in QUANTIZED:
+            kind = "quantized weights"
         elif id(parameter) in embeddings:
             kind = "embeddings and head"
         else:
             kind = "other weights"
         held[kind].append(held_here(parameter.data))
-    if held["quantised weights"]:
+    if held["quantized weights"]:
         from so8t.quantization import constants
 
-        held["quantisation constants"] += constants(model)
+        held["quantization constants"] += constants(model)
     held["buffers"] += model.buffers()
     for state in states:
         for name, tensor in state.items():

@@ -88,7 +88,7 @@ def rows_of(path: Path, lengths: list[int]) -> Path:
 
 @pytest.fixture(scope="session")
 def small_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough for 8-bit states and blocks of quantised weights, small enough to be loaded at once."""
+    """Large enough for 8-bit states and blocks of quantized weights, small enough to be loaded at once."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
     return save_phi(tmp_path_factory.mktemp("small_phi"), vocab_size=2048, **sizes)
 
@@ -176,11 +176,11 @@ def test_full_card_is_told_with_the_settings(tmp_path: Path, capsys: pytest.Capt
     assert "out of memory" in capsys.readouterr().err
 
 
-# ---- quantised weights
+# ---- quantized weights
 
 
 @pytest.mark.parametrize(("bits", "optim"), [(4, "paged_adamw_8bit"), (8, "adamw_8bit")])
-def test_adapters_on_quantised_weights_learn_padded_rows(
+def test_adapters_on_quantized_weights_learn_padded_rows(
     tmp_path: Path, record: Any, small_phi: Path, bits: int, optim: str
 ) -> None:
     base = (f"model.base_model={small_phi}", "model.from_scratch=false", "model.dtype=bfloat16", "training.bf16=true")

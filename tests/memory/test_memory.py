@@ -173,7 +173,7 @@ def test_predicted_peak_is_within_two_percent_of_the_real_allocators(
 def test_eight_bit_layers_are_traced_as_a_gpu_runs_them(tmp_path: Path, models: dict[str, Path]) -> None:
     config, shape = make_config(tmp_path, models["phi3"], EIGHT_BIT), BatchShape(1, 256, False)
     all_layers, none = (trace(config, shape, layers, "cuda") for layers in (LAYERS, 0))
-    assert all_layers.held["quantised weights"] == none.held["quantised weights"] > 0
+    assert all_layers.held["quantized weights"] == none.held["quantized weights"] > 0
     # an 8-bit layer keeps its whole input: checkpointing must save more than half of what stays for the backward
     kept = [found.phases["layers"].allocated - found.phases["load"].allocated for found in (all_layers, none)]
     assert kept[0] < kept[1] / 2
@@ -199,7 +199,7 @@ def test_plan_of_the_users_own_job_fits_a_12_gib_card_and_counts_its_parameters(
     found = plan_memory(spec, 12 * GIB - CONTEXT_BYTES, 12 * GIB)
     held = found.trace.held
     assert found.trace.num_parameters - (held["LoRA"] + held["gates"]) // 4 == 3_821_079_552
-    assert held["quantised weights"] == 3_623_878_656 // 2
+    assert held["quantized weights"] == 3_623_878_656 // 2
     assert held["optimizer states, 8-bit"] == (held["LoRA"] + held["gates"]) // 2
     assert found.choice.checkpointed_layers == 0  # nothing of 1024 tokens needs to be computed twice
     assert found.headroom is not None
@@ -264,7 +264,7 @@ def test_command_prints_the_plan_and_what_would_fit(
     arguments = [str(tmp_path / "config.toml"), "data.max_seq_length=512", *few, "--gpu-memory-gib=0.6"]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["room_bytes"] > 0
+    assert found["headroom_bytes"] > 0
     assert 512 < found["largest_length"] < 16384
     assert sum(row["predicted_bytes"] for row in found["rows"]) >= found["peak_bytes"]
     assert main([*arguments, "--gpu-memory-gib=0.49"]) == 0
@@ -308,7 +308,7 @@ def test_a_rank_of_several_adds_up_its_gradients_end_to_end(capsys: pytest.Captu
         plans[ranks] = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row["predicted_bytes"] for row in plans[4]["rows"]}
     assert rows["gradients end to end"] == rows["gradients"] == 4 * plans[4]["num_parameters"]
-    assert plans[4]["moments"]["update"] - plans[1]["moments"]["update"] == pytest.approx(rows["gradients"], rel=0.01)
+    assert plans[4]["phases"]["update"] - plans[1]["phases"]["update"] == pytest.approx(rows["gradients"], rel=0.01)
     assert (plans[1]["sent_bytes"], plans[4]["sent_bytes"]) == (0, 1.5 * rows["gradients"])
     with pytest.raises(SystemExit, match="2"):
         main(["config.toml", "--nproc=0"])
