@@ -568,7 +568,7 @@ def _nearest(name: str) -> str:
     homes = [known for known, its_key in keys.items() if its_key in near]
     if not homes and len(key) > 1:  # such as epochs, batch_size, lr
         alike = [known for known, its_key in keys.items() if key.lower() in _other_names(its_key)]
-        homes = [known for known in alike if "_" in key or known.startswith(f"{table}.")]
+        homes = [known for known in alike if "_" in key or not table or known.startswith(f"{table}.")]
     homes = [known for known in homes if known.startswith(f"{table}.")] or homes
     return f"did you mean {' or '.join(homes)}?" if homes else "config.toml lists every key"
 

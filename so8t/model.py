@@ -248,8 +248,9 @@ def _packed_hidden_states(base: PreTrainedModel, batch: Batch) -> Tensor:
 def head(model: Model) -> Head:
     """What makes logits of the last hidden state."""
     config = causal_lm(model).config.get_text_config()
-    # Cohere multiplies by the first, Granite and MiniCPM 3 divide by the second
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    # Cohere multiplies by the first, Granite and MiniCPM 3 divide by the second; MPT has None or a word there
+    multiplied, divided = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    scale = (multiplied if isinstance(multiplied, int | float) else 1.0) / (divided or 1.0)
     soft_cap = getattr(config, "final_logit_softcapping", None) or 0.0
     return Head(causal_lm(model).get_output_embeddings().weight, scale, soft_cap)
 

@@ -4,12 +4,15 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+
+PATIENCE = timedelta(hours=12)  # all wait while rank 0 makes the tokens; if it dies, torchrun ends them at once
 
 
 class LostRank(Exception):
@@ -45,7 +48,7 @@ def start() -> Process:
         store, _, _ = next(rendezvous("env://", rank, world_size))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the ranks of a life before this one
             store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(backend(device), store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend(device), timeout=PATIENCE, store=store, rank=rank, world_size=world_size)
     return Process(rank, world_size, device)
 
 

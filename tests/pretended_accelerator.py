@@ -280,7 +280,7 @@ def _in_16_bits(op: Any, *args: Any, **kwargs: Any) -> Any:
         return op(*_map(cast, args), **_map(cast, kwargs))
 
 
-def _quantise_int8(weight: Any, device: Any) -> Any:
+def _quantize_int8(weight: Any, device: Any) -> Any:
     """Int8Params._quantize, which gives a host's tensor the device's data: torch allows that for CUDA, not for us."""
     quantized, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.data.to(device, torch.float16))
     return type(weight)(quantized, requires_grad=False, has_fp16_weights=False, CB=quantized, SCB=scales)
@@ -318,7 +318,7 @@ def install() -> list[torch.library.Library]:
     }
     for name, function in replaced.items():  # torch's own ask an allocator that only C++ can give
         setattr(torch.accelerator, name, function)
-    bitsandbytes.nn.Int8Params._quantize = _quantise_int8
+    bitsandbytes.nn.Int8Params._quantize = _quantize_int8
     Stream.default = Stream.current = Stream(NAME)
     torch.Stream = Stream  # type: ignore[misc, assignment]
     torch.empty = _empty_pinned  # type: ignore[assignment]

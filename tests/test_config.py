@@ -272,6 +272,10 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(load: Load, name:
     assert f"command line: {expected}" in sentence(load, REQUIRED, f"{name}=1")
 
 
+def test_an_unknown_key_without_a_table_is_answered_too(load: Load) -> None:
+    assert "did you mean training.learning_rate?" in sentence(load, REQUIRED, "lr=1")
+
+
 def test_an_unknown_key_is_not_answered_with_any_key_that_ends_so(load: Load) -> None:
     assert "config.toml lists every key" in sentence(load, with_key("data.files", "1"))
 

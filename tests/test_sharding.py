@@ -98,13 +98,15 @@ def test_a_rank_of_a_shared_base_is_planned_with_its_share(
     for ranks in (1, 2, 4):
         shared = [*keys, "parallel.shard_base=true"]
         assert plan_main(["config.toml", *shared, "--nproc", str(ranks), "--json"]) == 0
-        rows = json.loads(capsys.readouterr().out)["rows"]
-        sizes[ranks] = {row["name"]: row["predicted_bytes"] for row in rows}
+        plan = json.loads(capsys.readouterr().out)
+        sizes[ranks] = {row["name"]: row["predicted_bytes"] for row in plan["rows"]} | {"sent": plan["sent_bytes"]}
     assert "layers gathered from all ranks" not in sizes[1]
     in_layers = sizes[1]["other weights"] - sizes[4]["other weights"]
     half = sizes[1]["other weights"] - sizes[2]["other weights"]
     assert half == pytest.approx(in_layers * 2 / 3, rel=0.01)
     assert sizes[2]["layers gathered from all ranks"] == sizes[4]["layers gathered from all ranks"] > 0
+    sent = sizes[2]["gradients"] + 2 * 2 * half  # the two micro-batches of a step gather the other half twice each
+    assert sizes[2]["sent"] == pytest.approx(sent, rel=0.01)
 
 
 def test_4_bit_layer_moves_to_another_device_with_its_scales(base: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -214,5 +215,8 @@ def merge(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 def sentencepiece_file(base_model: str) -> Path | None:
     """The tokenizer.model of the base, from which llama.cpp's converter reads Phi-3's vocabulary; None without one."""
     name = "tokenizer.model"
-    found = Path(base_model) / name if Path(base_model).is_dir() else try_to_load_from_cache(base_model, name)
+    try:
+        found = Path(base_model) / name if Path(base_model).is_dir() else try_to_load_from_cache(base_model, name)
+    except HFValidationError:  # a folder that is no longer there
+        return None
     return Path(found) if isinstance(found, (str, Path)) and Path(found).is_file() else None

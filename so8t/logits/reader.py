@@ -45,7 +45,7 @@ class LogitsRecord:
     input_ids: Tensor  # [B, T] int64
     labels: Tensor  # [B, T] int64, Hugging Face's convention: labels[:, t] belongs to input_ids[:, t]
     sections: Tensor  # [B, T] uint8: the part that each input token stands in, an index into thinking.SECTIONS
-    sample_ids: Tensor  # [B] int64: each row's place in the data
+    sample_ids: Tensor  # [B] int64: each row's index in the data
     contents: dict[str, Any] = field(repr=False)  # the file as torch.load gives it; of several without their logits
     parts: tuple["LogitsRecord", ...] = field(default=(), repr=False)  # of each rank, if there are several
 

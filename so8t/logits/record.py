@@ -16,7 +16,7 @@ are P = [B, T] with save_logits_positions "all", and with "labels" P = [N], thos
 | `positions` | all, "labels" only | [N, 2] int32: (row, t) of each entry of P |
 | `labels`, `labels_shape` | all | [B, T] int64 in Hugging Face's convention, -100 = no loss; torch.Size |
 | `input_ids`, `sections` | all | [B, T] int32; [B, T] uint8, an index into thinking.SECTIONS |
-| `sample_ids` | all | [B] int64: each row's place in the data |
+| `sample_ids` | all | [B] int64: each row's index in the data |
 | `step`, `epoch`, `timestamp` | all | int, int, str |
 | `loss` | all | float: mean cross-entropy of these rows as the loop computed it; NaN if none has a target |
 | `verified` | all | bool: what this very file stored gave that loss when it was written |

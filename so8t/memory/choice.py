@@ -117,7 +117,7 @@ def _growing(trace: Trace, accumulates: bool) -> tuple[int, int]:
 
 
 def _training_peak(trace: Trace) -> int:
-    """The peak without validation and probe, whose batches have their own size."""
+    """The peak without validation and probe, whose batches have their own size and recompute nothing."""
     return max(size for phase, size in trace.peaks.items() if phase != "evaluation")
 
 
@@ -132,7 +132,7 @@ def _for_long_rows(spec: StepSpec, budget: int) -> StepSpec:
     for tile, offload in product(tiles, offloads):  # a tile costs a forward of the MLPs, offloading two copies
         chosen = replace(training, mlp_tile_tokens=tile, offload_checkpoints=offload)
         spec = replace(spec, config=replace(spec.config, training=chosen))
-        if traced(spec, spec.num_layers).peak <= budget:
+        if _training_peak(traced(spec, spec.num_layers)) <= budget:
             break
     return spec
 
@@ -144,15 +144,15 @@ def _layers(spec: StepSpec, budget: int) -> tuple[int, str, Trace]:
         layers, reason = _asked(spec), "training.gradient_checkpointing says so"
     elif not budget:
         reason = "auto: without training.memory_budget_gib a CPU has no limit to keep to"
-    elif (every := traced(spec, layers)).peak > budget:
+    elif (every := _training_peak(traced(spec, layers))) > budget:
         reason = f"auto: with all of them it is still more than {size_of(budget)}"
-    elif (none := traced(spec, 0)).peak <= budget:
+    elif (none := _training_peak(traced(spec, 0))) <= budget:
         layers, reason = 0, f"auto: none is needed for {size_of(budget)}"
     else:
-        layers = layers * (none.peak - budget) // (none.peak - every.peak)  # nearly linear: a first guess
-        while traced(spec, layers).peak > budget:
+        layers = layers * (none - budget) // (none - every)  # nearly linear: a first guess
+        while _training_peak(traced(spec, layers)) > budget:
             layers += 1
-        while traced(spec, layers - 1).peak <= budget:
+        while _training_peak(traced(spec, layers - 1)) <= budget:
             layers -= 1
         reason = f"auto: one fewer needs more than {size_of(budget)}"
     return layers, reason, traced(spec, layers)

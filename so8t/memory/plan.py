@@ -73,8 +73,13 @@ class Plan:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that this rank sends in a step, and receives: a ring passes all gradients around twice."""
-        return 2 * self.ledger["gradients"] * (self.spec.world_size - 1) // self.spec.world_size
+        """Bytes that this rank sends in a step, and receives, each time all but its own share.
+
+        A ring passes all gradients around twice; layers that are shared out are gathered twice by each micro-batch.
+        """
+        micro_batches = -(-self.spec.rows // self.spec.micro_batch.rows)
+        passed_around = self.ledger["gradients"] + micro_batches * self.trace.shared_bytes
+        return 2 * passed_around * (self.spec.world_size - 1) // self.spec.world_size
 
     def table(self) -> str:
         trace, choice, lines = self.trace, self.choice, []

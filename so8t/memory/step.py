@@ -64,12 +64,16 @@ class StepSpec:
 
     def changed(self, config: Config, micro_batch: BatchShape) -> "StepSpec":
         """The same step by another config, with other micro-batches."""
-        rows = min(config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps, self.rows)
+        before, after = (
+            one.training.per_device_train_batch_size * one.training.gradient_accumulation_steps
+            for one in (self.config, config)
+        )
+        rows = -(-self.rows * after // before)
         evaluated = self.evaluated
         if evaluated is not None and micro_batch != self.micro_batch:
             is_shorter = micro_batch.length < self.micro_batch.length  # as all rows are then
             length = min(evaluated.length, micro_batch.length) if is_shorter else evaluated.length
-            number = min(evaluated.rows, micro_batch.rows)
+            number = min(evaluated.rows, max(1, micro_batch.tokens // length))
             evaluated = BatchShape(number, length, is_padded=number > 1)
         return replace(self, config=config, micro_batch=micro_batch, rows=rows, evaluated=evaluated)
 
@@ -117,6 +121,7 @@ class Trace:
     held: dict[str, int]  # bytes between steps, by kind
     phases: dict[str, Phase]
     num_parameters: int  # before quantization
+    shared_bytes: int = 0  # of the layers' weights that ranks share out, all parts together
 
     @property
     def peaks(self) -> dict[str, int]:

@@ -58,7 +58,7 @@ def trace_step(spec: StepSpec, checkpointed_layers: int) -> Trace:
         return _trace_step(spec, checkpointed_layers)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename).resolve().parent in STEP_FOLDERS]
+        own = [frame for frame in frames if frame.line and Path(frame.filename).resolve().parent in STEP_FOLDERS]
         line = (own or frames)[-1]
         raise InputError(
             f"{line.filename}:{line.lineno}: the memory plan traces a step by shapes alone, and `{line.line}` needs "
@@ -96,15 +96,17 @@ def _trace_step(spec: StepSpec, checkpointed_layers: int) -> Trace:
 
 def _shared_out(trace: Trace, layers: Sequence[nn.Module], shares: int) -> Trace:
     """The trace of a rank that holds its share of the layers' frozen weights, and whole layers that it has gathered."""
-    held, gathered = dict(trace.held), 0
+    held, gathered, whole = dict(trace.held), 0, 0
     for layer in layers:
         for tensor in frozen(layer):
             kind = "quantized weights" if tensor.dtype in QUANTIZED else "other weights"
             held[kind] -= tensor.nbytes - tensor.nbytes // shares
+            whole += tensor.nbytes
         gathered = max(gathered, GATHERED * sum(tensor.nbytes for tensor in frozen(layer)))
     gone = sum(trace.held.values()) - sum(held.values()) - gathered
     phases = {name: Phase(phase.allocated - gone, phase.peak - gone) for name, phase in trace.phases.items()}
-    return replace(trace, held=held | {"layers gathered from all ranks": gathered}, phases=phases)
+    held |= {"layers gathered from all ranks": gathered}
+    return replace(trace, held=held, phases=phases, shared_bytes=whole)
 
 
 def _run_step(spec: StepSpec, model: Model, live: LiveBytes, mark: Mark) -> "_Tap":

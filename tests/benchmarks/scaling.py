@@ -71,7 +71,7 @@ def job(steps: int, folder: Path) -> list[str]:
 
 def seconds_a_token(folder: Path, ranks: int) -> float:
     """Of each rank, in the fastest step."""
-    records = read_metrics(folder)[2:]  # the first two count their bytes
+    records = read_metrics(folder)[2:]  # one of them counts its bytes
     return ranks / max(float(record["tokens_per_sec"]) for record in records)
 
 

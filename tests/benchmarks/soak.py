@@ -36,6 +36,7 @@ from so8t.logits import NotLogitsError, logits_paths, read_file
 from so8t.metrics import read_metrics
 
 SETTLED = 50  # steps after which nothing may grow
+DRIFT = 1.1  # of the median step, last quarter beside the first
 GROWTH = 1.02  # of resident memory, last tenth beside the first one after that
 DISK_GIB = 3
 KILL_AFTER = (15.0, 120.0)  # seconds from a start to the next signal
@@ -169,14 +170,21 @@ def faults(alone: Path, other: Path, samples: list[Sample], torment: Torment) ->
     before, after = (statistics.median(one.resident for one in part) for part in (first, last))
     if after > GROWTH * before:
         yield f"resident memory grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB"
+    seconds = [record["seconds"] for record in read_metrics(alone)][SETTLED:]
+    quarter = max(1, len(seconds) // 4)
+    early, late = (statistics.median(part) for part in (seconds[:quarter], seconds[-quarter:]))
+    if late > DRIFT * early:
+        yield f"the median step grew from {early:.3f} to {late:.3f} s"
     yield from (f"torn: {sentence}" for sentence in torment.torn)
     ours, theirs = ([(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(run)] for run in (alone, other))
     if ours != theirs:
         steps = [one[0] for one, another in zip(ours, theirs, strict=False) if one != another]
         yield f"the losses of {len(steps)} steps differ, {len(ours)} and {len(theirs)} steps in all"
-    weights = [load_file(checkpoint_folders(run)[-1] / "adapter_model.safetensors") for run in (alone, other)]
-    if weights[0].keys() != weights[1].keys() or not all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0]):
-        yield "the final weights differ"
+    for name in ("adapter_model.safetensors", "so8t_gates.safetensors"):
+        ends = [checkpoint_folders(run)[-1] / name for run in (alone, other)]
+        one, another = (load_file(path) if path.exists() else {} for path in ends)
+        if one.keys() != another.keys() or not all(torch.equal(one[key], another[key]) for key in one):
+            yield f"the final {name} differs"
     yield from (f"left over: {path}" for path in other.rglob(f"*{TEMPORARY_SUFFIX}*"))
     kept = [read_file(path).step for path in logits_paths(other / "logits")]
     wanted = [read_file(path).step for path in logits_paths(alone / "logits")]

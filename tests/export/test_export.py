@@ -519,3 +519,14 @@ def test_card_names_the_files_that_were_read_and_not_what_the_config_calls_them(
     policy = PolicyReport("exclude", 6, 6, {}, [], files)
     named = "`0.jsonl`, " + ", ".join(f"`rows/{number}.jsonl`" for number in range(1, 20))
     assert f"Trained on {named}, 10 more; validated" in model_card("out", config, 1, [], policy, None, [])
+
+
+def test_a_run_that_trained_every_weight_exports_without_the_folder_of_its_base(
+    bases: dict[str, Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    run, _ = write_run(base, tokenizer, tmp_path, *FULL)
+    shutil.rmtree(base)
+    export(run, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -105,7 +105,8 @@ def test_a_long_row_of_validation_does_not_make_micro_batches_smaller() -> None:
     while traced(replace(spec_of(), evaluated=BatchShape(1, longest, False)), 0).peak < budget:
         longest *= 2
     choice = choose(replace(spec_of(), evaluated=BatchShape(1, longest, False)), budget)
-    assert choice.micro_batch_tokens == rows * LONGEST
+    assert (choice.micro_batch_tokens, choice.checkpointed_layers) == (rows * LONGEST, chosen(spec_of(), budget)[1])
+    assert (choice.spec.mlp_tile, choice.spec.offload) == (0, False)
 
 
 def test_with_checkpointing_set_only_the_tokens_are_chosen() -> None:
