@@ -44,7 +44,7 @@ from so8t.data import (
 from so8t.evaluate import Probe, Validation, keep_evidence
 from so8t.logits import LogitsSaver
 from so8t.losses import Tap, ce_sum, pet_sum
-from so8t.memory import MemoryLedger, OutOfMemory, StepSpec, device_memory, largest_of, plan_memory, shape_of
+from so8t.memory import BatchShape, MemoryLedger, OutOfMemory, StepSpec, device_memory, plan_memory, shape_of
 from so8t.metrics import Metrics, write_run_file
 from so8t.model import Model, causal_lm, describe, head, hidden_states, load_model, trainable_parameters
 from so8t.optim import make_amp, make_optimizer, set_learning_rate, unpaged
@@ -135,11 +135,13 @@ def train(config: Config, process: parallel.Process) -> int:
         model_config,
         device.type,
         forward,
-        micro_batch=largest_of(dataset.rows, min(rows_per_batch, data.rows_per_step)),
+        micro_batch=BatchShape.worst(min(rows_per_batch, data.rows_per_step), dataset.longest),
         rows=-(-data.rows_per_step // process.world_size),
         probe=tuple(map(shape_of, probe_batches)),
         world_size=process.world_size,
-        evaluated=largest_of(eval_rows, len(eval_rows)) if eval_rows and training.eval_steps else None,
+        evaluated=BatchShape.worst(len(eval_rows), longest_of(eval_rows))
+        if eval_rows and training.eval_steps
+        else None,
     )
     free, capacity = map(parallel.all_min, device_memory(device))  # so that all ranks plan alike
     plan = plan_memory(step_spec, free, capacity, state)

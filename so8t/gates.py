@@ -133,7 +133,8 @@ def attach_gates(model: nn.Module, layer_indices: Sequence[int], init_scale: flo
 
 def gates_by_projection(model: nn.Module) -> dict[nn.Module, SO8Gate]:
     """The gates attached to `model`, by the `o_proj` whose input each rotates."""
-    return {_attentions(model)[layer].get_submodule("o_proj"): gate for layer, gate in gates_of(model).items()}
+    attentions = _attentions(model)
+    return {attentions[layer].get_submodule("o_proj"): gate for layer, gate in gates_of(model).items()}
 
 
 def gates_of(model: nn.Module) -> dict[int, SO8Gate]:

@@ -44,3 +44,8 @@ def shortened(names: Sequence[str]) -> str:
     """The first MOST_NAMES of them, and how many more there are."""
     more = [f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
     return ", ".join([*names[:MOST_NAMES], *more])
+
+
+def to_utf8(text: str) -> bytes:
+    """The text in UTF-8, with half characters, as names of files may hold, escaped as JSON does it."""
+    return text.encode(errors="backslashreplace")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from so8t import cli
 from so8t.config import load_config
 from so8t.files import atomic_write
+from so8t.text import to_utf8
 from so8t.thinking import PARTS, SECTIONS
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def look(options: argparse.Namespace) -> int:
     stops = stop_token_ids(tokenizer)
     if options.html is not None:
         with atomic_write(options.html) as file:
-            file.write(page(dataset, num_rows, tokenizer, stops).encode(errors="backslashreplace"))
+            file.write(to_utf8(page(dataset, num_rows, tokenizer, stops)))
         print(f"{options.html}: {min(num_rows, len(dataset.rows))} rows")
         return 0
     for line in terminal_lines(dataset, num_rows, tokenizer, stops, sys.stdout.isatty()):

@@ -26,6 +26,7 @@ from so8t.data.template import ChatTemplate, configure_template
 from so8t.data.tokens import Encoder, Pending, Tokens, TooLong
 from so8t.files import atomic_folder
 from so8t.policy import RULES, PolicyReport, broken_rule, make_report
+from so8t.text import to_utf8
 
 FORMAT_VERSION = 4  # of the stored arrays and of how rows become tokens
 CHUNK_ROWS = 1000  # read, rendered and tokenized together
@@ -131,9 +132,7 @@ def load_dataset(
             with atomic_folder(stored) as temporary, closing(Writer(temporary)) as writer:
                 meta = _build(key, files, tokenizer, template, config, writer)
                 meta |= {"key": wanted, "day": day.isoformat(), "sizes": writer.sizes}
-                text = json.dumps(meta, ensure_ascii=False)
-                # a half character of a file's name is escaped as JSON does it
-                (temporary / META_FILE).write_bytes(text.encode(errors="backslashreplace"))
+                (temporary / META_FILE).write_bytes(to_utf8(json.dumps(meta, ensure_ascii=False)))
         except InputError as error:
             failed = error
         except OSError as error:

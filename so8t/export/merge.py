@@ -30,6 +30,7 @@ from so8t.metrics import read_metrics
 from so8t.model import Model, load_model, set_stops
 from so8t.policy import read_report
 from so8t.pretrained import load_model_config, load_tokenizer
+from so8t.text import to_utf8
 
 REPORT_FILE = "so8t_export.json"
 SHARD_SIZE = "2GB"  # of a file of weights: small ones are written and loaded with less memory
@@ -106,7 +107,7 @@ def export(run: Path, out: Path, dtype: str = "bf16") -> Report:
         (folder / REPORT_FILE).write_bytes(json.dumps(asdict(report), indent=2).encode() + b"\n")
         shown = [record for record in metrics if record["step"] <= report.step]
         card = model_card(out.name, config, report.step, shown, policy, report.gates_largest_angle, report.sentences())
-        (folder / "README.md").write_bytes(card.encode(errors="backslashreplace"))
+        (folder / "README.md").write_bytes(to_utf8(card))
     return report
 
 

@@ -73,7 +73,7 @@ def model_card(
         base_model="" if Path(base_model).exists() else f"base_model: {base_model}\n",  # the hub knows no local folder
         base=f"{'Random weights shaped like' if config.model.from_scratch else 'The model'} {_files([base_model])}",
         method=", ".join(methods),
-        train_data=_files(files_read(policy) or config.data.train_data),
+        train_data=_files(files_read(policy, config.data.train_data)),
         eval_data=_files(config.data.eval_data) or "no rows",
         policy=NO_POLICY if policy is None else _policy(policy),
         metrics=_metrics(metrics),

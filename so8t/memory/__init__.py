@@ -10,7 +10,6 @@ __all__ = [
     "OutOfMemory",
     "StepSpec",
     "device_memory",
-    "largest_of",
     "plan_memory",
     "shape_of",
 ]
@@ -18,6 +17,6 @@ __all__ = [
 if TYPE_CHECKING:
     from so8t.memory.ledger import MemoryLedger, OutOfMemory
     from so8t.memory.plan import device_memory, plan_memory
-    from so8t.memory.step import BatchShape, StepSpec, largest_of, shape_of
+    from so8t.memory.step import BatchShape, StepSpec, shape_of
 else:
     __getattr__ = cli.on_demand(__name__, __all__, "ledger", "plan", "step")

@@ -68,14 +68,14 @@ def by_rows(spec: StepSpec) -> StepSpec:
     if spec.evaluated is None:
         return spec
     rows = min(spec.config.training.per_device_train_batch_size, spec.evaluated.rows)
-    return replace(spec, evaluated=BatchShape(rows, spec.evaluated.length, is_padded=rows > 1))
+    return replace(spec, evaluated=BatchShape.worst(rows, spec.evaluated.length))
 
 
 def _largest(rows: int, longest: int, tokens: int) -> BatchShape:
     """The largest batch of `tokens` that so many rows make: of the longest rows, or else one of them alone."""
     rows = min(-(-tokens // longest), rows)
     length = min(longest, max(tokens // rows, 1)) if rows > 1 else longest
-    return BatchShape(rows, length, is_padded=rows > 1)
+    return BatchShape.worst(rows, length)
 
 
 def _rows_that_fit(spec: StepSpec, budget: int) -> int:
@@ -104,7 +104,7 @@ def _rows_that_fit(spec: StepSpec, budget: int) -> int:
         if peak(rows, recomputed) <= budget
     ]
     rows = min(fitting)[1] if fitting else 1
-    while rows > 1 and _training_peak(traced(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1])) > budget:
+    while rows > 1 and traced(with_tokens(spec, rows * one.micro_batch.tokens), layers[-1]).training_peak > budget:
         rows -= 1
     return rows
 
@@ -113,12 +113,7 @@ def _growing(trace: Trace, accumulates: bool) -> tuple[int, int]:
     """Bytes of a peak that grow with the tokens, and bytes that do not."""
     rows = ledger_rows(trace, accumulates)
     fixed = sum(trace.held.values()) + (rows["gradients"] if accumulates else 0) + rows[LOSS]
-    return _training_peak(trace) - fixed, fixed
-
-
-def _training_peak(trace: Trace) -> int:
-    """The peak without validation and probe, whose batches have their own size and recompute nothing."""
-    return max(size for phase, size in trace.peaks.items() if phase != "evaluation")
+    return trace.training_peak - fixed, fixed
 
 
 def _for_long_rows(spec: StepSpec, budget: int) -> StepSpec:
@@ -132,7 +127,7 @@ def _for_long_rows(spec: StepSpec, budget: int) -> StepSpec:
     for tile, offload in product(tiles, offloads):  # a tile costs a forward of the MLPs, offloading two copies
         chosen = replace(training, mlp_tile_tokens=tile, offload_checkpoints=offload)
         spec = replace(spec, config=replace(spec.config, training=chosen))
-        if _training_peak(traced(spec, spec.num_layers)) <= budget:
+        if traced(spec, spec.num_layers).training_peak <= budget:
             break
     return spec
 
@@ -144,15 +139,15 @@ def _layers(spec: StepSpec, budget: int) -> tuple[int, str, Trace]:
         layers, reason = _asked(spec), "training.gradient_checkpointing says so"
     elif not budget:
         reason = "auto: without training.memory_budget_gib a CPU has no limit to keep to"
-    elif (every := _training_peak(traced(spec, layers))) > budget:
+    elif (every := traced(spec, layers).training_peak) > budget:
         reason = f"auto: with all of them it is still more than {size_of(budget)}"
-    elif (none := _training_peak(traced(spec, 0))) <= budget:
+    elif (none := traced(spec, 0).training_peak) <= budget:
         layers, reason = 0, f"auto: none is needed for {size_of(budget)}"
     else:
         layers = layers * (none - budget) // (none - every)  # nearly linear: a first guess
-        while _training_peak(traced(spec, layers)) > budget:
+        while traced(spec, layers).training_peak > budget:
             layers += 1
-        while _training_peak(traced(spec, layers - 1)) <= budget:
+        while traced(spec, layers - 1).training_peak <= budget:
             layers -= 1
         reason = f"auto: one fewer needs more than {size_of(budget)}"
     return layers, reason, traced(spec, layers)

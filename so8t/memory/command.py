@@ -55,10 +55,10 @@ def _plan(options: argparse.Namespace) -> int:
     if capacity is None and device_type == "cuda":
         _, capacity = device_memory(torch.device("cuda"))
     rows = config.training.per_device_train_batch_size
-    shape = BatchShape(rows, longest_row, is_padded=rows > 1)
+    shape = BatchShape.worst(rows, longest_row)
     step_rows = rows * config.training.gradient_accumulation_steps
     is_evaluated = config.data.eval_data and config.training.eval_steps
-    evaluated = BatchShape(MANY_ROWS, longest_row, is_padded=True) if is_evaluated else None
+    evaluated = BatchShape.worst(MANY_ROWS, longest_row) if is_evaluated else None
     spec = StepSpec(config, model_config, device_type, _forward, shape, step_rows, (), options.nproc, evaluated)
     free = None if capacity is None else capacity - CONTEXT_BYTES
     with _told_if_slow(f"tracing a step of {rows} x {shape.length} tokens .."):

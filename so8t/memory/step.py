@@ -1,6 +1,6 @@
 """What a plan is made for and what a trace of it finds: numbers only, so that kept traces are read in a moment."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from so8t.config import Config
-from so8t.data import Batch, Row, longest_of
+from so8t.data import Batch
 from so8t.logits import LogitsPlan, plan_logits
 from so8t.losses import Tap
 from so8t.memory.live_bytes import Phase
@@ -33,6 +33,11 @@ class BatchShape:
     length: int
     is_padded: bool
 
+    @classmethod
+    def worst(cls, rows: int, length: int) -> "BatchShape":
+        """So many rows of at most this length, which are padded unless there is only one."""
+        return cls(rows, length, is_padded=rows > 1)
+
     @property
     def tokens(self) -> int:
         return self.rows * self.length
@@ -41,11 +46,6 @@ class BatchShape:
 def shape_of(batch: Batch) -> BatchShape:
     rows, length = batch.input_ids.shape
     return BatchShape(rows, length, is_padded=batch.attention_mask is not None)
-
-
-def largest_of(rows: Sequence[Row], number: int) -> BatchShape:
-    """The largest batch that so many of the rows can make."""
-    return BatchShape(number, longest_of(rows), is_padded=number > 1)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class StepSpec:
         if evaluated is not None and micro_batch != self.micro_batch:
             is_shorter = micro_batch.length < self.micro_batch.length  # as all rows are then
             length = min(evaluated.length, micro_batch.length) if is_shorter else evaluated.length
-            number = min(evaluated.rows, max(1, micro_batch.tokens // length))
-            evaluated = BatchShape(number, length, is_padded=number > 1)
+            evaluated = BatchShape.worst(min(evaluated.rows, max(1, micro_batch.tokens // length)), length)
         return replace(self, config=config, micro_batch=micro_batch, rows=rows, evaluated=evaluated)
 
     @cached_property
@@ -130,6 +129,11 @@ class Trace:
     @property
     def peak(self) -> int:
         return max(self.peaks.values())
+
+    @property
+    def training_peak(self) -> int:
+        """Without validation and probe, whose batches have their own size and recompute nothing."""
+        return max(size for phase, size in self.peaks.items() if phase != "evaluation")
 
 
 def ledger_rows(trace: Trace, accumulates: bool) -> dict[str, int]:

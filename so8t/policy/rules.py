@@ -21,6 +21,7 @@ from typing import Any
 from so8t.config import InputError, PolicyConfig
 from so8t.files import atomic_write
 from so8t.policy.personal_data import FINDERS, plain
+from so8t.text import to_utf8
 from so8t.thinking import LONGEST_ECHO, final_only, repeats
 
 REPORT_FILE = "policy.json"
@@ -137,14 +138,12 @@ class PolicyReport:
         """Write policy.json; only the main rank does."""
         if is_main:
             with atomic_write(output_dir / REPORT_FILE) as file:
-                text = json.dumps(asdict(self), ensure_ascii=False, indent=1)
-                # a half character of a file's name is escaped as JSON does it
-                file.write(text.encode(errors="backslashreplace") + b"\n")
+                file.write(to_utf8(json.dumps(asdict(self), ensure_ascii=False, indent=1)) + b"\n")
 
 
-def files_read(report: PolicyReport | None) -> list[str]:
-    """The files that a run was trained on; [] if it left no report, or an older version did."""
-    return [] if report is None else report.files
+def files_read(report: PolicyReport | None, train_data: Sequence[str]) -> Sequence[str]:
+    """The files that a run was trained on; what its config names if it left no report, or an older version did."""
+    return report.files if report is not None and report.files else train_data
 
 
 def read_report(folder: Path) -> PolicyReport | None:

@@ -20,7 +20,7 @@ from so8t.policy import PolicyReport, files_read, read_report
 from so8t.pretrained import load_tokenizer
 from so8t.report.charts import Chart, overlaid, prediction_charts, training_charts
 from so8t.report.tokens import token_map
-from so8t.text import shortened, size_of
+from so8t.text import shortened, size_of, to_utf8
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def write_report(folder: Path, other: Path | None = None) -> Path:
     path = folder / (f"report_beside_{compared.name}.html" if compared else "report.html")
     try:
         with atomic_write(path) as file:
-            file.write(html.encode(errors="backslashreplace"))  # of a half character in a name
+            file.write(to_utf8(html))
     except OSError as error:
         raise InputError(
             f"cannot write into {folder} ({error.strerror}); the page goes into the run's own folder"
@@ -120,7 +120,7 @@ def _subtitle(run: Run) -> str:
         f"{bits}-bit weights" if bits else f"{config.model.dtype} weights",
         f"LoRA of rank {config.qlora.r}" if config.qlora.enabled else "every weight trained",
         "SO(8) gates" if config.so8t.enabled else "",
-        f"on {shortened(files_read(run.policy) or config.data.train_data)}",
+        f"on {shortened(files_read(run.policy, config.data.train_data))}",
         f"{training.per_device_train_batch_size} rows × {training.gradient_accumulation_steps} a step",
     )
     return " · ".join(filter(None, words))

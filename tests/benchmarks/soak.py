@@ -159,6 +159,13 @@ def fill_disk(folder: Path, torment: Torment, over: threading.Event, chance: ran
         filler.unlink()
 
 
+def median_seconds(run: Path) -> tuple[float, float]:
+    """Of a step, in the first and in the last quarter of those that count."""
+    seconds = [record["seconds"] for record in read_metrics(run)][SETTLED:]
+    quarter = max(1, len(seconds) // 4)
+    return statistics.median(seconds[:quarter]), statistics.median(seconds[-quarter:])
+
+
 def faults(alone: Path, other: Path, samples: list[Sample], torment: Torment) -> Iterator[str]:
     settled = [one for one in samples if one.step > SETTLED]
     tenth = max(1, len(settled) // 10)
@@ -170,9 +177,7 @@ def faults(alone: Path, other: Path, samples: list[Sample], torment: Torment) ->
     before, after = (statistics.median(one.resident for one in part) for part in (first, last))
     if after > GROWTH * before:
         yield f"resident memory grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB"
-    seconds = [record["seconds"] for record in read_metrics(alone)][SETTLED:]
-    quarter = max(1, len(seconds) // 4)
-    early, late = (statistics.median(part) for part in (seconds[:quarter], seconds[-quarter:]))
+    early, late = median_seconds(alone)
     if late > DRIFT * early:
         yield f"the median step grew from {early:.3f} to {late:.3f} s"
     yield from (f"torn: {sentence}" for sentence in torment.torn)
@@ -194,16 +199,12 @@ def faults(alone: Path, other: Path, samples: list[Sample], torment: Torment) ->
 
 def report(samples: list[Sample], torment: Torment, alone: Path) -> dict[str, object]:
     settled = [one for one in samples if one.step > SETTLED]
-    seconds = [record["seconds"] for record in read_metrics(alone)][SETTLED:]
-    quarter = max(1, len(seconds) // 4)
     return {
-        "steps": len(seconds) + SETTLED,
+        "steps": len(read_metrics(alone)),
         "resident MiB, first and last": [one.resident // 2**20 for one in (settled[0], settled[-1])],
         "threads, first and last": [one.threads for one in (settled[0], settled[-1])],
         "open files, first and last": [one.files for one in (settled[0], settled[-1])],
-        "median seconds a step, first and last quarter": [
-            round(statistics.median(part), 3) for part in (seconds[:quarter], seconds[-quarter:])
-        ],
+        "median seconds a step, first and last quarter": [round(median, 3) for median in median_seconds(alone)],
         "starts": len(torment.exits),
         "SIGKILL": torment.signals.count("SIGKILL"),
         "SIGTERM": torment.signals.count("SIGTERM"),

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_cases import LAYERS, LONGROPE, SIZES
+from model_cases import LAYERS, LONGROPE, SIZES, make_rows
 from transformers import Phi3Config
 
 import train
 from so8t.config import Config, TrainingConfig, load_config
-from so8t.data import Row, cut, split
-from so8t.memory import BatchShape, StepSpec, largest_of
+from so8t.data import cut, split
+from so8t.memory import BatchShape, StepSpec
 from so8t.memory.cache import OF_TRAINING, _code, cache_folder, traced
 from so8t.memory.choice import Choice, by_rows, choose, cost, with_tokens
 from so8t.memory.step import Trace
@@ -31,11 +30,6 @@ def spec_of(**training: Any) -> StepSpec:
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": "auto"}
     config = replace(config, training=replace(config.training, **sizes | training))  # type: ignore[arg-type]
     return StepSpec(config, MODEL, "cuda", train.forward, BatchShape(2, LONGEST, is_padded=True), ROWS)
-
-
-def row_of(length: int) -> Row:
-    tokens = torch.zeros(length, dtype=torch.int32)
-    return Row(tokens, tokens.bool(), tokens.to(torch.uint8), sample_id=0, was_cut=False)
 
 
 def peak(spec: StepSpec, rows: int, layers: int) -> int:
@@ -73,9 +67,9 @@ def test_one_recomputed_layer_is_not_taken_for_all_of_them() -> None:
     rows_per_batch=st.integers(1, 4),
 )
 def test_validation_is_planned_as_it_is_cut(lengths: list[int], tokens: int, rows_per_batch: int) -> None:
-    every = [row_of(length) for length in lengths]
+    every = make_rows(*((length, 0) for length in lengths))
     spec = spec_of(per_device_train_batch_size=rows_per_batch)
-    spec = replace(spec, micro_batch=BatchShape(1, 8, False), evaluated=largest_of(every, len(every)))
+    spec = replace(spec, micro_batch=BatchShape(1, 8, False), evaluated=BatchShape.worst(len(lengths), max(lengths)))
     planned = (with_tokens(spec, tokens) if tokens else by_rows(spec)).evaluated
     assert planned is not None
     largest = max(batch.input_ids.numel() for batch in (cut(every, tokens) if tokens else split(every, rows_per_batch)))
